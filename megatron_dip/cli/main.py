@@ -1,0 +1,66 @@
+"""The ``megatron-dip`` command: finds the sub-command's module, runs it, turns a user's mistake into one line and exit code 2.
+
+Each sub-command is a module of this package with ``SUMMARY`` (one line), ``add_arguments(parser)`` and ``run(args) -> int``. Only the
+module that is asked for is imported, so that ``megatron-dip plan`` neither loads torch nor waits for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from megatron_dip.spec.errors import EXIT_CODE, InputError
+from megatron_dip.version import __version__
+
+COMMANDS = (
+    "plan",
+    "workload",
+    "check",
+    "simulate",
+    "profile",
+    "calibrate",
+    "train",
+    "patch",
+    "checkpoint",
+    "trace",
+    "report",
+)
+"""Sub-commands in the order of the help; each is ``megatron_dip.cli.<name>_command``."""
+
+
+def _module_name(command: str) -> str:
+    return f"megatron_dip.cli.{command}_command"
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser for one sub-command, or for the overview when ``command`` is None or unknown."""
+    parser = argparse.ArgumentParser(prog="megatron-dip", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"megatron-dip {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        if command in (None, name) and find_spec(_module_name(name)) is not None:
+            module = importlib.import_module(_module_name(name))
+            subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.__doc__, allow_abbrev=False,
+                                              formatter_class=argparse.RawDescriptionHelpFormatter)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    parser = build_parser(command if command in COMMANDS else None)
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except InputError as error:
+        print(f"megatron-dip: error: {error}", file=sys.stderr)
+        return EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""Set-up of megatron_dip; everything is declared in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
