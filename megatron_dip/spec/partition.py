@@ -6,6 +6,7 @@ segment runs over ranks 0..P-1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -13,6 +14,22 @@ import msgspec
 from megatron_dip.spec.errors import InputError
 
 PARTITION_FORMAT = "megatron-dip/partition/1"
+
+
+@dataclass(frozen=True, slots=True)
+class SubMicrobatch:
+    """One module's share of one microbatch that runs as one forward (and one backward) segment a chunk.
+
+    Instances ``first_instance`` .. ``first_instance + len(lengths) - 1`` of the microbatch's list for this module, in order.
+    """
+
+    module: str
+    microbatch: int
+    sub_microbatch: int
+    """Number within (module, microbatch), from 0."""
+    first_instance: int
+    lengths: tuple[int, ...]
+    """Tokens of each instance; at least one instance."""
 
 
 class Partition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
