@@ -16,6 +16,9 @@ from megatron_dip.spec.errors import InputError
 Role = Literal["encoder", "backbone", "decoder"]
 ModuleKind = Literal["vit", "lm", "dit", "audio"]
 
+_MAX_SIZE = 10**6
+"""Of layers, widths and heads: above any real model, below what would overflow times or exhaust memory."""
+
 
 class ModuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """One modality module: an encoder, the backbone or a decoder."""
@@ -65,9 +68,9 @@ class ModuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             raise InputError(f"{where}.name", self.name, "empty", "give each module a name")
         for field in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups"):
             value = getattr(self, field)
-            if value < 1:
+            if not 1 <= value <= _MAX_SIZE:
                 shown = "num_query_groups" if field == "query_groups" else field
-                raise InputError(f"{where}.{shown}", value, "must be at least 1", "give a positive whole number")
+                raise InputError(f"{where}.{shown}", value, f"outside 1 to {_MAX_SIZE}", "give a positive whole number of a real model")
         if self.num_attention_heads % self.query_groups:
             raise InputError(
                 f"{where}.num_query_groups", self.query_groups, f"does not divide {self.num_attention_heads} attention heads",

@@ -13,7 +13,7 @@ import msgspec
 
 from megatron_dip.spec.errors import InputError
 
-PARTITION_FORMAT = "megatron-dip/partition/1"
+PARTITION_FORMAT: Literal["megatron-dip/partition/1"] = "megatron-dip/partition/1"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ is empty, has no work in that microbatch. ``microbatches`` is the global batch: 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -77,3 +78,70 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Path (relative to the file) or the profile itself; replaces the analytic cost."""
     memory_capacity_bytes: int | None = None
     microbatches: list[Microbatch]
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The modules of a resolved workload (:func:`megatron_dip.spec.codec.load_workload`)."""
+        assert isinstance(self.model, ModelSpec), self.model
+        return self.model
+
+    def replica_microbatches(self, replica: int) -> list[Microbatch]:
+        """The share of one data-parallel replica: microbatches ``replica``, ``replica + data``, ..."""
+        return self.microbatches[replica :: self.parallel.data]
+
+    def validate(self) -> None:
+        """Raises InputError for what no machine could train. The workload is resolved: model and profile stand in it."""
+        model = self.model_spec
+        model.validate()
+        names = {module.name for module in model.modules}
+        for field in ("tensor", "pipeline", "data", "context"):
+            _check_count(f"parallel.{field}", getattr(self.parallel, field), _MAX_PARALLEL)
+        _check_count("training.virtual_pipeline", self.training.virtual_pipeline, _MAX_PARALLEL)
+        if self.memory_capacity_bytes is not None:
+            _check_count("memory_capacity_bytes", self.memory_capacity_bytes, _MAX_BYTES)
+        if isinstance(self.device, Device):
+            for field in Device.__struct_fields__:
+                value = getattr(self.device, field)
+                if not math.isfinite(value) or value <= 0 or value > _MAX_DEVICE_FIGURE:
+                    raise InputError(f"device.{field}", value, "not a positive number of a real device", "check the figure and its unit")
+        if isinstance(self.profile, Profile):
+            self.profile.validate()
+            for module in model.modules:
+                measured = self.profile.modules.get(module.name)
+                if measured is None:
+                    raise InputError(
+                        "profile.modules", sorted(self.profile.modules), f"module {module.name!r} is missing", "add its costs to the profile"
+                    )
+                if measured.num_layers != module.num_layers:
+                    raise InputError(
+                        f"profile.modules.{module.name}.num_layers", measured.num_layers, f"the model's module has {module.num_layers}",
+                        "give both the same number of layers",
+                    )
+        elif self.device is None:
+            raise InputError("device", None, "missing, and there is no profile", 'name a device ("h800"), give its figures or give a profile')
+        if not self.microbatches:
+            raise InputError("microbatches", [], "no microbatches", "give at least one")
+        if len(self.microbatches) < self.parallel.data:
+            raise InputError(
+                "microbatches", len(self.microbatches), f"too few for {self.parallel.data} data-parallel replicas",
+                "give every replica at least one (number i goes to replica i mod parallel.data)",
+            )
+        for index, microbatch in enumerate(self.microbatches):
+            for name, lengths in microbatch.items():
+                if name not in names:
+                    raise InputError(f"microbatches[{index}].{name}", lengths, "the model has no such module", f"use {sorted(names)}")
+                for position, length in enumerate(lengths):
+                    _check_count(f"microbatches[{index}].{name}[{position}]", length, _MAX_TOKENS)
+            if not any(microbatch.values()):
+                raise InputError(f"microbatches[{index}]", microbatch, "no module has an instance in it", "fill it or leave it out")
+
+
+_MAX_PARALLEL = 1 << 16
+_MAX_BYTES = 10**15
+_MAX_TOKENS = 10**8
+_MAX_DEVICE_FIGURE = 1e9
+
+
+def _check_count(field: str, value: int, high: int) -> None:
+    if not 1 <= value <= high:
+        raise InputError(field, value, f"outside 1 to {high}", "give a positive whole number of a real run")

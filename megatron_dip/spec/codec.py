@@ -1,0 +1,236 @@
+"""Reads and writes the project's JSON files, strictly.
+
+Reading: unknown fields, other versions, duplicate keys, wrong types and numbers that cannot be end in an
+:class:`~megatron_dip.spec.errors.InputError` that names the file and the field; nothing is guessed. A workload comes back resolved: its
+model as a :class:`~megatron_dip.spec.model.ModelSpec`, its profile as a :class:`~megatron_dip.spec.profile.Profile` (a path in it is
+relative to the workload's file). Writing: a file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.named import named_model
+from megatron_dip.spec.partition import PARTITION_FORMAT, Partition
+from megatron_dip.spec.plan import PLAN_FORMAT, Plan
+from megatron_dip.spec.profile import PROFILE_FORMAT, Profile
+from megatron_dip.spec.workload import WORKLOAD_FORMAT, Workload
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_FORMATS: dict[type, str] = {
+    Workload: WORKLOAD_FORMAT,
+    Profile: PROFILE_FORMAT,
+    Plan: PLAN_FORMAT,
+    Partition: PARTITION_FORMAT,
+}
+
+
+def load_workload(path: str | Path) -> Workload:
+    """Reads, resolves and validates a workload."""
+    path = Path(path)
+    return resolve_workload(_load(path, Workload), path)
+
+
+def resolve_workload(workload: Workload, path: Path) -> Workload:
+    """The workload with its named model and its profile's file put in, validated; ``path`` is the file that it stands in."""
+    if isinstance(workload.model, str):
+        with _named_in(path):
+            workload = msgspec.structs.replace(workload, model=named_model(workload.model))
+    if isinstance(workload.profile, str):
+        profile_path = path.parent / workload.profile
+        if not profile_path.is_file():
+            raise InputError(
+                f"{path.name}: profile", workload.profile, f"there is no file {profile_path}", "give a path relative to the workload's file"
+            )
+        workload = msgspec.structs.replace(workload, profile=load_profile(profile_path))
+    with _named_in(path):
+        workload.validate()
+    return workload
+
+
+def load_profile(path: str | Path) -> Profile:
+    path = Path(path)
+    profile = _load(path, Profile)
+    with _named_in(path):
+        profile.validate()
+    return profile
+
+
+def load_partition(path: str | Path) -> Partition:
+    """Reads a partition; whether it fits a model is for :meth:`Partition.validate` to say."""
+    return _load(Path(path), Partition)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Reads a plan's form; whether it holds is for :func:`megatron_dip.schedule.checker.check_plan` to say."""
+    return _load(Path(path), Plan)
+
+
+def decode(text: str | bytes, kind: type[T], name: str) -> T:
+    """Reads one object of a known format from JSON text; ``name`` is what messages call the text."""
+    try:
+        raw = json.loads(text, object_pairs_hook=_reject_duplicates)
+    except InputError as error:
+        raise _prefixed(error, name) from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            name, _excerpt(error.doc, error.pos), f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}", "mend the JSON there"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(name, error.object[error.start : error.start + 8], "not UTF-8 text", "save the file as UTF-8 JSON") from None
+    except RecursionError:
+        raise InputError(name, "...", "nested too deeply", "give an object of the documented form") from None
+    except ValueError as error:  # a whole number of more digits than Python reads
+        raise InputError(name, "...", str(error), "use a smaller number") from None
+    wanted = _FORMATS[kind]
+    if not isinstance(raw, dict):
+        raise InputError(name, raw, "not a JSON object", f'start with {{"format": "{wanted}", ...}}')
+    if raw.get("format") != wanted:
+        raise InputError(f"{name}: format", raw.get("format"), "not a known format and version here", f'use "{wanted}"')
+    try:
+        return msgspec.convert(raw, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _prefixed(_explain(str(error), raw), name) from None
+
+
+def encode(value: msgspec.Struct) -> bytes:
+    """JSON with a final newline; equal values give equal bytes."""
+    return msgspec.json.encode(value) + b"\n"
+
+
+def save(path: str | Path, value: msgspec.Struct) -> None:
+    """Writes a workload, profile, partition or plan; see :func:`write_atomically`."""
+    write_atomically(path, encode(value))
+
+
+def check_writable(path: str | Path, field: str) -> None:
+    """Raises InputError if a file cannot be written there: to be asked before the work whose result it takes."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(field, str(path), "is a directory", "name a file")
+    if not path.parent.is_dir():
+        raise InputError(field, str(path), "its directory does not exist", f"create {path.parent} or name another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(field, str(path), "cannot be written", "name a file that you may write")
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Replaces the file as a whole: readers see the old bytes or the new ones, and an error leaves the old ones.
+
+    What is no regular file (a pipe, /dev/stdout) is written straight to.
+    """
+    path = Path(path)
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        path.write_bytes(data)
+        return
+    target = path.resolve()  # a link stays a link
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def _load(path: Path, kind: type[T]) -> T:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(str(path), str(path), f"cannot be read ({error.strerror})", "name a file that exists and is readable") from None
+    return decode(data, kind, path.name)
+
+
+class _named_in:
+    """Puts the file's name before the field of every InputError raised inside."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, InputError) and not error.field.startswith(f"{self.name}: "):
+            raise _prefixed(error, self.name) from None
+
+
+def _prefixed(error: InputError, name: str) -> InputError:
+    return InputError(f"{name}: {error.field}", error.value, error.problem, error.remedy)
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InputError(twice, [value for key, value in pairs if key == twice], "the key stands twice in one object", "keep one of them")
+    return result
+
+
+def _excerpt(text: str | bytes, position: int) -> str:
+    shown = text[max(0, position - 20) : position + 20]
+    return shown if isinstance(shown, str) else shown.decode(errors="replace")
+
+
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,), "float": (float,), "str": (str,), "bool": (bool,), "array": (list,), "object": (dict,), "null": (type(None),),
+}
+
+
+def _explain(message: str, raw: Any) -> InputError:
+    """Turns msgspec's message into field, value, problem and remedy."""
+    problem, _, path = message.partition(" - at `$")
+    path = path.rstrip("`").removeprefix(".")
+    if match := re.search(r"(?:unknown|missing required) field `(.+)`", problem):
+        unknown = "unknown" in problem
+        name = match.group(1)
+        where, value = _find(path, raw, lambda found: isinstance(found, dict) and (name in found) == unknown)
+        field = f"{where}.{name}" if where else name
+        if unknown:
+            return InputError(field, value[name], "unknown field", "remove it or correct its spelling")
+        return InputError(field, None, "missing", "add it")
+    if match := re.search(r"Expected `(.+)`, got `(.+)`", problem):
+        wanted, got = match.groups()
+        types = _JSON_TYPES.get(got, (object,))
+        where, value = _find(path, raw, lambda found: type(found) in types or types == (object,))
+        return InputError(where or "the file", value, f"is of type {got}, not {wanted}", f"give a value of type {wanted}")
+    where, value = _find(path, raw, lambda found: True)
+    return InputError(where or "the file", value, problem[:1].lower() + problem[1:], "use a value that the format allows")
+
+
+def _find(path: str, raw: Any, matches: Any) -> tuple[str, Any]:
+    """The field that a path of msgspec means: ``[...]`` in it stands for any key of an object. First one whose value matches."""
+    found: list[tuple[str, Any]] = [("", raw)]
+    for step in re.findall(r"\[\.\.\.\]|\[\d+\]|[^.\[\]]+", path):
+        following: list[tuple[str, Any]] = []
+        for where, value in found:
+            if step == "[...]" and isinstance(value, dict):
+                following.extend((f"{where}.{key}" if where else key, item) for key, item in value.items())
+            elif step.startswith("[") and isinstance(value, list):
+                index = int(step[1:-1])
+                following.extend((f"{where}{step}", item) for item in value[index : index + 1])
+            elif isinstance(value, dict) and step in value:
+                following.append((f"{where}.{step}" if where else step, value[step]))
+        found = following
+    return next(((where, value) for where, value in found if matches(value)), (path, None))
