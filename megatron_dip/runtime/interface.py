@@ -2,8 +2,11 @@
 
 The executor knows stages, tensors and messages; it does not know modalities. A model adapter (:mod:`megatron_dip.models`) implements
 :class:`StagedModel`. Tensors that travel are *payloads*: one for each data edge of the plan (producer stage -> consumer stage); the
-gradient that comes back along the same edge has the payload's shape and dtype. The executor owns autograd: it detaches what arrives,
-makes it require a gradient where the plan has a backward for it, keeps outputs until the backward, and sends leaf gradients back.
+gradient that comes back along the same edge has the payload's shape and dtype.
+
+:class:`Compute` is the seam below the executor: :class:`~megatron_dip.runtime.compute.AutogradCompute` runs a StagedModel under
+autograd; :class:`~megatron_dip.runtime.compute.SleepCompute` lets every stage sleep for its planned time, so that schedules of many
+ranks can be measured with the real executor and real messages on a machine that could not compute for them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ import torch
 
 from megatron_dip.spec.plan import Plan, PlanStage
 
+ChunkKey = tuple[str, int]
+"""(module, vp_stage): one model chunk of this rank."""
+
 
 @dataclass(frozen=True, slots=True)
 class PayloadSpec:
@@ -23,31 +29,6 @@ class PayloadSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-class StagedModel(Protocol):
-    """A model of which every rank holds some chunks. One object a rank."""
-
-    def begin_iteration(self, plan: Plan, microbatches: Sequence[Any], *, forward_only: bool) -> None:
-        """Takes the iteration's plan and, for each microbatch, what the capture of the user's forward_step produced."""
-        ...
-
-    def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
-        """Spec of the message between two *forward* stages; same answer on both ranks."""
-        ...
-
-    def forward(self, stage: PlanStage, inputs: Mapping[int, torch.Tensor], consumers: Sequence[PlanStage]) -> ForwardOutput:
-        """Runs the stage's chunk.
-
-        Args:
-            inputs: producer stage id -> payload, for each data edge into the stage.
-            consumers: the forward stages that take this stage's output.
-        """
-        ...
-
-    def end_iteration(self) -> None:
-        """Drops every reference to the iteration's data."""
-        ...
 
 
 @dataclass(slots=True)
@@ -58,7 +39,74 @@ class ForwardOutput:
     """What the loss function takes; set on the stages that end in a loss (those without consumers)."""
 
 
+class StagedModel(Protocol):
+    """A model of which every rank holds some chunks. One object a rank."""
+
+    chunk_keys: Sequence[ChunkKey]
+    """This rank's chunks in the canonical order, which is that of the chunk list handed to Megatron (``model``)."""
+
+    def begin_iteration(self, plan: Plan, microbatches: Sequence[Any], *, forward_only: bool) -> None:
+        """Takes the iteration's plan and, for each microbatch, what the capture of the user's forward_step produced."""
+        ...
+
+    def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
+        """Spec of the message between two *forward* stages; same answer on both ranks. Called once for each edge, before any stage."""
+        ...
+
+    def forward(self, stage: PlanStage, inputs: Mapping[int, torch.Tensor], consumers: Sequence[PlanStage]) -> ForwardOutput:
+        """Runs the stage's chunk.
+
+        Args:
+            inputs: producer stage id -> payload, for each data edge into the stage. A leaf; requires a gradient where the plan sends
+                one back.
+            consumers: the forward stages that take this stage's output; one payload each is expected.
+        """
+        ...
+
+    def end_iteration(self) -> None:
+        """Drops every reference to the iteration's data."""
+        ...
+
+
 class LossFunction(Protocol):
     def __call__(self, stage: PlanStage, result: Any) -> torch.Tensor | None:
         """Computes, records and scales the loss of a stage's microbatch; returns the scalar to differentiate (None: forward only)."""
+        ...
+
+
+class Compute(Protocol):
+    """What a compute action does. Tensors that come in are the executor's to give; those that go out may be sent or handed over as
+    they are: detached, contiguous, of the shape that :meth:`payload` says."""
+
+    def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
+        """Spec of the message between two *forward* stages (and of the gradient that comes back)."""
+        ...
+
+    def forward(
+        self, stage: PlanStage, inputs: dict[int, torch.Tensor], grad_inputs: Sequence[int], consumers: Sequence[PlanStage]
+    ) -> dict[int, torch.Tensor]:
+        """Runs a forward stage.
+
+        Args:
+            inputs: producer stage id -> payload.
+            grad_inputs: those producers to whom the plan sends a gradient back.
+            consumers: forward stages that take the output.
+        Returns: consumer stage id -> payload.
+        """
+        ...
+
+    def backward(
+        self, stage: PlanStage, forward: PlanStage, grads: dict[int, torch.Tensor], grad_inputs: Sequence[int]
+    ) -> dict[int, torch.Tensor]:
+        """Runs the backward of ``forward`` (its input part where the plan splits it).
+
+        Args:
+            grads: consumer *forward* stage id -> gradient of that payload; empty on a stage that ends in the loss.
+            grad_inputs: producers that are owed a gradient.
+        Returns: producer *forward* stage id -> gradient of its payload (zeros where nothing flowed).
+        """
+        ...
+
+    def weight(self, stage: PlanStage, forward: PlanStage) -> None:
+        """Runs the weight part of a split backward."""
         ...
