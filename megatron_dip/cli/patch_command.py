@@ -1,0 +1,34 @@
+"""Patch a Megatron-LM checkout so that its own scripts take --pipeline-schedule dip, and take the patch back.
+
+The patch is some twenty lines in three files (see patches/README.md); everything else lives in this package. Without git the files
+must be those of a known release; with git, committed changes elsewhere in them are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_dip.hooks.patching import inspect_tree, write_state
+
+SUMMARY = "patch a Megatron-LM checkout for --pipeline-schedule dip, or take the patch back"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkout", type=Path, metavar="CHECKOUT", help="root of the Megatron-LM source tree")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="change nothing; say whether the tree is patched or can be (else exit status 2)")
+    action.add_argument("--revert", action="store_true", help="take the patch back")
+
+
+def run(args: argparse.Namespace) -> int:
+    tree = inspect_tree(args.checkout)
+    label = f"Megatron-LM {tree.version} ({tree.release or 'release not known byte for byte'})"
+    if args.check:
+        state = "patched" if tree.patched else "not patched" if tree.untouched else "patched in part"
+        print(f"{label}: {state}; {tree.patch} {'is in place' if tree.patched else 'applies'}")
+        return 0
+    written = write_state(tree, patched=not args.revert)
+    done = "patch taken back from" if args.revert else f"{tree.patch} applied to"
+    print(f"{label}: {done} {', '.join(written)}" if written else f"{label}: {'not patched' if args.revert else 'already patched'}, nothing to do")
+    return 0
