@@ -10,9 +10,10 @@ fi
 . .venv/bin/activate
 
 # Without a CUDA device the CPU build of torch is taken first, so that no CUDA libraries are fetched (its version 2.13.0+cpu sorts above
-# the registry's 2.13.0); a torch that is there stays.
+# the registry's 2.13.0; its dependencies come with the package's own); a torch that is there stays.
 if ! python -c 'import torch' 2>/dev/null && ! nvidia-smi >/dev/null 2>&1; then
-    pip install --quiet --disable-pip-version-check 'torch==2.13.0' --extra-index-url https://download.pytorch.org/whl/cpu
+    pip install --quiet --disable-pip-version-check --no-deps --retries 1 --timeout 30 \
+        'torch==2.13.0' --extra-index-url https://download.pytorch.org/whl/cpu
 fi
 pip install --quiet --disable-pip-version-check --editable ".[$1]"
 

@@ -23,6 +23,8 @@ from megatron_dip.spec.named import named_model
 from megatron_dip.spec.partition import PARTITION_FORMAT, Partition
 from megatron_dip.spec.plan import PLAN_FORMAT, Plan
 from megatron_dip.spec.profile import PROFILE_FORMAT, Profile
+from megatron_dip.spec.timeline import TIMELINE_FORMAT, Timeline
+from megatron_dip.spec.training import EXAMPLE_FORMAT, ExampleConfig
 from megatron_dip.spec.workload import WORKLOAD_FORMAT, Workload
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -32,6 +34,8 @@ _FORMATS: dict[type, str] = {
     Profile: PROFILE_FORMAT,
     Plan: PLAN_FORMAT,
     Partition: PARTITION_FORMAT,
+    Timeline: TIMELINE_FORMAT,
+    ExampleConfig: EXAMPLE_FORMAT,
 }
 
 
@@ -74,6 +78,31 @@ def load_partition(path: str | Path) -> Partition:
 def load_plan(path: str | Path) -> Plan:
     """Reads a plan's form; whether it holds is for :func:`megatron_dip.schedule.checker.check_plan` to say."""
     return _load(Path(path), Plan)
+
+
+def load_timeline(path: str | Path) -> Timeline:
+    return _load(Path(path), Timeline)
+
+
+def load_example(path: str | Path) -> ExampleConfig:
+    """Reads and validates the ``config.json`` of an example's folder."""
+    path = Path(path)
+    config = _load(path, ExampleConfig)
+    with _named_in(path):
+        config.validate()
+    return config
+
+
+def read_format(path: str | Path) -> str | None:
+    """What the file's ``format`` says, None where it has none; for commands that take files of several kinds."""
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(str(path), str(path), f"cannot be read ({error.strerror})", "name a file that exists and is readable") from None
+    except ValueError:
+        return None
+    return raw.get("format") if isinstance(raw, dict) else None
 
 
 def decode(text: str | bytes, kind: type[T], name: str) -> T:

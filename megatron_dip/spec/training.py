@@ -6,7 +6,6 @@ for what that module must define. The command line beats the file.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -95,37 +94,21 @@ class ExampleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     data: dict[str, Any]
     """Handed to the example's ``Dataset``, which knows its fields."""
 
-    def validate(self, where: str = "config.json") -> None:
+    def validate(self) -> None:
         """Raises InputError, naming the field, for values that cannot be trained."""
-        self.model.modules.validate(f"{where}.model")
-        self.model.image.validate(f"{where}.model.image")
-        self.optimizer.validate(f"{where}.optimizer")
+        self.model.modules.validate("model")
+        self.model.image.validate("model.image")
+        self.optimizer.validate("optimizer")
         names = [module.name for module in self.model.modules.modules]
         for field in ("virtual_pipeline", "sub_microbatch_size"):
             given: dict[str, int] = getattr(self, field)
             if sorted(given) != sorted(names):
-                raise InputError(f"{where}.{field}", sorted(given), f"must name the modules {names}", "give one number for each module")
+                raise InputError(field, sorted(given), f"must name the modules {names}", "give one number for each module")
             for name, value in given.items():
                 if value < 1:
-                    raise InputError(f"{where}.{field}.{name}", value, "must be at least 1", "give a positive whole number")
+                    raise InputError(f"{field}.{name}", value, "must be at least 1", "give a positive whole number")
         for field in ("num_microbatches", "iterations"):
             if getattr(self, field) < 1:
-                raise InputError(f"{where}.{field}", getattr(self, field), "must be at least 1", "give a positive whole number")
+                raise InputError(field, getattr(self, field), "must be at least 1", "give a positive whole number")
         if self.model.sequence_length < 2:
-            raise InputError(f"{where}.model.sequence_length", self.model.sequence_length, "must be at least 2", "give the packed length")
-
-
-def read_example_config(path: Path) -> ExampleConfig:
-    """Reads ``config.json`` of an example's folder. Raises InputError where it is missing, unreadable or does not fit the format."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError("EXAMPLE", str(path), f"cannot be read ({error.strerror})", "name a folder with config.json and example.py") from error
-    try:
-        config = msgspec.json.decode(text, type=ExampleConfig)
-    except msgspec.ValidationError as error:
-        raise InputError(str(path), "its contents", str(error), f"mend the field; the format is {EXAMPLE_FORMAT}") from error
-    except msgspec.DecodeError as error:
-        raise InputError(str(path), "its contents", f"is not JSON ({error})", "mend the file") from error
-    config.validate(path.name)
-    return config
+            raise InputError("model.sequence_length", self.model.sequence_length, "must be at least 2", "give the packed length")

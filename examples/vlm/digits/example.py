@@ -57,13 +57,13 @@ class Dataset:
         try:
             self.options = msgspec.convert(dict(data), DataOptions)
         except msgspec.ValidationError as error:
-            raise InputError("config.json.data", dict(data), str(error), "mend the field named") from error
+            raise InputError("config.json: data", dict(data), str(error), "mend the field named") from error
         self.model = model
         self.seed = seed
         images, self.answers = _load_scans(self.options.file)
         if not 0 < self.options.held_out < len(images):
             raise InputError(
-                "config.json.data.held_out", self.options.held_out, f"not between 1 and {len(images) - 1}, one less than there are scans",
+                "config.json: data.held_out", self.options.held_out, f"not between 1 and {len(images) - 1}, one less than there are scans",
                 "keep some scans for training and some for scoring",
             )
         self.images = _upsample(images, model.image.size)
@@ -75,23 +75,23 @@ class Dataset:
     def _check_fit(self) -> None:
         image = self.model.image
         if image.channels != 1:
-            raise InputError("config.json.model.image.channels", image.channels, "the scans are grey", "use 1")
+            raise InputError("config.json: model.image.channels", image.channels, "the scans are grey", "use 1")
         if image.token_id != TOKEN["<image>"]:
-            raise InputError("config.json.model.image.token_id", image.token_id, "is not the image token", f"use {TOKEN['<image>']}")
+            raise InputError("config.json: model.image.token_id", image.token_id, "is not the image token", f"use {TOKEN['<image>']}")
         vocabulary = self.model.modules.module("lm").vocab_size
         if vocabulary is None or vocabulary < len(VOCABULARY):
             raise InputError(
-                "config.json.model.lm.vocab_size", vocabulary, f"smaller than the {len(VOCABULARY)} words used", "use 64"
+                "config.json: model.lm.vocab_size", vocabulary, f"smaller than the {len(VOCABULARY)} words used", "use 64"
             )
         if not self.options.image_counts:
-            raise InputError("config.json.data.image_counts", [], "no bounds", "give at least one pair such as [0, 12]")
+            raise InputError("config.json: data.image_counts", [], "no bounds", "give at least one pair such as [0, 12]")
         longest_caption = image.tokens + 5
         for index, (low, high) in enumerate(self.options.image_counts):
             if not 0 <= low <= high:
-                raise InputError(f"config.json.data.image_counts[{index}]", [low, high], "not 0 <= low <= high", "give low and high")
+                raise InputError(f"config.json: data.image_counts[{index}]", [low, high], "not 0 <= low <= high", "give low and high")
             if high * longest_caption > self.model.sequence_length:
                 raise InputError(
-                    f"config.json.data.image_counts[{index}]", [low, high],
+                    f"config.json: data.image_counts[{index}]", [low, high],
                     f"{high} images take up to {high * longest_caption} of {self.model.sequence_length} tokens",
                     f"use at most {self.model.sequence_length // longest_caption} or a longer sequence",
                 )
@@ -199,7 +199,7 @@ def _upsample(scans: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     weights = np.zeros((size, SCAN_SIZE), np.float32)
     weights[np.arange(size), below] = 1 - (at - below)
     weights[np.arange(size), below + 1] = at - below
-    return ((weights @ (scans / 16) @ weights.T) - 0.3) / 0.35
+    return (((weights @ (scans / 16) @ weights.T) - 0.3) / 0.35).astype(np.float32)
 
 
 def _shift(images: NDArray[np.float32], random: np.random.Generator, most: int) -> NDArray[np.float32]:

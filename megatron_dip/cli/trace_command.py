@@ -1,0 +1,29 @@
+"""Write plans and measured iterations as a trace that chrome://tracing and ui.perfetto.dev open."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "write plans and measured iterations as a Chrome/Perfetto trace"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a plan or a timeline (JSON)")
+    parser.add_argument("--output", type=Path, required=True, metavar="TRACE", help="where to write the trace (.json)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from megatron_dip.report.timeline import read_timeline
+    from megatron_dip.report.trace import trace_events
+    from megatron_dip.spec.errors import InputError
+
+    trace = trace_events([read_timeline(path) for path in args.files])
+    try:
+        args.output.write_bytes(msgspec.json.encode(trace))
+    except OSError as error:
+        raise InputError("--output", str(args.output), f"cannot be written ({error.strerror})", "name a file in a folder that exists") from error
+    print(f"wrote {args.output}")
+    return 0

@@ -1,0 +1,52 @@
+"""Tables in Markdown and figures over repeated measurements."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_dip.spec.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Median and quartiles of repeated measurements, in their own unit."""
+
+    median: float
+    low_quartile: float
+    high_quartile: float
+    count: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of at least one value."""
+    assert values, "nothing was measured"
+    if len(values) == 1:
+        return Spread(median=values[0], low_quartile=values[0], high_quartile=values[0], count=1)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median=middle, low_quartile=low, high_quartile=high, count=len(values))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; the first column is text, the others are set right."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def timeline_table(timelines: Sequence[Timeline]) -> str:
+    """Length, bubbles and each rank's busy share of some timelines."""
+    rows = []
+    for timeline in timelines:
+        busy = [0] * timeline.ranks
+        for bar in timeline.bars:
+            busy[bar.rank] += bar.end - bar.start
+        length = max(timeline.makespan, 1)
+        rows.append(
+            [
+                timeline.title, f"{timeline.makespan / 1e6:.2f}", f"{100 * timeline.bubble_fraction:.1f}",
+                " ".join(f"{100 * value / length:.0f}" for value in busy),
+            ]
+        )
+    return markdown_table(["iteration", "ms", "bubbles %", "busy % of each rank"], rows)
