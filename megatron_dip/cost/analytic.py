@@ -1,0 +1,236 @@
+"""Costs from operator graphs on a described device.
+
+One part at one shape is simulated once (the sub-graph) and reused wherever it comes again: the same layer in every chunk, microbatch
+and iteration. The backward's weight part is the sum of its weight-gradient operators; the input part is the rest of the whole
+backward, in which collectives run beside those operators. So input + weight is the whole backward, and a split backward is costed as
+if its collectives found something else to run beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_dip.cost.collectives import groups, message_bandwidth
+from megatron_dip.cost.device import DeviceDescription, load_device
+from megatron_dip.cost.interface import Part, PartCost
+from megatron_dip.cost.memory import bytes_per_parameter, first_parameters, last_parameters, layer_parameters
+from megatron_dip.cost.modules import Kernels, PartGraphs, Sharding, build_part
+from megatron_dip.cost.operators import Cause, LatencyRules, time_graph
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.model import ModelSpec, ModuleSpec
+from megatron_dip.spec.profile import Offload, Strategy
+from megatron_dip.spec.workload import Device, Microbatch, Parallel, Training
+
+DEFAULT_CONTEXT_TOKENS = 128.0
+"""Tokens that cross attention sees for each instance where no microbatch tells."""
+DEFAULT_RULES = LatencyRules()
+"""Rules of every AnalyticCost that is not given its own; register here to change an operator everywhere."""
+_CACHE_LIMIT = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartDetail:
+    """A part's cost with what reports need besides."""
+
+    cost: PartCost
+    forward_flops: float
+    backward_flops: float
+    """Of the model; recomputation is not in here."""
+    forward_exposed_ns: Mapping[Cause, float]
+    backward_exposed_ns: Mapping[Cause, float]
+    workspace_bytes: float
+    """Transient peak above what is saved."""
+    selective_forward: float
+    """Share of the forward that selective recompute runs again."""
+    selective_activation: float
+    """Share of the activation bytes that it keeps."""
+
+
+class AnalyticCost:
+    """Implements :class:`megatron_dip.cost.interface.CostModel` by operator graphs.
+
+    Args:
+        model: resolved model (not a name).
+        device: a device's name or file, its figures, or its description.
+        memory_capacity_bytes: what a rank may use, instead of the device's memory less its margin.
+        microbatches: tell how many tokens cross attention sees for each instance; may be absent.
+        kernels: which implementation trains.
+        rules: latency rules of operators; absent = :data:`DEFAULT_RULES`.
+
+    Raises:
+        InputError: parallel sizes that do not fit the model, an unknown device, impossible figures.
+    """
+
+    def __init__(
+        self, model: ModelSpec, parallel: Parallel, training: Training, device: str | Device | DeviceDescription | None, *,
+        memory_capacity_bytes: int | None = None, microbatches: Sequence[Microbatch] = (), kernels: Kernels | None = None,
+        rules: LatencyRules | None = None,
+    ) -> None:
+        model.validate()
+        check_parallel(model, parallel)
+        self.model = model
+        self.parallel = parallel
+        self.training = training
+        self.device = load_device(device)
+        self.groups = groups(parallel)
+        self.rules = DEFAULT_RULES if rules is None else rules
+        self.sharding = Sharding(
+            tensor=parallel.tensor, context=parallel.context, sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
+            bytes_per_number=4 if training.dtype == "fp32" else 2, groups=self.groups, device=self.device,
+            kernels=Kernels() if kernels is None else kernels,
+        )
+        if memory_capacity_bytes is not None and memory_capacity_bytes < 1:
+            raise InputError("memory_capacity_bytes", memory_capacity_bytes, "must be at least 1", "give the bytes of a rank or leave it out")
+        self._capacity = self.device.memory_bytes() if memory_capacity_bytes is None else memory_capacity_bytes
+        self.p2p_latency_ns = self.device.network_latency_us * 1e3
+        self.p2p_bytes_per_second = message_bandwidth(self.groups.pipeline, self.device)
+        self._modules = {module.name: module for module in model.modules}
+        self._runs_backward = model.backward_modules()
+        self._consumer: dict[str, ModuleSpec | None] = {}
+        for module in model.modules:
+            consumers = model.consumers_of(module.name)
+            self._consumer[module.name] = self._modules[consumers[0]] if consumers else None
+        self._context_tokens = {name: self._mean_context(name, microbatches) for name in self._modules}
+        self._cache: dict[tuple[str, Part, tuple[int, ...]], PartDetail] = {}
+        self._strategies: dict[tuple[str, tuple[int, ...]], dict[str, Strategy]] = {}
+        self._rules_version = self.rules.version
+
+    def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:
+        return self.detail(module, part, lengths).cost
+
+    def detail(self, module: str, part: Part, lengths: Sequence[int]) -> PartDetail:
+        """Everything the graphs of a part tell, remembered by the lengths (in any order)."""
+        if self._rules_version != self.rules.version:
+            self._cache.clear()
+            self._strategies.clear()
+            self._rules_version = self.rules.version
+        key = (module, part, tuple(sorted(lengths)))
+        found = self._cache.get(key)
+        if found is None:
+            if len(self._cache) >= _CACHE_LIMIT:
+                self._cache.clear()
+            found = self._cache[key] = self._simulate(module, part, key[2])
+        return found
+
+    def graphs(self, module: str, part: Part, lengths: Sequence[int]) -> PartGraphs | None:
+        """The operator graphs behind a part; None where the module has no such part."""
+        return build_part(
+            self._module(module), part, lengths, self.sharding, consumer=self._consumer[module],
+            context_tokens=self._context_tokens[module],
+        )
+
+    def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
+        key = (module, tuple(sorted(lengths)))
+        found = self._strategies.get(key)
+        if found is None:
+            detail = self.detail(module, "layer", lengths)
+            saved = detail.cost.activation_bytes
+            # What any strategy must keep: the layer's input.
+            kept = min(1.0, self._input_bytes(module, lengths) / saved) if saved else 0.0
+            found = {
+                "none": Strategy(),
+                "selective": Strategy(extra_forward=detail.selective_forward, activation=detail.selective_activation),
+                "full": Strategy(extra_forward=1.0, activation=kept),
+                "offload": Strategy(offload=Offload(bytes_per_second=self.device.host_gbs * 1e9, activation=kept)),
+            }
+            if len(self._strategies) >= _CACHE_LIMIT:
+                self._strategies.clear()
+            self._strategies[key] = found
+        return found
+
+    def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
+        spec, consumer = self._module(module), self._consumer[module]
+        each = bytes_per_parameter(self.training, trainable=spec.trainable, replicas=self.groups.data.size)
+        return int(self.chunk_parameters(spec, consumer, num_layers, first=first, last=last) * each)
+
+    def chunk_parameters(self, spec: ModuleSpec, consumer: ModuleSpec | None, num_layers: int, *, first: bool, last: bool) -> float:
+        """Parameters of a chunk on one tensor-parallel rank."""
+        parameters = num_layers * layer_parameters(spec)
+        if last:
+            parameters += last_parameters(spec, consumer)
+        total = parameters / self.parallel.tensor
+        if first:
+            # Stems are whole on every tensor-parallel rank, embeddings are split.
+            total += first_parameters(spec) / (self.parallel.tensor if spec.kind == "lm" else 1)
+        return total
+
+    def memory_capacity_bytes(self) -> int | None:
+        return self._capacity
+
+    def holds_encoder_outputs(self) -> bool:
+        return True
+
+    def _module(self, name: str) -> ModuleSpec:
+        if name not in self._modules:
+            raise InputError("module", name, "the model has no such module", f"use one of {sorted(self._modules)}")
+        return self._modules[name]
+
+    def _input_bytes(self, module: str, lengths: Sequence[int]) -> float:
+        sharding = self.sharding
+        tokens = sum(lengths) / sharding.context / (sharding.tensor if sharding.sequence_parallel else 1)
+        return tokens * self._module(module).hidden_size * sharding.bytes_per_number
+
+    def _mean_context(self, name: str, microbatches: Sequence[Microbatch]) -> float:
+        """Tokens of the feeding modules for each instance, over all microbatches that hold both."""
+        sources = self.model.inputs_of(name)
+        tokens = instances = 0
+        for microbatch in microbatches:
+            own = len(microbatch.get(name, []))
+            if own:
+                instances += own
+                tokens += sum(sum(microbatch.get(source, [])) for source in sources)
+        return tokens / instances if instances and tokens else DEFAULT_CONTEXT_TOKENS
+
+    def _simulate(self, name: str, part: Part, lengths: tuple[int, ...]) -> PartDetail:
+        built = self.graphs(name, part, lengths) if lengths else None
+        if built is None:
+            return _NOTHING
+        runs_backward, trains = self._runs_backward[name], self._modules[name].trainable
+        forward = time_graph(built.forward, self.device, self.rules)
+        backward = time_graph(built.backward, self.device, self.rules)
+        saved = built.forward.saved_bytes() if runs_backward else 0.0
+        weight_ns = input_ns = backward_flops = 0.0
+        exposed: Mapping[Cause, float] = {}
+        if runs_backward:
+            weight_ns = sum(end - start for operator, start, end in zip(built.backward.operators, backward.start_ns, backward.end_ns)
+                            if operator.weight_gradient) if trains else 0.0
+            input_ns = backward.total_ns - weight_ns
+            backward_flops = _model_flops(built.backward.operators)
+            exposed = backward.exposed_ns
+        again = sum(end - start for operator, start, end in zip(built.forward.operators, forward.start_ns, forward.end_ns)
+                    if operator.recompute)
+        return PartDetail(
+            cost=PartCost(forward_ns=forward.total_ns, backward_input_ns=input_ns, backward_weight_ns=weight_ns, activation_bytes=saved,
+                          boundary_bytes=built.boundary_bytes if not (part == "last" and self._consumer[name] is None) else 0.0),
+            forward_flops=sum(operator.flops for operator in built.forward.operators), backward_flops=backward_flops,
+            forward_exposed_ns=forward.exposed_ns, backward_exposed_ns=exposed,
+            workspace_bytes=max(forward.peak_bytes - built.forward.saved_bytes(), backward.peak_bytes if runs_backward else 0.0, 0.0),
+            selective_forward=again / forward.total_ns if forward.total_ns else 0.0,
+            selective_activation=built.forward.saved_bytes(selective=True) / saved if saved else 1.0,
+        )
+
+
+_NOTHING = PartDetail(cost=PartCost(), forward_flops=0.0, backward_flops=0.0, forward_exposed_ns={}, backward_exposed_ns={},
+                      workspace_bytes=0.0, selective_forward=0.0, selective_activation=1.0)
+
+
+def _model_flops(operators: Sequence) -> float:
+    """FLOPs that the model asks for: fused attention's backward counts twice its forward, not 2.5 times (it runs scores again)."""
+    return sum(operator.flops * (0.8 if operator.kind == "attention" else 1.0) for operator in operators)
+
+
+def check_parallel(model: ModelSpec, parallel: Parallel) -> None:
+    """Raises InputError for parallel sizes that are impossible, or impossible for this model."""
+    for field in ("tensor", "pipeline", "data", "context"):
+        value = getattr(parallel, field)
+        if value < 1:
+            raise InputError(f"parallel.{field}", value, "must be at least 1", "give a positive whole number")
+    for module in model.modules:
+        for what, size in (("num_attention_heads", module.num_attention_heads), ("ffn_hidden_size", module.ffn_hidden_size),
+                           ("hidden_size", module.hidden_size)):
+            if size % parallel.tensor:
+                raise InputError("parallel.tensor", parallel.tensor, f"does not divide {what} = {size} of module {module.name!r}",
+                                 "use a tensor-parallel size that divides it")
+    if parallel.sequence_parallel and parallel.tensor == 1 and parallel.sequence:
+        raise InputError("parallel.sequence", True, "needs tensor parallel", "set parallel.tensor above 1 or leave sequence out")
