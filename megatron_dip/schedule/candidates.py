@@ -1,0 +1,127 @@
+"""What each stage pair may choose between: up to S candidates of (forward time, backward time, bytes held).
+
+In: the cost of one layer, the number of layers, and the layer's memory strategies. Out: :class:`Candidates`, from the fastest to the
+leanest. Source: DIP (arXiv 2504.14145), section on per-layer memory optimisation: the fastest, the leanest, and S - 2 by memory bucket
+from a multiple-choice knapsack over the layers' strategies. The layers of a chunk are alike, so a knapsack's solution is a number of
+layers for each strategy, and all of them can be listed.
+
+Not modelled: strategies of the first and last extras (embedding, head), which always keep their activations. Of an offload, the
+transfers run beside the compute of their own layer: a layer takes the longer of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dip.cost.interface import PartCost
+from megatron_dip.spec.profile import Strategy
+
+MAX_CANDIDATES = 10
+"""S: candidates of a stage pair (paper: 10)."""
+_MIX_OF_THREE_LIMIT = 4096
+"""Up to this many combinations are listed in full; beyond it, mixes of two strategies."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOption:
+    """One layer under one memory strategy."""
+
+    label: str
+    forward_ns: float
+    backward_input_ns: float
+    activation_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """S candidates of one kind of stage pair: time rises and bytes fall with the index."""
+
+    forward_ns: NDArray[np.float64]
+    """[S] sums over the layers, before rounding; extras not included"""
+    backward_input_ns: NDArray[np.float64]
+    """[S]"""
+    activation_bytes: NDArray[np.float64]
+    """[S]"""
+    counts: tuple[tuple[tuple[str, int], ...], ...]
+    """S tuples of (strategy, layers under it)."""
+
+    def strategy_list(self, index: int) -> list[str]:
+        """The strategy of each layer, layers under one strategy together."""
+        return [label for label, count in self.counts[index] for _ in range(count)]
+
+
+def layer_options(layer: PartCost, strategies: Mapping[str, Strategy], *, has_backward: bool) -> list[LayerOption]:
+    """The layer under each strategy that is worth choosing: no other is at least as good in both time and bytes.
+
+    A module without a backward holds nothing, so only the plain forward remains.
+    """
+    options = [_apply("none", strategies["none"], layer)]
+    if has_backward:
+        options += [_apply(label, strategy, layer) for label, strategy in strategies.items() if label != "none"]
+    options.sort(key=lambda option: (option.forward_ns + option.backward_input_ns, option.activation_bytes))
+    kept: list[LayerOption] = []
+    for option in options:
+        if not kept or option.activation_bytes < kept[-1].activation_bytes:
+            kept.append(option)
+    return kept
+
+
+def _apply(label: str, strategy: Strategy, layer: PartCost) -> LayerOption:
+    forward = layer.forward_ns
+    backward = layer.backward_input_ns + strategy.extra_forward * layer.forward_ns
+    held = strategy.activation * layer.activation_bytes
+    if strategy.offload is not None:
+        moved = held * (1.0 - strategy.offload.activation)
+        held *= strategy.offload.activation
+        transfer = moved * 1e9 / strategy.offload.bytes_per_second
+        forward, backward = max(forward, transfer), max(backward, transfer)
+    return LayerOption(label, forward, backward, held)
+
+
+def pair_candidates(options: list[LayerOption], num_layers: int, limit: int = MAX_CANDIDATES) -> Candidates:
+    """Up to ``limit`` mixes of the options over ``num_layers`` equal layers: fastest, leanest and the fastest of each memory bucket."""
+    mixes = _mixes(num_layers, len(options))
+    forward = np.array([option.forward_ns for option in options])
+    backward = np.array([option.backward_input_ns for option in options])
+    held = np.array([option.activation_bytes for option in options])
+    time, size = mixes @ (forward + backward), mixes @ held
+    order = np.lexsort((size, time))
+    # Pareto front: walking from the fastest, keep what needs less memory than everything faster.
+    sizes = size[order]
+    below = np.concatenate(([True], sizes[1:] < np.minimum.accumulate(sizes)[:-1]))
+    front = order[below]
+    if len(front) > limit:
+        lean, full = size[front[-1]], size[front[0]]
+        buckets = lean + (full - lean) * np.arange(limit) / (limit - 1)
+        # The fastest on the front within each bucket's bytes.
+        picked = [int(np.argmax(size[front] <= bucket * (1 + 1e-12))) for bucket in buckets[::-1]]
+        front = front[sorted({0, len(front) - 1, *picked})]
+    chosen = mixes[front]
+    return Candidates(
+        forward_ns=chosen @ forward,
+        backward_input_ns=chosen @ backward,
+        activation_bytes=chosen @ held,
+        counts=tuple(tuple((option.label, int(n)) for option, n in zip(options, row, strict=True) if n) for row in chosen),
+    )
+
+
+def _mixes(num_layers: int, num_options: int) -> NDArray[np.int64]:
+    """[M, num_options] ways to give each of ``num_layers`` equal layers one option, as counts (all of them while they are few)."""
+    if num_options == 1:
+        return np.array([[num_layers]], dtype=np.int64)
+    rows: list[NDArray[np.int64]] = []
+    if num_options == 3 and (num_layers + 1) * (num_layers + 2) // 2 <= _MIX_OF_THREE_LIMIT:
+        first, second = np.meshgrid(np.arange(num_layers + 1), np.arange(num_layers + 1), indexing="ij")
+        inside = first + second <= num_layers
+        return np.stack((first[inside], second[inside], num_layers - first[inside] - second[inside]), axis=1)
+    for a in range(num_options):
+        for b in range(a + 1, num_options):
+            mix = np.zeros((num_layers + 1, num_options), dtype=np.int64)
+            mix[:, a] = np.arange(num_layers + 1)
+            mix[:, b] = num_layers - mix[:, a]
+            rows.append(mix)
+    return np.unique(np.concatenate(rows), axis=0)
