@@ -1,0 +1,62 @@
+"""The neutral description of a multimodal model: all that runtime and training need to know of one.
+
+A model becomes trainable under DIP by one class with the methods of :class:`ModelDescription`; nothing outside of it knows what a
+module computes. :class:`megatron_dip.models.vlm.VlmDescription` is the one for the ViT + GPT model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from megatron_dip.runtime.interface import PayloadSpec
+from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.plan import PlanStage
+from megatron_dip.spec.workload import Microbatch
+
+
+class ModelDescription(Protocol):
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The modules and how they feed each other."""
+        ...
+
+    def metadata(self, item: Any) -> Microbatch:
+        """Instance lengths of one microbatch item, known before it runs. Raises InputError for an item that cannot go through."""
+        ...
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The batch of one microbatch: the arguments with which the user's forward_step calls the model, by name."""
+        ...
+
+    def num_instances(self, batch: Any) -> dict[str, int]:
+        """Module -> its instances in a bound batch, to compare with the plan's."""
+        ...
+
+    def build_chunk(self, partition: Partition, module: str, vp_stage: int, rank: int) -> torch.nn.Module:
+        """The Megatron module of one chunk, with weights that do not depend on the partition."""
+        ...
+
+    def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
+        """The message between two forward stages, of one module or of two."""
+        ...
+
+    def run_chunk(
+        self, chunk: torch.nn.Module, stage: PlanStage, batch: Any, first_instance: int, inputs: Mapping[str, Sequence[torch.Tensor]]
+    ) -> torch.Tensor:
+        """Runs one chunk on one sub-microbatch.
+
+        Args:
+            chunk: what :meth:`build_chunk` gave, perhaps inside Megatron's wrappers.
+            batch: of the stage's microbatch, from :meth:`bind`.
+            first_instance: of the module within the microbatch; the stage has ``stage.instances``.
+            inputs: producing module -> its payloads in the order of their sub-microbatches; a chunk behind the first has one payload
+                of its own module.
+
+        Returns:
+            The payload for every consumer; for a stage without consumers what the loss function takes.
+        """
+        ...

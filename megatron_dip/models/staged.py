@@ -1,0 +1,96 @@
+"""One rank's chunks of a described model, as the executor runs them (:class:`megatron_dip.runtime.interface.StagedModel`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from megatron_dip.models.description import ModelDescription
+from megatron_dip.runtime.interface import ChunkKey, ForwardOutput, PayloadSpec
+from megatron_dip.spec.plan import Plan, PlanStage
+
+
+class ModelCall(Protocol):
+    """One captured call of the model by the user's forward_step."""
+
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]: ...
+
+
+class DescribedStagedModel:
+    """Runs the chunks of one rank by their description. Not for use from several threads."""
+
+    def __init__(self, description: ModelDescription, chunks: Mapping[ChunkKey, torch.nn.Module]) -> None:
+        """Args:
+        chunks: this rank's chunks, perhaps inside DDP, in the order of the list that Megatron gets.
+        """
+        self.description = description
+        self.chunks = dict(chunks)
+        self.chunk_keys: tuple[ChunkKey, ...] = tuple(chunks)
+        self._blocks = {
+            key: [module for module in chunk.modules() if isinstance(module, TransformerBlock)] for key, chunk in self.chunks.items()
+        }
+        self._stages: list[PlanStage] = []
+        self._batches: list[Any] = []
+        self._first_instance: dict[tuple[str, int, int], int] = {}
+
+    def begin_iteration(self, plan: Plan, microbatches: Sequence[ModelCall], *, forward_only: bool) -> None:
+        """Binds the calls; raises InputError where a microbatch does not hold the instances that the plan was made for."""
+        self._stages = plan.stages
+        self._batches = [self.description.bind(call.args, call.kwargs) for call in microbatches]
+        counts: dict[tuple[str, int], dict[int, int]] = {}
+        for stage in plan.stages:
+            if stage.kind == "fw":
+                counts.setdefault((stage.module, stage.microbatch), {})[stage.sub_microbatch] = stage.instances
+        self._first_instance = {}
+        for (module, microbatch), parts in counts.items():
+            first = 0
+            for part in sorted(parts):
+                self._first_instance[module, microbatch, part] = first
+                first += parts[part]
+        for index, batch in enumerate(self._batches):
+            for module, found in self.description.num_instances(batch).items():
+                planned = sum(counts.get((module, index), {}).values())
+                assert planned == found, f"microbatch {index}: the plan has {planned} instances of {module}, forward_step gave {found}"
+
+    def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
+        return self.description.boundary(producer, consumer)
+
+    def forward(self, stage: PlanStage, inputs: Mapping[int, torch.Tensor], consumers: Sequence[PlanStage]) -> ForwardOutput:
+        producers = sorted((self._stages[producer] for producer in inputs), key=lambda producer: producer.sub_microbatch)
+        by_module: dict[str, list[torch.Tensor]] = {}
+        for producer in producers:
+            by_module.setdefault(producer.module, []).append(inputs[producer.id])
+        key = (stage.module, stage.vp_stage)
+        for block in self._blocks[key]:
+            set_strategies(block, stage.strategy)
+        first = self._first_instance[stage.module, stage.microbatch, stage.sub_microbatch]
+        output = self.description.run_chunk(self.chunks[key], stage, self._batches[stage.microbatch], first, by_module)
+        if not consumers:
+            return ForwardOutput(payloads={}, result=output)
+        return ForwardOutput(payloads={consumer.id: output for consumer in consumers})
+
+    def end_iteration(self) -> None:
+        self._stages, self._batches, self._first_instance = [], [], {}
+
+
+def set_strategies(block: TransformerBlock, strategies: Sequence[str]) -> None:
+    """Sets which layers of a chunk recompute in the forward that follows: ``none``, ``selective`` (core attention) or ``full``.
+
+    Layers of a chunk are alike, so only the counts matter: Megatron's ``block`` method recomputes the first ones in full.
+    """
+    unknown = set(strategies) - {"none", "selective", "full"}
+    assert not unknown, f"memory strategies {sorted(unknown)} are not known to the models"
+    num_full, num_selective = strategies.count("full"), strategies.count("selective")
+    config: Any = block.config
+    config.recompute_granularity = "full" if num_full else None
+    config.recompute_method = "block" if num_full else None
+    config.recompute_num_layers = num_full if num_full else None
+    for index, layer in enumerate(block.layers):
+        layer.self_attention.checkpoint_core_attention = num_full <= index < num_full + num_selective
