@@ -12,7 +12,8 @@ Letters: N images of a microbatch, S tokens of its packed sequence, D documents 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ LONGEST_TEXT = 10
 HELD_OUT_SEED = 20250414
 MANY_IMAGES = 6
 """Most images of one document."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    tokens: list[int]
+    answers: list[int]
+    """Places in ``tokens`` of the words that are trained on: those which what stands before them determines."""
 
 
 class DataOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -110,7 +118,7 @@ class Dataset:
 
     def _microbatch(self, random: np.random.Generator, num_images: int) -> dict[str, torch.Tensor]:
         scans = random.choice(self.training_scans, size=num_images)
-        documents: list[list[int]] = []
+        documents: list[Document] = []
         image_order: list[NDArray[np.int64]] = []
         used = 0
         while used < num_images:
@@ -119,44 +127,50 @@ class Dataset:
             documents.append(self._caption(int(chosen[0])) if count == 1 else self._many([int(scan) for scan in chosen]))
             image_order.append(chosen)
             used += count
-        left = self.model.sequence_length - sum(map(len, documents))
-        texts: list[list[int]] = []
+        left = self.model.sequence_length - sum(len(document.tokens) for document in documents)
+        texts: list[Document] = []
         while left >= LONGEST_TEXT:
             texts.append(_text(random))
-            left -= len(texts[-1])
+            left -= len(texts[-1].tokens)
         # Text documents go between the image documents; the images keep the order of their documents.
         for text in texts:
             documents.insert(int(random.integers(len(documents) + 1)), text)
         images = self.images[np.concatenate(image_order)] if image_order else self.images[:0]
         return self._pack(documents, _shift(images, random, self.options.max_shift))
 
-    def _caption(self, scan: int) -> list[int]:
-        words = [TOKEN["it"], TOKEN["is"], TOKEN[self.answers[scan]], TOKEN["<end>"]]
-        return [TOKEN["<document>"], *[TOKEN["<image>"]] * self.model.image.tokens, *words]
+    def _caption(self, scan: int) -> Document:
+        image = [TOKEN["<image>"]] * self.model.image.tokens
+        tokens = [TOKEN["<document>"], *image, TOKEN["it"], TOKEN["is"], TOKEN[self.answers[scan]], TOKEN["<end>"]]
+        return Document(tokens, [len(tokens) - 2])
 
-    def _many(self, scans: list[int]) -> list[int]:
+    def _many(self, scans: Sequence[int]) -> Document:
         tokens = [TOKEN["<document>"]]
+        answers = []
         for scan in scans:
-            tokens += [*[TOKEN["<image>"]] * self.model.image.tokens, TOKEN[self.answers[scan]], TOKEN[","]]
-        return [*tokens[:-1], TOKEN["<end>"]]
+            tokens += [TOKEN["<image>"]] * self.model.image.tokens
+            answers.append(len(tokens))
+            tokens += [TOKEN[self.answers[scan]], TOKEN[","]]
+        return Document([*tokens[:-1], TOKEN["<end>"]], answers)
 
-    def _pack(self, documents: list[list[int]], images: NDArray[np.float32]) -> dict[str, torch.Tensor]:
+    def _pack(self, documents: Sequence[Document], images: NDArray[np.float32]) -> dict[str, torch.Tensor]:
         """One packed sequence; the padding is a document of its own that carries no loss."""
-        length = self.model.sequence_length
-        padded = [*documents, [TOKEN["<pad>"]] * (length - sum(map(len, documents)))] if sum(map(len, documents)) < length else documents
-        lengths = [len(document) for document in padded]
-        tokens = np.concatenate([np.asarray(document, np.int64) for document in padded])
+        padding = self.model.sequence_length - sum(len(document.tokens) for document in documents)
+        if padding:
+            documents = [*documents, Document([TOKEN["<pad>"]] * padding, [])]
+        lengths = [len(document.tokens) for document in documents]
+        tokens = np.concatenate([np.asarray(document.tokens, np.int64) for document in documents])
         bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        mask = np.zeros(len(tokens), np.float32)
+        for start, document in zip(bounds, documents, strict=False):
+            mask[[start + answer - 1 for answer in document.answers]] = 1.0
         labels = np.roll(tokens, -1)
         labels[bounds[1:] - 1] = TOKEN["<pad>"]
-        # Trained on: every word but the images' own tokens.
-        mask = (labels != TOKEN["<image>"]) & (labels != TOKEN["<pad>"])
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
         return {
             "images": torch.from_numpy(np.ascontiguousarray(images[:, None])),
             "tokens": torch.from_numpy(tokens[None]),
             "labels": torch.from_numpy(labels[None]),
-            "loss_mask": torch.from_numpy(mask[None].astype(np.float32)),
+            "loss_mask": torch.from_numpy(mask[None]),
             "position_ids": torch.from_numpy(positions[None]),
             "cu_lengths": torch.from_numpy(bounds),
         }
@@ -211,21 +225,23 @@ def _shift(images: NDArray[np.float32], random: np.random.Generator, most: int) 
     return np.stack([p[y : y + size, x : x + size] for p, (y, x) in zip(padded, offsets, strict=True)]) if len(images) else images
 
 
-def _text(random: np.random.Generator) -> list[int]:
-    """A text document of at most LONGEST_TEXT tokens, of which a reader can know the end from the beginning."""
+def _text(random: np.random.Generator) -> Document:
+    """A text document of at most LONGEST_TEXT tokens."""
     kind = int(random.integers(3))
     if kind == 0:
         first = int(random.integers(10))
         second = int(random.integers(10 - first))
-        words = [DIGITS[first], "plus", DIGITS[second], "is", DIGITS[first + second]]
+        question, answers = [DIGITS[first], "plus", DIGITS[second], "is"], [DIGITS[first + second]]
     elif kind == 1:
         first = int(random.integers(9))
         up = bool(random.integers(2))
-        words = [DIGITS[first if up else first + 1], "comes", "before" if up else "after", DIGITS[first + 1 if up else first]]
+        question = [DIGITS[first if up else first + 1], "comes", "before" if up else "after"]
+        answers = [DIGITS[first + 1 if up else first]]
     else:
         first = int(random.integers(6))
-        words = ["count", "from", DIGITS[first], ":", *DIGITS[first + 1 : first + 5]]
-    return [TOKEN["<document>"], *(TOKEN[word] for word in words), TOKEN["<end>"]]
+        question, answers = ["count", "from", DIGITS[first], ":"], list(DIGITS[first + 1 : first + 5])
+    tokens = [TOKEN["<document>"], *(TOKEN[word] for word in (*question, *answers)), TOKEN["<end>"]]
+    return Document(tokens, list(range(1 + len(question), len(tokens) - 1)))
 
 
 def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -250,15 +266,15 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -
     return output, partial(loss_func, item["loss_mask"])
 
 
-def score_func(labels: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def score_func(labels: torch.Tensor, loss_mask: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Counts the digits that are read right: the word with the largest logit where the answer stands.
 
     Args:
-        labels: [1, S]
+        labels, loss_mask: [1, S]
         logits: [1, S, V / TP], of this rank's part of the vocabulary
     """
     logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
-    asked = (labels >= TOKEN["zero"]) & (labels <= TOKEN["nine"])
+    asked = loss_mask > 0
     right = (logits.argmax(dim=-1) == labels) & asked
     counts = torch.stack([right.sum().float(), asked.sum().float()])
     return logits.sum() * 0, asked.sum().to(torch.int32), {"answers": counts}
@@ -270,4 +286,4 @@ def evaluation_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any
     logits = model(
         images=item["images"], tokens=item["tokens"], position_ids=item["position_ids"], cu_lengths=item["cu_lengths"], labels=None
     )
-    return logits, partial(score_func, item["labels"])
+    return logits, partial(score_func, item["labels"], item["loss_mask"])

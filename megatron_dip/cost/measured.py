@@ -1,0 +1,121 @@
+"""A profile out of stage times measured while training, every rank busy: the loop from execution back to planning.
+
+What comes in: how long stages of known chunks and batch shapes took. What goes out: a :class:`~megatron_dip.spec.profile.Profile`
+whose costs give these stages' median times back. A chunk of n layers takes n times the layer's time, plus the module's ``first`` and
+``last`` parts where it holds them; the parts' times are the non-negative least-squares solution, the smallest one where chunks do
+not tell the parts apart (predictions for the measured chunks are the same for each solution).
+
+Not modelled: ranks of unequal speed (their times are averaged), memory (activation bytes are those given).
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dip.spec.plan import StageKind
+from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSample:
+    """One measured stage."""
+
+    module: str
+    kind: StageKind
+    num_layers: int
+    has_first: bool
+    has_last: bool
+    instances: int
+    tokens: int
+    """Of all instances together."""
+    split: bool
+    """Of a backward: its weight gradients are a stage of their own."""
+    duration_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartBytes:
+    """Sizes that are known beforehand, for one token."""
+
+    activation: float
+    """A layer's activations from forward to backward."""
+    boundary: float
+    """Message from one chunk to the next."""
+    output: float
+    """Message behind the module's last chunk."""
+
+
+_PARTS = ("layer", "first", "last")
+
+
+def fit_profile(
+    samples: Iterable[StageSample], num_layers: Mapping[str, int], bytes_per_token: Mapping[str, PartBytes], p2p: PointToPoint
+) -> Profile:
+    """Fits one profile point for each (module, instances, tokens) that was measured.
+
+    Args:
+        samples: at least a forward and a backward of every module.
+        num_layers: of each whole module.
+        bytes_per_token: module -> sizes.
+    """
+    times: dict[str, dict[tuple[int, int], dict[str, dict[tuple[int, bool, bool], list[int]]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    )
+    for sample in samples:
+        kind = "backward" if sample.kind == "bw" and not sample.split else sample.kind
+        chunk = (sample.num_layers, sample.has_first, sample.has_last)
+        times[sample.module][sample.instances, sample.tokens][kind][chunk].append(sample.duration_ns)
+    modules: dict[str, ModuleProfile] = {}
+    for module, shapes in times.items():
+        points: dict[str, list[ProfilePoint]] = {part: [] for part in _PARTS}
+        for (instances, tokens), kinds in sorted(shapes.items()):
+            if "fw" not in kinds:
+                continue
+            solved = {kind: _solve_parts(chunks) for kind, chunks in kinds.items()}
+            zero = np.zeros(len(_PARTS))
+            whole = solved.get("backward", zero)
+            inputs = solved.get("bw", whole / 2)
+            weights = solved.get("w", whole / 2)
+            sizes = bytes_per_token[module]
+            for index, part in enumerate(_PARTS):
+                points[part].append(
+                    ProfilePoint(
+                        instances=instances, tokens=tokens, forward_ns=float(solved["fw"][index]),
+                        backward_input_ns=float(inputs[index]), backward_weight_ns=float(weights[index]),
+                        activation_bytes=sizes.activation * tokens if part == "layer" else 0.0,
+                        boundary_bytes={"layer": sizes.boundary, "first": 0.0, "last": sizes.output}[part] * tokens,
+                    )
+                )
+        modules[module] = ModuleProfile(
+            num_layers=num_layers[module], layer=ProfileGrid(points=points["layer"]),
+            first=ProfileGrid(points=points["first"]), last=ProfileGrid(points=points["last"]),
+        )
+    return Profile(format="megatron-dip/profile/1", modules=modules, p2p=p2p)
+
+
+def _solve_parts(chunks: Mapping[tuple[int, bool, bool], list[int]]) -> NDArray[np.float64]:
+    """[layer, first, last] times in ns out of the chunks' median times.
+
+    Three unknowns: every choice of which are zero is tried, and of those without a negative value the one with the least error (then
+    with the most parts, whose norm is the smallest) is taken.
+    """
+    rows = np.array([[count, first, last] for count, first, last in chunks], dtype=np.float64)
+    medians = np.array([statistics.median(values) for values in chunks.values()], dtype=np.float64)
+    best, best_error = np.zeros(len(_PARTS)), np.inf
+    for size in range(len(_PARTS), 0, -1):
+        for chosen in itertools.combinations(range(len(_PARTS)), size):
+            columns = rows[:, chosen]
+            solution = np.linalg.lstsq(columns, medians, rcond=None)[0]
+            error = float(np.square(columns @ solution - medians).sum())
+            if (solution >= 0).all() and error < best_error * (1 - 1e-9) - 1e-6:
+                best = np.zeros(len(_PARTS))
+                best[list(chosen)] = solution
+                best_error = error
+    return best
