@@ -85,7 +85,7 @@ class ModuleCut:
         Megatron-Core takes a module for whole, whatever its layout says, when the size is 1.
         """
         if self.num_ranks * self.num_chunks == 1:
-            return replace(config, pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None, **changes)
+            return replace(config, **changes) if changes else config
         flat: list[list[LayerType]] = []
         for vp_stage, row in enumerate(self.rows):
             for rank, layers in enumerate(row):

@@ -304,8 +304,8 @@ class VlmStage(MegatronModule):
             next stage's :meth:`set_input_tensor` takes.
         """
         hidden, self.input_tensor = self.input_tensor, None
-        if self.vision_model is not None and self.has_images(images, hidden):
-            hidden = self._encode(images, hidden)
+        if self.vision_model is not None:
+            hidden = self._encode(images, hidden) if self.has_images(images, hidden) else self.pass_by(hidden)
         if self.language_model is None:
             assert hidden is not None
             return hidden
@@ -316,6 +316,10 @@ class VlmStage(MegatronModule):
         """Whether the ViT's layers have work: without an image there is nothing to encode."""
         assert self.vision_model is not None
         return len(images) > 0 if self.vision_model.pre_process and images is not None else hidden is not None
+
+    def pass_by(self, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """What goes on where there is no image."""
+        return None
 
     def _encode(self, images: torch.Tensor | None, hidden: torch.Tensor | None) -> torch.Tensor:
         assert self.vision_model is not None

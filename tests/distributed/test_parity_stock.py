@@ -1,0 +1,65 @@
+"""Stock Megatron's schedules over the same model give the losses and gradients of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dip.spec.workload import Parallel
+from tests.distributed.launcher import launch
+from tests.distributed.tiny_vlm import Case, Result, forward_step, losses_of, merge_ranks, run_case, run_reference, worst_difference
+
+pytestmark = pytest.mark.distributed
+
+
+def build(case: Case, config: Any) -> Any:
+    from megatron_dip.hooks.stock import ChainCost, build_stock_model
+
+    times = {"vit": ChainCost(layer=1.0, first=0.5), "lm": ChainCost(layer=2.0, last=3.0)}
+    return build_stock_model(config, case.option("layout"), virtual=case.option("virtual", 1), layer_times=times)
+
+
+def forward_backward(case: Case, model: Any, items: Sequence[dict[str, torch.Tensor]], replica: int) -> list[dict[str, Any]]:
+    from megatron_dip.hooks.stock import stock_forward_backward
+
+    virtual = case.option("virtual", 1)
+    iterators: Any = [iter(items) for _ in range(virtual)]
+    chunks: Any = model.chunks
+    return stock_forward_backward(virtual=virtual)(
+        forward_step_func=forward_step, data_iterator=iterators if virtual > 1 else iterators[0], model=chunks,
+        num_microbatches=len(items), seq_length=48, micro_batch_size=1, decoder_seq_length=48, forward_only=False,
+    )
+
+
+def run_stock(rank: int, num_ranks: int, cases: Sequence[Case]) -> list[Result]:
+    return [run_case(case, build, forward_backward) for case in cases]
+
+
+def stock(layout: str, virtual: int = 1, **changes: Any) -> Case:
+    return Case(options=(("layout", layout), ("virtual", virtual)), **changes)
+
+
+TWO = Parallel(pipeline=2)
+CASES = [
+    stock("scripts", parallel=TWO),
+    stock("scripts", parallel=TWO, tied=True),
+    stock("scripts", parallel=TWO, per_token=True),
+    stock("parameters", parallel=TWO),
+    stock("parameters", virtual=2, parallel=TWO),
+    stock("parameters", virtual=4, parallel=TWO, trainable=(False, True)),
+    stock("measured", parallel=TWO),
+    stock("measured", virtual=2, parallel=TWO, trainable=(True, False)),
+]
+
+
+def test_stock_layouts_on_two_ranks() -> None:
+    expected = launch(run_reference, 1, CASES)[0]
+    by_rank = launch(run_stock, 2, CASES)
+    for index, case in enumerate(CASES):
+        results = [results[index] for results in by_rank]
+        np.testing.assert_allclose(losses_of(results), losses_of([expected[index]]), rtol=1e-6, err_msg=str(case))
+        assert worst_difference(merge_ranks(results, "gradients"), merge_ranks([expected[index]], "gradients")) <= 1e-6, case
