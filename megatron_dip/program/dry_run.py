@@ -15,7 +15,8 @@ import numba
 import numpy as np
 
 from megatron_dip.program.program import IRECV, ISEND, NONE, OP_NAMES, WAIT_RECV, WAIT_SEND, Program, ProgramError
-from megatron_dip.program.text import format_action, format_grid
+from megatron_dip.program.text import format_grid
+from megatron_dip.spec.action_text import format_action
 
 _PROBLEMS = {
     1: "a stage stands on a rank that is not its own, under another kind, or twice",

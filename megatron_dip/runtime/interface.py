@@ -74,6 +74,20 @@ class LossFunction(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class StageLinks:
+    """A forward stage and everything the plan hangs on it."""
+
+    forward: PlanStage
+    backward: PlanStage | None
+    """None: the plan has no backward for it (evaluation, frozen modules), so no graph need be kept."""
+    weight: PlanStage | None
+    consumers: tuple[PlanStage, ...]
+    """Forward stages that take its output; none = it ends in the loss."""
+    grad_inputs: tuple[int, ...]
+    """Producers (forward stage ids) to whom its backward sends a gradient."""
+
+
 class Compute(Protocol):
     """What a compute action does. Tensors that come in are the executor's to give; those that go out may be sent or handed over as
     they are: detached, contiguous, of the shape that :meth:`payload` says."""
@@ -82,31 +96,22 @@ class Compute(Protocol):
         """Spec of the message between two *forward* stages (and of the gradient that comes back)."""
         ...
 
-    def forward(
-        self, stage: PlanStage, inputs: dict[int, torch.Tensor], grad_inputs: Sequence[int], consumers: Sequence[PlanStage]
-    ) -> dict[int, torch.Tensor]:
-        """Runs a forward stage.
+    def forward(self, links: StageLinks, inputs: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Runs a forward stage: producer stage id -> payload in, consumer stage id -> payload out."""
+        ...
 
-        Args:
-            inputs: producer stage id -> payload.
-            grad_inputs: those producers to whom the plan sends a gradient back.
-            consumers: forward stages that take the output.
-        Returns: consumer stage id -> payload.
+    def backward(self, links: StageLinks, grads: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Runs the backward of a stage, or its input part where the plan splits it.
+
+        Consumer *forward* stage id -> gradient of that payload in (empty on a stage that ends in the loss), producer *forward* stage
+        id -> gradient of its payload out (zeros where nothing flowed).
         """
         ...
 
-    def backward(
-        self, stage: PlanStage, forward: PlanStage, grads: dict[int, torch.Tensor], grad_inputs: Sequence[int]
-    ) -> dict[int, torch.Tensor]:
-        """Runs the backward of ``forward`` (its input part where the plan splits it).
-
-        Args:
-            grads: consumer *forward* stage id -> gradient of that payload; empty on a stage that ends in the loss.
-            grad_inputs: producers that are owed a gradient.
-        Returns: producer *forward* stage id -> gradient of its payload (zeros where nothing flowed).
-        """
-        ...
-
-    def weight(self, stage: PlanStage, forward: PlanStage) -> None:
+    def weight(self, links: StageLinks) -> None:
         """Runs the weight part of a split backward."""
+        ...
+
+    def assert_empty(self) -> None:
+        """Called at the end of an iteration: nothing may be kept for a backward that has not run."""
         ...

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dip.program.lower import lower
-from megatron_dip.program.text import format_action, format_grid, format_program, parse_action, parse_program
+from megatron_dip.program.text import format_grid, format_program, parse_program
+from megatron_dip.spec.action_text import format_action, parse_action
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Action
 from tests.program.graphs import build_graph, random_order

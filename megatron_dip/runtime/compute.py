@@ -1,0 +1,104 @@
+"""What compute actions do: run a staged model under autograd, or sleep for the planned time.
+
+:class:`AutogradCompute` owns autograd's books: what arrives becomes a leaf (that requires a gradient where the plan sends one back),
+what a stage makes is kept attached until its backward and handed on detached, and the leaves' gradients are the messages back. A stage
+without a backward in the plan runs without a graph. Where nothing that requires a gradient is behind a payload (a batch without images,
+frozen modules) the backward is skipped and zeros go back, as Megatron does.
+
+Split backward: the input part runs the graph down to the leaves and to the weights' inputs ... see :mod:`megatron_dip.runtime.split`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from megatron_dip.runtime.interface import LossFunction, PayloadSpec, StagedModel, StageLinks
+from megatron_dip.spec.plan import PlanStage
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What a stage's forward leaves for its backward."""
+
+    inputs: Mapping[int, torch.Tensor]
+    payloads: Mapping[int, torch.Tensor]
+    loss: torch.Tensor | None
+
+
+class AutogradCompute:
+    def __init__(self, model: StagedModel, loss_function: LossFunction) -> None:
+        self._model = model
+        self._loss_function = loss_function
+        self._kept: dict[int, _Kept] = {}
+
+    def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
+        return self._model.payload(producer, consumer)
+
+    def forward(self, links: StageLinks, inputs: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        for producer in links.grad_inputs:
+            inputs[producer].requires_grad_()
+        with torch.set_grad_enabled(links.backward is not None):
+            output = self._model.forward(links.forward, inputs, links.consumers)
+            loss = None if links.consumers else self._loss_function(links.forward, output.result)
+        if links.backward is not None:
+            grad_inputs = {producer: inputs[producer] for producer in links.grad_inputs}
+            self._kept[links.forward.id] = _Kept(grad_inputs, output.payloads, loss)
+        return {consumer: payload.detach().contiguous() for consumer, payload in output.payloads.items()}
+
+    def backward(self, links: StageLinks, grads: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        kept = self._kept.pop(links.forward.id)
+        roots: list[torch.Tensor] = []
+        root_grads: list[torch.Tensor | None] = []
+        for consumer, grad in grads.items():
+            if kept.payloads[consumer].requires_grad:
+                roots.append(kept.payloads[consumer])
+                root_grads.append(grad)
+        if kept.loss is not None and kept.loss.requires_grad:
+            roots.append(kept.loss)
+            root_grads.append(None)
+        if roots:
+            torch.autograd.backward(roots, root_grads)
+        return {
+            producer: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.contiguous() for producer, leaf in kept.inputs.items()
+        }
+
+    def weight(self, links: StageLinks) -> None:
+        raise NotImplementedError
+
+    def assert_empty(self) -> None:
+        assert not self._kept, f"stages {sorted(self._kept)} ran forward but not backward"
+
+
+class SleepCompute:
+    """Stages that sleep for their planned time and exchange messages of a few bytes (or of ``payload_elements`` floats)."""
+
+    def __init__(self, *, payload_elements: int = 16, time_scale: float = 1.0) -> None:
+        self._spec = PayloadSpec((payload_elements,), torch.float32)
+        self._tensor = torch.zeros(payload_elements)
+        self._time_scale = time_scale
+
+    def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
+        return self._spec
+
+    def _sleep(self, stage: PlanStage) -> None:
+        time.sleep(stage.duration * self._time_scale / 1e9)
+
+    def forward(self, links: StageLinks, inputs: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        self._sleep(links.forward)
+        return {consumer.id: self._tensor for consumer in links.consumers}
+
+    def backward(self, links: StageLinks, grads: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        assert links.backward is not None
+        self._sleep(links.backward)
+        return dict.fromkeys(links.grad_inputs, self._tensor)
+
+    def weight(self, links: StageLinks) -> None:
+        assert links.weight is not None
+        self._sleep(links.weight)
+
+    def assert_empty(self) -> None:
+        pass
