@@ -57,11 +57,11 @@ def instance_cost(module: str, length: int, size: int, costs: CostModel) -> floa
     return (cost.forward_ns + cost.backward_input_ns + cost.backward_weight_ns) / size
 
 
-def equal_parts(weights: NDArray[np.float64], num_parts: int) -> NDArray[np.int64]:
-    """Bounds [num_parts + 1] of the contiguous, non-empty parts of ``weights`` [N] whose squared sums add up to the least.
+def equal_parts(weights: NDArray[np.float64], num_parts: int, power: float = 2.0) -> NDArray[np.int64]:
+    """Bounds [num_parts + 1] of the contiguous, non-empty parts of ``weights`` [N] whose sums, raised to ``power``, add up to the least.
 
     Part p is ``weights[bounds[p] : bounds[p + 1]]``. The least sum of squares is the most even cut: with equal weights part sizes
-    differ by at most one, larger parts first.
+    differ by at most one, larger parts first. A high power makes the largest part as small as can be.
     """
     count = len(weights)
     assert 1 <= num_parts <= count, (num_parts, count)
@@ -71,12 +71,14 @@ def equal_parts(weights: NDArray[np.float64], num_parts: int) -> NDArray[np.int6
         sizes[:extra] += 1
         return np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(sizes)))
     bounds = np.empty(num_parts + 1, dtype=np.int64)
-    _least_squares_cut(np.ascontiguousarray(weights, dtype=np.float64), num_parts, bounds)
+    # Scaled so that high powers neither overflow nor vanish: an even part weighs 1.
+    scaled = np.ascontiguousarray(weights, dtype=np.float64) * (num_parts / weights.sum())
+    _least_power_cut(scaled, num_parts, power, bounds)
     return bounds
 
 
 @numba.njit(nogil=True, cache=True)
-def _least_squares_cut(weights, num_parts, bounds):  # type: ignore[no-untyped-def]
+def _least_power_cut(weights, num_parts, power, bounds):  # type: ignore[no-untyped-def]
     """Dynamic programme over (parts used, instances used): O(num_parts * N^2). Writes ``bounds`` [num_parts + 1]."""
     count = len(weights)
     prefix = np.zeros(count + 1)
@@ -89,7 +91,7 @@ def _least_squares_cut(weights, num_parts, bounds):  # type: ignore[no-untyped-d
         for end in range(part, count - (num_parts - part) + 1):
             for start in range(part - 1, end):
                 total = prefix[end] - prefix[start]
-                value = best[part - 1, start] + total * total
+                value = best[part - 1, start] + total**power
                 # "<=" prefers the later start: larger parts come first, as in the cut by count.
                 if value <= best[part, end]:
                     best[part, end] = value

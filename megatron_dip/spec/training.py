@@ -12,6 +12,8 @@ import msgspec
 
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.workload import Parallel
 
 EXAMPLE_FORMAT = "megatron-dip/example/1"
 
@@ -112,3 +114,120 @@ class ExampleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
                 raise InputError(field, getattr(self, field), "must be at least 1", "give a positive whole number")
         if self.model.sequence_length < 2:
             raise InputError("model.sequence_length", self.model.sequence_length, "must be at least 2", "give the packed length")
+
+
+StockLayout = Literal["scripts", "parameters", "measured"]
+"""Where the layers lie under Megatron's own schedules: whole encoder on the first rank, as its scripts do; both modules in one chain
+cut by parameters; the same chain cut by measured time."""
+
+
+class SchedulePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Which pipeline schedule runs, and how the model is cut for it."""
+
+    name: Literal["dip", "1f1b", "interleaved"]
+    layout: StockLayout = "scripts"
+    """Of ``1f1b`` and ``interleaved``."""
+    virtual: int = 1
+    """Chunks a rank under ``interleaved``."""
+    partition: Partition | None = None
+    """Of ``dip``; absent = even layers by the example's ``virtual_pipeline``."""
+    plan_s: float = 0.1
+    """Seconds of search for each plan of ``dip``."""
+
+    @property
+    def label(self) -> str:
+        if self.name == "dip":
+            return "DIP"
+        where = {"scripts": "ViT on rank 0", "parameters": "split by parameters", "measured": "split by measured time"}[self.layout]
+        how = "1F1B" if self.name == "1f1b" else f"interleaved x{self.virtual}"
+        return f"Megatron {how}, {where}"
+
+
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One training run of an example, the command line and config.json joined."""
+
+    schedule: SchedulePlan
+    parallel: Parallel
+    device: str
+    seed: int
+    iterations: int
+    num_microbatches: int
+    data: dict[str, Any]
+    timeout_s: float = 600.0
+    """A rank that waits longer for another one gives up."""
+    distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    log_interval: int = 10
+    evaluate_interval: int = 0
+    """Iterations between scorings of the held-out data; 0 = at the end alone."""
+    save: str | None = None
+    """Folder of checkpoints to write."""
+    save_interval: int = 0
+    """Iterations between checkpoints; 0 = at the end alone."""
+    load: str | None = None
+    record: str | None = None
+    """File for the run's figures."""
+    timelines: str | None = None
+    """Folder for the last iteration's plan and timelines."""
+
+    def validate(self) -> None:
+        for field in ("tensor", "pipeline", "data"):
+            if getattr(self.parallel, field) < 1:
+                raise InputError(f"--{field}", getattr(self.parallel, field), "must be at least 1", "give a positive whole number")
+        if self.num_microbatches % self.parallel.data:
+            raise InputError(
+                "--num-microbatches", self.num_microbatches, f"cannot be dealt out to {self.parallel.data} replicas",
+                f"use a multiple of {self.parallel.data}",
+            )
+        for field, least in (("iterations", 1), ("num_microbatches", 1), ("log_interval", 1), ("evaluate_interval", 0), ("save_interval", 0)):
+            if getattr(self, field) < least:
+                raise InputError("--" + field.replace("_", "-"), getattr(self, field), f"must be at least {least}", f"give {least} or more")
+        if not self.timeout_s > 0:
+            raise InputError("--timeout", self.timeout_s, "not a positive number of seconds", "give for example 600")
+        if not 0 <= self.schedule.plan_s <= 60:
+            raise InputError("--plan-time", self.schedule.plan_s, "outside [0, 60] seconds", "give for example 0.1")
+        replica = self.num_microbatches // self.parallel.data
+        if self.schedule.name == "interleaved":
+            if self.parallel.pipeline < 2:
+                raise InputError("--pipeline", self.parallel.pipeline, "Megatron interleaves only over several ranks", "use --pipeline 2")
+            if replica % self.parallel.pipeline:
+                raise InputError(
+                    "--num-microbatches", self.num_microbatches,
+                    f"{replica} of a replica are no multiple of {self.parallel.pipeline} pipeline ranks, which Megatron's interleaving asks for",
+                    f"use a multiple of {self.parallel.pipeline * self.parallel.data}",
+                )
+
+
+class IterationFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One training iteration as it was."""
+
+    iteration: int
+    loss: float
+    grad_norm: float
+    seconds: float
+    """Whole iteration: data, forward and backward, optimizer."""
+    pipeline_seconds: float
+    """Forward and backward alone."""
+    planned_ns: int | None = None
+    """Makespan of the plan that ran."""
+    planning_ns: int | None = None
+
+
+class EvaluationFigures(msgspec.Struct, frozen=True, kw_only=True):
+    iteration: int
+    training_seconds: float
+    """Trained until then, without evaluations."""
+    right: int
+    asked: int
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run did, for tables and pictures."""
+
+    format: Literal["megatron-dip/run/1"] = "megatron-dip/run/1"
+    schedule: str
+    settings: RunSettings
+    iterations: list[IterationFigures]
+    evaluations: list[EvaluationFigures]
+    late_plans: int = 0
+    """Iterations that ran under a quick plan because the searched one was not ready."""

@@ -15,7 +15,7 @@ from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.profile import Profile
 
-WORKLOAD_FORMAT = "megatron-dip/workload/1"
+WORKLOAD_FORMAT: Literal["megatron-dip/workload/1"] = "megatron-dip/workload/1"
 
 ScheduleName = Literal["dip", "1f1b", "interleaved", "nnscaler", "optimus", "bigmac", "entrain", "three-phase", "fsdp2"]
 Microbatch = dict[str, list[int]]
