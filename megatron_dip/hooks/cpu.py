@@ -45,7 +45,7 @@ class CpuDeviceMode(TorchFunctionMode):
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
         result = func(*args, **kwargs)
-        if func is torch.Tensor.type and isinstance(result, str) and len(args) == 1:
+        if func is torch.Tensor.type and isinstance(result, str) and len(args) == 1 and ".cuda." not in result:
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
