@@ -24,9 +24,10 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-from numba.cpython.unsafe.numbers import trailing_zeros
+from numba.cpython.unsafe.numbers import trailing_zeros  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
+from megatron_dip.schedule.result import paths_ns
 from megatron_dip.spec.tasks import BACKWARD, FORWARD, WEIGHT, TaskGraph
 
 NEVER = np.int64(1) << 62
@@ -60,6 +61,10 @@ class KernelGraph(NamedTuple):
     group_unit: NDArray[np.int32]
     """[G]"""
     num_forward_groups: int
+    task_rank: NDArray[np.int32]
+    """[T]"""
+    task_segment: NDArray[np.int32]
+    """[T]"""
     segment_unit: NDArray[np.int32]
     """[S]"""
     unit_offset: NDArray[np.int32]
@@ -67,7 +72,7 @@ class KernelGraph(NamedTuple):
     unit_group: NDArray[np.int32]
     """forward groups of each unit"""
     unit_tasks: NDArray[np.int32]
-    """[U] segments (= tasks on each rank)"""
+    """[U * P] tasks of a unit on a rank"""
 
 
 class Costs(NamedTuple):
@@ -85,6 +90,8 @@ class Costs(NamedTuple):
     """[U * P] bytes that one of them takes for a moment on top"""
     worst: NDArray[np.int64]
     """[P] largest need + extra of a unit: what the limit has to fit"""
+    rest: NDArray[np.int64]
+    """[P] ns of a rank's own tasks and of the shortest way from its last task to the end"""
 
 
 class Workspace(NamedTuple):
@@ -93,25 +100,27 @@ class Workspace(NamedTuple):
     start: NDArray[np.int64]
     """[T] ns"""
     order: NDArray[np.int32]
-    """[P, S] task ids as executed"""
+    """[P * S] task ids as executed, rank by rank"""
     deps_left: NDArray[np.int32]
+    """[T]"""
     ready: NDArray[np.int64]
+    """[T]"""
     position: NDArray[np.int32]
     """[S]"""
     segment_at: NDArray[np.int32]
-    """[S] forward positions, then backward positions"""
+    """[S] by forward position, then by backward position"""
     group_base: NDArray[np.int32]
     """[G] first position of a group"""
     bits: NDArray[np.uint64]
-    """[2, P, words] available tasks by position"""
+    """[2 * P * words] available tasks by position; row 2 r has rank r's forwards, row 2 r + 1 its backwards"""
     summary: NDArray[np.uint64]
-    """[2, P, words of words]"""
+    """[2 * P * words of words] which words are not 0"""
     heap_time: NDArray[np.int64]
-    """[P, S]"""
+    """[P * S]"""
     heap_task: NDArray[np.int32]
-    """[P, S]"""
+    """[P * S]"""
     weights: NDArray[np.int32]
-    """[P, S] weight tasks in order of arrival"""
+    """[P * S] weight tasks in order of arrival"""
     unit_held: NDArray[np.int64]
     """[U * P]"""
     unit_need: NDArray[np.int64]
@@ -122,13 +131,12 @@ class Workspace(NamedTuple):
     """[U] units in order of admission"""
     admitted_at: NDArray[np.int32]
     """[U] place in ``admitted``, -1 = not yet"""
-    rank_state: NDArray[np.int64]
-    """[10, P] see the indices below"""
-    peak: NDArray[np.int64]
-    """[P] most memory held at once"""
+    ranks: NDArray[np.int64]
+    """[11, P] clocks and counters of each rank; the kernel names its rows"""
 
-
-_FREE, _NEXT, _HEAP, _AVAILABLE, _W_HEAD, _W_TAIL, _DONE, _LAST, _HELD, _OLDEST = range(10)
+    def orders(self) -> list[NDArray[np.int32]]:
+        """Copies of each rank's order."""
+        return list(self.order.reshape(self.ranks.shape[1], -1).copy())
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,13 +191,14 @@ def make_kernel_graph(graph: TaskGraph) -> KernelGraph:
         group_unit=group_unit.astype(np.int32), num_forward_groups=num_forward_groups, segment_unit=segment_unit.astype(np.int32),
         unit_offset=np.concatenate(([0], np.cumsum(np.bincount(group_unit[:num_forward_groups], minlength=len(units))))).astype(np.int32),
         unit_group=np.argsort(group_unit[:num_forward_groups], kind="stable").astype(np.int32),
-        unit_tasks=np.bincount(segment_unit, minlength=len(units)).astype(np.int32),
+        unit_tasks=np.repeat(np.bincount(segment_unit, minlength=len(units)), num_ranks).astype(np.int32),
+        task_rank=(np.arange(num_tasks) % num_ranks).astype(np.int32), task_segment=(np.arange(num_tasks) // num_ranks).astype(np.int32),
     )
 
 
 def make_costs(graph: TaskGraph, kernel: KernelGraph) -> Costs:
     """Durations and memory of a task graph with what the admission check needs of them."""
-    num_ranks, num_units = kernel.num_ranks, len(kernel.unit_tasks)
+    num_ranks, num_units = kernel.num_ranks, len(kernel.unit_offset) - 1
     forward = np.arange(kernel.num_forward * num_ranks)
     start, end = graph.mem_start_bytes[forward], graph.mem_end_bytes[forward]
     kept = np.maximum(start + end, 0)
@@ -198,36 +207,32 @@ def make_costs(graph: TaskGraph, kernel: KernelGraph) -> Costs:
     extra = np.zeros(num_units * num_ranks, dtype=np.int64)
     np.add.at(need, place, kept)
     np.maximum.at(extra, place, np.maximum(start, start + end) - kept)
+    _, tails = paths_ns(graph)
     return Costs(
         duration=np.ascontiguousarray(graph.duration_ns), mem_start=graph.mem_start_bytes, mem_end=graph.mem_end_bytes,
         need=need, extra=extra, worst=(need + extra).reshape(num_units, num_ranks).max(axis=0),
+        rest=(graph.duration_ns.reshape(-1, num_ranks).sum(axis=0) + tails.reshape(-1, num_ranks).min(axis=0)),
     )
 
 
 def make_workspace(kernel: KernelGraph) -> Workspace:
     num_ranks, num_segments = kernel.num_ranks, len(kernel.segment_unit)
-    num_units, num_groups = len(kernel.unit_tasks), len(kernel.group_unit)
+    num_tasks, num_units = num_ranks * num_segments, len(kernel.unit_offset) - 1
     words = max(kernel.num_forward, kernel.num_backward) // 64 + 1
+
+    def int64(size: int) -> NDArray[np.int64]:
+        return np.zeros(size, dtype=np.int64)
+
+    def int32(size: int) -> NDArray[np.int32]:
+        return np.zeros(size, dtype=np.int32)
+
     return Workspace(
-        start=np.zeros(num_segments * num_ranks, dtype=np.int64),
-        order=np.zeros((num_ranks, num_segments), dtype=np.int32),
-        deps_left=np.zeros(num_segments * num_ranks, dtype=np.int32),
-        ready=np.zeros(num_segments * num_ranks, dtype=np.int64),
-        position=np.zeros(num_segments, dtype=np.int32),
-        segment_at=np.zeros(num_segments, dtype=np.int32),
-        group_base=np.zeros(num_groups, dtype=np.int32),
-        bits=np.zeros((2, num_ranks, words), dtype=np.uint64),
-        summary=np.zeros((2, num_ranks, words // 64 + 1), dtype=np.uint64),
-        heap_time=np.zeros((num_ranks, num_segments), dtype=np.int64),
-        heap_task=np.zeros((num_ranks, num_segments), dtype=np.int32),
-        weights=np.zeros((num_ranks, num_segments), dtype=np.int32),
-        unit_held=np.zeros(num_units * num_ranks, dtype=np.int64),
-        unit_need=np.zeros(num_units * num_ranks, dtype=np.int64),
-        unit_left=np.zeros(num_units * num_ranks, dtype=np.int32),
-        admitted=np.zeros(num_units, dtype=np.int32),
-        admitted_at=np.zeros(num_units, dtype=np.int32),
-        rank_state=np.zeros((10, num_ranks), dtype=np.int64),
-        peak=np.zeros(num_ranks, dtype=np.int64),
+        start=int64(num_tasks), order=int32(num_tasks), deps_left=int32(num_tasks), ready=int64(num_tasks), position=int32(num_segments),
+        segment_at=int32(num_segments), group_base=int32(len(kernel.group_unit)), bits=np.zeros(2 * num_ranks * words, dtype=np.uint64),
+        summary=np.zeros(2 * num_ranks * (words // 64 + 1), dtype=np.uint64), heap_time=int64(num_tasks), heap_task=int32(num_tasks),
+        weights=int32(num_tasks), unit_held=int64(num_units * num_ranks), unit_need=int64(num_units * num_ranks),
+        unit_left=int32(num_units * num_ranks), admitted=int32(num_units), admitted_at=int32(num_units),
+        ranks=np.zeros((11, num_ranks), dtype=np.int64),
     )
 
 
@@ -236,6 +241,9 @@ def interleave(
     policy: Policy, workspace: Workspace,
 ) -> int:
     """Schedules once and returns the makespan in ns; times and orders are left in ``workspace``.
+
+    The orders' earliest times (:func:`megatron_dip.schedule.result.time_order`) may be sooner still: a weight stage that waited for a
+    gap starts as early as its place allows.
 
     Args:
         limit: [P] bytes that each rank may hold; at least ``costs.worst``, UNLIMITED for none.
@@ -246,295 +254,300 @@ def interleave(
     assert (np.sort(forward_order) == np.arange(kernel.num_forward_groups)).all(), forward_order
     assert (np.sort(backward_order) == np.arange(num_backward_groups)).all(), backward_order
     assert (limit >= costs.worst).all(), (limit, costs.worst)
-    return int(interleave_kernel(kernel, costs, limit, forward_order, backward_order, policy.array(), workspace))
+    return int(interleave_kernel(kernel, costs, limit, forward_order, backward_order, policy.array(), NEVER, workspace))
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
-def interleave_kernel(kernel, costs, limit, forward_order, backward_order, policy, work):  # type: ignore[no-untyped-def]
-    num_ranks = kernel.num_ranks
-    bounded = _reset(kernel, costs, limit, forward_order, backward_order, work)
-    state = work.rank_state
-    num_forward_tasks = kernel.num_forward * num_ranks
+@numba.njit(nogil=True, cache=True)
+def interleave_kernel(kernel, costs, limit, forward_order, backward_order, policy, cutoff, work):  # type: ignore[no-untyped-def]
+    """Returns the makespan, or NEVER as soon as it is sure to exceed ``cutoff``."""
+    # Locals throughout: each access through a tuple's field would count references.
+    num_ranks, num_forward, num_segments = kernel.num_ranks, kernel.num_forward, len(kernel.segment_unit)
+    num_forward_tasks = num_forward * num_ranks
     num_queue_tasks = num_forward_tasks + kernel.num_backward * num_ranks
-    num_admitted = 0
-    left = len(work.start)
+    succ_offset, succ_task, succ_lag, segment_unit = kernel.succ_offset, kernel.succ_task, kernel.succ_lag, kernel.segment_unit
+    task_rank, task_segment = kernel.task_rank, kernel.task_segment
+    duration, mem_start, mem_end, extra, worst = costs.duration, costs.mem_start, costs.mem_end, costs.extra, costs.worst
+    start, order, deps_left, ready = work.start, work.order, work.deps_left, work.ready
+    position, segment_at, bits, summary = work.position, work.segment_at, work.bits, work.summary
+    heap_time, heap_task, weights = work.heap_time, work.heap_task, work.weights
+    unit_held, unit_need, unit_left, admitted, admitted_at = (
+        work.unit_held, work.unit_need, work.unit_left, work.admitted, work.admitted_at,
+    )
+    free_at, act_at, heap_size, available, executed = work.ranks[0], work.ranks[1], work.ranks[2], work.ranks[3], work.ranks[4]
+    weight_head, weight_tail, last_queue = work.ranks[5], work.ranks[6], work.ranks[7]
+    held, oldest, idle_left = work.ranks[8], work.ranks[9], work.ranks[10]
+    words, high_words = len(bits) // (2 * num_ranks), len(summary) // (2 * num_ranks)
+    both, weight_fit = policy[0], policy[1]
+
+    _lay_out(kernel, forward_order, backward_order, position, segment_at, work.group_base)
+    deps_left[:] = kernel.num_deps
+    ready[:] = 0
+    bits[:] = 0
+    summary[:] = 0
+    work.ranks[:] = 0
+    last_queue[:] = 1
+    bounded = False
+    for rank in range(num_ranks):
+        bounded = bounded or limit[rank] < UNLIMITED
+        act_at[rank] = NEVER
+        idle_left[rank] = cutoff - costs.rest[rank]
+        if idle_left[rank] < 0:
+            return NEVER
+    if bounded:
+        unit_held[:] = 0
+        unit_need[:] = costs.need
+        unit_left[:] = kernel.unit_tasks
+        admitted_at[:] = -1
+    for task in range(num_forward_tasks):
+        if deps_left[task] == 0:
+            rank = task_rank[task]
+            _mark(bits, summary, 2 * rank, words, high_words, position[task_segment[task]])
+            available[rank] += 1
+            act_at[rank] = 0
+
+    num_admitted = np.int64(0)
     makespan = np.int64(0)
+    left = len(start)
     while left > 0:
-        rank, now = 0, state[_NEXT, 0]
+        rank, now = 0, act_at[0]
         for other in range(1, num_ranks):
-            if state[_NEXT, other] < now:
-                rank, now = other, state[_NEXT, other]
+            if act_at[other] < now:
+                rank, now = other, act_at[other]
         assert now < NEVER, "deadlock"
-        while state[_HEAP, rank] > 0 and work.heap_time[rank, 0] <= now:
-            _make_available(kernel, work, rank, _heap_pop(work, rank), num_forward_tasks)
+        base = rank * num_segments
+        while heap_size[rank] > 0 and heap_time[base] <= now:
+            task = heap_task[base]
+            heap_size[rank] -= 1
+            _heap_pop(heap_time, heap_task, base, heap_size[rank])
+            row = 2 * rank + (1 if task >= num_forward_tasks else 0)
+            _mark(bits, summary, row, words, high_words, position[task_segment[task]])
+            available[rank] += 1
 
-        backward = _first(work, 1, rank)
-        task = -1
+        # Which task: a forward, a backward or a weight stage.
+        backward = _first(bits, summary, 2 * rank + 1, words, high_words)
+        place = np.int64(-1)
         blocked = False
-        if backward < 0 or policy[0] == FORWARD_FIRST or (policy[0] == ALTERNATE and state[_LAST, rank] == BACKWARD):
-            task = _pick_forward(kernel, costs, work, rank, limit[rank], num_admitted, bounded)
-            blocked = task == -2
-        if task < 0 and backward >= 0:
-            task = (work.segment_at[kernel.num_forward + backward]) * num_ranks + rank
-        if task < 0 and state[_W_HEAD, rank] < state[_W_TAIL, rank]:
-            weight = work.weights[rank, state[_W_HEAD, rank]]
-            gap = NEVER if state[_HEAP, rank] == 0 else work.heap_time[rank, 0] - now
-            if blocked or gap >= NEVER // 2 or gap * 1000 >= policy[1] * costs.duration[weight]:
-                task = weight
-        if task < 0:
-            state[_NEXT, rank] = NEVER if state[_HEAP, rank] == 0 else work.heap_time[rank, 0]
-            continue
+        if backward < 0 or both == FORWARD_FIRST or (both == ALTERNATE and last_queue[rank] == 1):
+            place = _first(bits, summary, 2 * rank, words, high_words)
+            if bounded and place >= 0:
+                tests = 0
+                while place >= 0:
+                    segment = np.int64(segment_at[place])
+                    unit = segment_unit[segment]
+                    before = np.int64(admitted_at[unit]) if admitted_at[unit] >= 0 else num_admitted
+                    if _admissible(
+                        mem_start, mem_end, segment * num_ranks + rank, held[rank], limit[rank], worst[rank], oldest[rank], before,
+                        rank, num_ranks, admitted, unit_left, unit_need, unit_held, extra,
+                    ):
+                        break
+                    tests += 1
+                    if tests == MAX_TESTS:
+                        # The oldest unit always passes; look for its forwards alone.
+                        place = np.int64(-1)
+                        if oldest[rank] < num_admitted:
+                            place = _first_of_unit(kernel, bits, 2 * rank * words, work.group_base, admitted[oldest[rank]])
+                        break
+                    place = _next(bits, 2 * rank * words, words, place)
+                blocked = place < 0
+        if place >= 0:
+            queue = 0
+            task = np.int64(segment_at[place]) * num_ranks + rank
+        elif backward >= 0:
+            queue, place = 1, backward
+            task = np.int64(segment_at[num_forward + place]) * num_ranks + rank
+        else:
+            queue, task = 2, np.int64(-1)
+            if weight_head[rank] < weight_tail[rank]:
+                task = np.int64(weights[base + weight_head[rank]])
+                if not blocked and heap_size[rank] > 0 and (heap_time[base] - now) * 1000 < weight_fit * duration[task]:
+                    task = np.int64(-1)
+            if task < 0:
+                act_at[rank] = heap_time[base] if heap_size[rank] > 0 else NEVER
+                continue
 
-        end = now + costs.duration[task]
-        work.start[task] = now
-        work.order[rank, state[_DONE, rank]] = task
-        state[_DONE, rank] += 1
-        state[_FREE, rank] = end
-        left -= 1
+        idle_left[rank] -= now - free_at[rank]
+        if idle_left[rank] < 0:
+            return NEVER
+        end = now + duration[task]
+        start[task] = now
+        order[base + executed[rank]] = task
+        executed[rank] += 1
+        free_at[rank] = end
         makespan = max(makespan, end)
-        if task < num_queue_tasks:
-            queue = 0 if task < num_forward_tasks else 1
-            state[_LAST, rank] = queue
-            state[_AVAILABLE, rank] -= 1
-            _clear(work, queue, rank, work.position[task // num_ranks])
+        left -= 1
+        if queue < 2:
+            last_queue[rank] = queue
+            available[rank] -= 1
+            _unmark(bits, summary, 2 * rank + queue, words, high_words, place)
         else:
-            state[_W_HEAD, rank] += 1
+            weight_head[rank] += 1
         if bounded:
-            num_admitted = _account(kernel, costs, work, task, rank, num_admitted, task < num_forward_tasks)
-        for edge in range(kernel.succ_offset[task], kernel.succ_offset[task + 1]):
-            target = kernel.succ_task[edge]
-            work.ready[target] = max(work.ready[target], end + kernel.succ_lag[edge])
-            work.deps_left[target] -= 1
-            if work.deps_left[target] == 0:
-                _release(kernel, work, target, num_forward_tasks, num_queue_tasks)
-        if state[_AVAILABLE, rank] > 0 or state[_W_HEAD, rank] < state[_W_TAIL, rank]:
-            state[_NEXT, rank] = end
-        elif state[_HEAP, rank] > 0:
-            state[_NEXT, rank] = max(end, work.heap_time[rank, 0])
+            unit = segment_unit[task_segment[task]]
+            if admitted_at[unit] < 0:
+                admitted_at[unit] = num_admitted
+                admitted[num_admitted] = unit
+                num_admitted += 1
+            at = unit * num_ranks + rank
+            kept = mem_start[task] + mem_end[task]
+            unit_held[at] += kept
+            held[rank] += kept
+            if queue == 0:
+                unit_need[at] -= max(kept, 0)
+            unit_left[at] -= 1
+            while oldest[rank] < num_admitted and unit_left[admitted[oldest[rank]] * num_ranks + rank] == 0:
+                oldest[rank] += 1
+
+        for edge in range(succ_offset[task], succ_offset[task + 1]):
+            target = np.int64(succ_task[edge])
+            ready[target] = max(ready[target], end + succ_lag[edge])
+            deps_left[target] -= 1
+            if deps_left[target] > 0:
+                continue
+            other = np.int64(task_rank[target])
+            if target >= num_queue_tasks:
+                # A weight stage waits for its own rank's backward alone, so it is ready when the rank falls free.
+                weights[other * num_segments + weight_tail[other]] = target
+                weight_tail[other] += 1
+            elif ready[target] <= free_at[other]:
+                row = 2 * other + (1 if target >= num_forward_tasks else 0)
+                _mark(bits, summary, row, words, high_words, position[task_segment[target]])
+                available[other] += 1
+                act_at[other] = min(act_at[other], free_at[other])
+            else:
+                _heap_push(heap_time, heap_task, other * num_segments, heap_size[other], ready[target], target)
+                heap_size[other] += 1
+                act_at[other] = min(act_at[other], ready[target])
+        if available[rank] > 0 or weight_head[rank] < weight_tail[rank]:
+            act_at[rank] = end
+        elif heap_size[rank] > 0:
+            act_at[rank] = max(end, heap_time[base])
         else:
-            state[_NEXT, rank] = NEVER
+            act_at[rank] = NEVER
     return makespan
 
 
 @numba.njit(nogil=True, cache=True)
-def _reset(kernel, costs, limit, forward_order, backward_order, work):  # type: ignore[no-untyped-def]
-    """Empties the workspace, lays the groups out by priority, makes the first stages available. Returns whether any rank has a limit."""
-    num_ranks = kernel.num_ranks
-    work.deps_left[:] = kernel.num_deps
-    work.ready[:] = 0
-    work.bits[:] = 0
-    work.summary[:] = 0
-    work.rank_state[:] = 0
-    work.rank_state[_LAST] = BACKWARD
-    base = 0
-    for group in forward_order:
-        work.group_base[group] = base
-        for index in range(kernel.group_offset[group], kernel.group_offset[group + 1]):
-            segment = kernel.group_segment[index]
-            work.position[segment] = base
-            work.segment_at[base] = segment
-            base += 1
-    base = 0
-    for number in backward_order:
-        group = number + kernel.num_forward_groups
-        for index in range(kernel.group_offset[group], kernel.group_offset[group + 1]):
-            segment = kernel.group_segment[index]
-            work.position[segment] = base
-            work.segment_at[kernel.num_forward + base] = segment
-            base += 1
-    bounded = False
-    for rank in range(num_ranks):
-        bounded = bounded or limit[rank] < UNLIMITED
-    if bounded:
-        work.unit_held[:] = 0
-        work.unit_need[:] = costs.need
-        for unit in range(len(kernel.unit_tasks)):
-            work.unit_left[unit * num_ranks : (unit + 1) * num_ranks] = kernel.unit_tasks[unit]
-        work.admitted_at[:] = -1
-        work.peak[:] = 0
-    num_forward_tasks = kernel.num_forward * num_ranks
-    for task in range(num_forward_tasks):
-        if kernel.num_deps[task] == 0:
-            _make_available(kernel, work, task % num_ranks, task, num_forward_tasks)
-    for rank in range(num_ranks):
-        work.rank_state[_NEXT, rank] = 0 if work.rank_state[_AVAILABLE, rank] > 0 else NEVER
-    return bounded
+def _lay_out(kernel, forward_order, backward_order, position, segment_at, group_base):  # type: ignore[no-untyped-def]
+    """Gives every queue's segments their positions by the orders of priority."""
+    group_offset, group_segment = kernel.group_offset, kernel.group_segment
+    first_group, base = 0, 0
+    for order in (forward_order, backward_order):
+        shift = base
+        for number in order:
+            group = first_group + number
+            group_base[group] = base - shift
+            for index in range(group_offset[group], group_offset[group + 1]):
+                position[group_segment[index]] = base - shift
+                segment_at[base] = group_segment[index]
+                base += 1
+        first_group = kernel.num_forward_groups
 
 
 @numba.njit(nogil=True, cache=True)
-def _make_available(kernel, work, rank, task, num_forward_tasks):  # type: ignore[no-untyped-def]
-    position = work.position[task // kernel.num_ranks]
-    queue = 0 if task < num_forward_tasks else 1
+def _mark(bits, summary, row, words, high_words, position):  # type: ignore[no-untyped-def]
     word = position >> 6
-    work.bits[queue, rank, word] |= np.uint64(1) << np.uint64(position & 63)
-    work.summary[queue, rank, word >> 6] |= np.uint64(1) << np.uint64(word & 63)
-    work.rank_state[_AVAILABLE, rank] += 1
+    bits[row * words + word] |= np.uint64(1) << np.uint64(position & 63)
+    summary[row * high_words + (word >> 6)] |= np.uint64(1) << np.uint64(word & 63)
 
 
 @numba.njit(nogil=True, cache=True)
-def _clear(work, queue, rank, position):  # type: ignore[no-untyped-def]
+def _unmark(bits, summary, row, words, high_words, position):  # type: ignore[no-untyped-def]
     word = position >> 6
-    work.bits[queue, rank, word] &= ~(np.uint64(1) << np.uint64(position & 63))
-    if work.bits[queue, rank, word] == 0:
-        work.summary[queue, rank, word >> 6] &= ~(np.uint64(1) << np.uint64(word & 63))
+    bits[row * words + word] &= ~(np.uint64(1) << np.uint64(position & 63))
+    if bits[row * words + word] == 0:
+        summary[row * high_words + (word >> 6)] &= ~(np.uint64(1) << np.uint64(word & 63))
 
 
 @numba.njit(nogil=True, cache=True)
-def _first(work, queue, rank):  # type: ignore[no-untyped-def]
-    """Most urgent available position, -1 = none."""
-    for high in range(work.summary.shape[2]):
-        mask = work.summary[queue, rank, high]
+def _first(bits, summary, row, words, high_words):  # type: ignore[no-untyped-def]
+    """Most urgent available position of a row, -1 = none."""
+    for high in range(high_words):
+        mask = summary[row * high_words + high]
         if mask != 0:
             word = high * 64 + np.int64(trailing_zeros(mask))
-            return word * 64 + np.int64(trailing_zeros(work.bits[queue, rank, word]))
+            return word * 64 + np.int64(trailing_zeros(bits[row * words + word]))
     return np.int64(-1)
 
 
 @numba.njit(nogil=True, cache=True)
-def _next(work, rank, position):  # type: ignore[no-untyped-def]
-    """Next available forward position after ``position``, -1 = none."""
+def _next(bits, base, words, position):  # type: ignore[no-untyped-def]
+    """Next available position after ``position`` in the row of bits at ``base``, -1 = none."""
     word = position >> 6
-    shift = np.uint64(position & 63)
     # Two shifts, since a shift by 64 is undefined.
-    mask = ((work.bits[0, rank, word] >> shift) >> np.uint64(1)) << shift << np.uint64(1)
+    mask = bits[base + word] & ((~np.uint64(0) << np.uint64(position & 63)) << np.uint64(1))
     while mask == 0:
         word += 1
-        if word >= work.bits.shape[2]:
+        if word >= words:
             return np.int64(-1)
-        mask = work.bits[0, rank, word]
+        mask = bits[base + word]
     return word * 64 + np.int64(trailing_zeros(mask))
 
 
 @numba.njit(nogil=True, cache=True)
-def _pick_forward(kernel, costs, work, rank, limit, num_admitted, bounded):  # type: ignore[no-untyped-def]
-    """Most urgent available forward that may be admitted; -1 = none available, -2 = memory keeps all of them back."""
-    position = _first(work, 0, rank)
-    if position < 0:
-        return np.int64(-1)
-    num_ranks = kernel.num_ranks
-    if not bounded:
-        return np.int64(work.segment_at[position]) * num_ranks + rank
-    for _ in range(MAX_TESTS):
-        segment = np.int64(work.segment_at[position])
-        if _admissible(kernel, costs, work, segment * num_ranks + rank, rank, limit, num_admitted):
-            return segment * num_ranks + rank
-        position = _next(work, rank, position)
-        if position < 0:
-            return np.int64(-2)
-    # The oldest unit passes always; look for its forwards alone.
-    oldest = work.rank_state[_OLDEST, rank]
+def _first_of_unit(kernel, bits, base, group_base, unit):  # type: ignore[no-untyped-def]
+    """Most urgent available forward position of a unit, -1 = none."""
     best = np.int64(-1)
-    if oldest < num_admitted:
-        unit = work.admitted[oldest]
-        for index in range(kernel.unit_offset[unit], kernel.unit_offset[unit + 1]):
-            group = kernel.unit_group[index]
-            base = work.group_base[group]
-            for place in range(base, base + kernel.group_offset[group + 1] - kernel.group_offset[group]):
-                if work.bits[0, rank, place >> 6] >> np.uint64(place & 63) & np.uint64(1) and (best < 0 or place < best):
-                    best = np.int64(place)
-    return np.int64(-2) if best < 0 else np.int64(work.segment_at[best]) * num_ranks + rank
+    for index in range(kernel.unit_offset[unit], kernel.unit_offset[unit + 1]):
+        group = kernel.unit_group[index]
+        first = np.int64(group_base[group])
+        for place in range(first, first + kernel.group_offset[group + 1] - kernel.group_offset[group]):
+            if (bits[base + (place >> 6)] >> np.uint64(place & 63)) & np.uint64(1) != 0 and (best < 0 or place < best):
+                best = place
+    return best
 
 
 @numba.njit(nogil=True, cache=True)
-def _admissible(kernel, costs, work, task, rank, limit, num_admitted):  # type: ignore[no-untyped-def]
-    """Banker's check: the forward fits now, and after it every unit admitted earlier can still finish in order of admission."""
-    start, kept = costs.mem_start[task], costs.mem_start[task] + costs.mem_end[task]
-    held = work.rank_state[_HELD, rank]
-    if held + max(start, kept) > limit:
+def _admissible(
+    mem_start, mem_end, task, held, limit, worst, oldest, before, rank, num_ranks, admitted, unit_left, unit_need, unit_held, extra,
+):  # type: ignore[no-untyped-def]
+    """Banker's check: the forward fits now, and after it the units admitted ``before`` its own can finish in order of admission."""
+    kept = mem_start[task] + mem_end[task]
+    if held + max(mem_start[task], kept) > limit:
         return False
     kept = max(kept, 0)
-    if held + kept + costs.worst[rank] <= limit:
+    if held + kept + worst <= limit:
         return True
-    num_ranks = kernel.num_ranks
-    place = work.admitted_at[kernel.segment_unit[task // num_ranks]]
-    if place < 0:
-        place = num_admitted
-    for index in range(work.rank_state[_OLDEST, rank], place):
-        at = work.admitted[index] * num_ranks + rank
-        if work.unit_left[at] > 0:
-            need = work.unit_need[at]
+    for index in range(oldest, before):
+        at = admitted[index] * num_ranks + rank
+        if unit_left[at] > 0:
+            need = unit_need[at]
             if need > 0:
-                need += costs.extra[at]
+                need += extra[at]
             if held + need + kept > limit:
                 return False
-            held -= work.unit_held[at]
+            held -= unit_held[at]
     return True
 
 
 @numba.njit(nogil=True, cache=True)
-def _account(kernel, costs, work, task, rank, num_admitted, is_forward):  # type: ignore[no-untyped-def]
-    """Books a task's memory; its unit is admitted by its first task anywhere. Returns the number of units admitted."""
-    num_ranks = kernel.num_ranks
-    unit = kernel.segment_unit[task // num_ranks]
-    if work.admitted_at[unit] < 0:
-        work.admitted_at[unit] = num_admitted
-        work.admitted[num_admitted] = unit
-        num_admitted += 1
-    at = unit * num_ranks + rank
-    state = work.rank_state
-    start, kept = costs.mem_start[task], costs.mem_start[task] + costs.mem_end[task]
-    work.peak[rank] = max(work.peak[rank], state[_HELD, rank] + max(start, kept))
-    work.unit_held[at] += kept
-    state[_HELD, rank] += kept
-    if is_forward:
-        work.unit_need[at] -= max(kept, 0)
-    work.unit_left[at] -= 1
-    while state[_OLDEST, rank] < num_admitted and work.unit_left[work.admitted[state[_OLDEST, rank]] * num_ranks + rank] == 0:
-        state[_OLDEST, rank] += 1
-    return num_admitted
-
-
-@numba.njit(nogil=True, cache=True)
-def _release(kernel, work, task, num_forward_tasks, num_queue_tasks):  # type: ignore[no-untyped-def]
-    """All that ``task`` waits for is scheduled: into its rank's bitmap, heap or list of weights."""
-    rank = task % kernel.num_ranks
-    state = work.rank_state
-    ready = work.ready[task]
-    if task >= num_queue_tasks:
-        # A weight stage waits for its own rank's backward alone, so it is ready when the rank falls free.
-        work.weights[rank, state[_W_TAIL, rank]] = task
-        state[_W_TAIL, rank] += 1
-    elif ready <= state[_FREE, rank]:
-        _make_available(kernel, work, rank, task, num_forward_tasks)
-        state[_NEXT, rank] = min(state[_NEXT, rank], state[_FREE, rank])
-    else:
-        _heap_push(work, rank, ready, task)
-        state[_NEXT, rank] = min(state[_NEXT, rank], ready)
-
-
-@numba.njit(nogil=True, cache=True)
-def _heap_push(work, rank, time, task):  # type: ignore[no-untyped-def]
-    index = work.rank_state[_HEAP, rank]
-    work.rank_state[_HEAP, rank] += 1
+def _heap_push(heap_time, heap_task, base, size, time, task):  # type: ignore[no-untyped-def]
+    index = size
     while index > 0:
         parent = (index - 1) >> 1
-        if work.heap_time[rank, parent] <= time:
+        if heap_time[base + parent] <= time:
             break
-        work.heap_time[rank, index] = work.heap_time[rank, parent]
-        work.heap_task[rank, index] = work.heap_task[rank, parent]
+        heap_time[base + index] = heap_time[base + parent]
+        heap_task[base + index] = heap_task[base + parent]
         index = parent
-    work.heap_time[rank, index] = time
-    work.heap_task[rank, index] = task
+    heap_time[base + index] = time
+    heap_task[base + index] = task
 
 
 @numba.njit(nogil=True, cache=True)
-def _heap_pop(work, rank):  # type: ignore[no-untyped-def]
-    result = work.heap_task[rank, 0]
-    work.rank_state[_HEAP, rank] -= 1
-    size = work.rank_state[_HEAP, rank]
-    time, task = work.heap_time[rank, size], work.heap_task[rank, size]
+def _heap_pop(heap_time, heap_task, base, size):  # type: ignore[no-untyped-def]
+    """Drops the first entry of a heap that has ``size`` entries afterwards."""
+    time, task = heap_time[base + size], heap_task[base + size]
     index = 0
     while True:
         child = 2 * index + 1
         if child >= size:
             break
-        if child + 1 < size and work.heap_time[rank, child + 1] < work.heap_time[rank, child]:
+        if child + 1 < size and heap_time[base + child + 1] < heap_time[base + child]:
             child += 1
-        if work.heap_time[rank, child] >= time:
+        if heap_time[base + child] >= time:
             break
-        work.heap_time[rank, index] = work.heap_time[rank, child]
-        work.heap_task[rank, index] = work.heap_task[rank, child]
+        heap_time[base + index] = heap_time[base + child]
+        heap_task[base + index] = heap_task[base + child]
         index = child
-    work.heap_time[rank, index] = time
-    work.heap_task[rank, index] = task
-    return result
+    heap_time[base + index] = time
+    heap_task[base + index] = task

@@ -112,3 +112,40 @@ def _time_kernel(follows, duration, dep_offset, dep_task, dep_lag, succ_offset, 
                 stack[size] = other
                 size += 1
     return done
+
+
+def paths_ns(graph: TaskGraph) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """([T] heads, [T] tails): longest chain of dependencies before a task's start, and from its end to the end of all."""
+    head, tail = np.zeros(graph.num_tasks, dtype=np.int64), np.zeros(graph.num_tasks, dtype=np.int64)
+    done = _path_kernel(graph.duration_ns, graph.dep_offset, graph.dep_task, graph.dep_lag_ns, *successors(graph), head, tail)
+    assert done == graph.num_tasks, "the task graph has a cycle"
+    return head, tail
+
+
+@numba.njit(nogil=True, cache=True)
+def _path_kernel(duration, dep_offset, dep_task, dep_lag, succ_offset, succ_task, head, tail):  # type: ignore[no-untyped-def]
+    num_tasks = len(duration)
+    waits = dep_offset[1:] - dep_offset[:-1]
+    line = np.empty(num_tasks, dtype=np.int32)
+    size = 0
+    for task in range(num_tasks):
+        if waits[task] == 0:
+            line[size] = task
+            size += 1
+    done = 0
+    while done < size:
+        task = line[done]
+        done += 1
+        for edge in range(dep_offset[task], dep_offset[task + 1]):
+            head[task] = max(head[task], head[dep_task[edge]] + duration[dep_task[edge]] + dep_lag[edge])
+        for edge in range(succ_offset[task], succ_offset[task + 1]):
+            waits[succ_task[edge]] -= 1
+            if waits[succ_task[edge]] == 0:
+                line[size] = succ_task[edge]
+                size += 1
+    for index in range(done - 1, -1, -1):
+        task = line[index]
+        for edge in range(dep_offset[task], dep_offset[task + 1]):
+            before = dep_task[edge]
+            tail[before] = max(tail[before], tail[task] + duration[task] + dep_lag[edge])
+    return done

@@ -87,7 +87,7 @@ def search(problem: StageProblem, limit: NDArray[np.int64], options: SearchOptio
         for both in (ALTERNATE, BACKWARD_FIRST):
             interleave(kernel, costs, limit, forward, backward, Policy(both), work)
             evaluations += 1
-            schedule = time_order(graph, list(work.order.copy()))
+            schedule = time_order(graph, work.orders())
             assert schedule is not None
             if best is None or schedule.makespan_ns < best.schedule.makespan_ns:
                 best = SearchResult(schedule=schedule, choice=choice, evaluations=evaluations)
