@@ -41,6 +41,8 @@ class PartDetail:
     backward_exposed_ns: Mapping[Cause, float]
     workspace_bytes: float
     """Transient peak above what is saved."""
+    selective_flops: float
+    """Of the forward operators that selective recompute runs again."""
     selective_forward: float
     """Share of the forward that selective recompute runs again."""
     selective_activation: float
@@ -140,12 +142,13 @@ class AnalyticCost:
         return found
 
     def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
-        spec, consumer = self._module(module), self._consumer[module]
-        each = bytes_per_parameter(self.training, trainable=spec.trainable, replicas=self.groups.data.size)
-        return int(self.chunk_parameters(spec, consumer, num_layers, first=first, last=last) * each)
+        trainable = self._module(module).trainable
+        each = bytes_per_parameter(self.training, trainable=trainable, replicas=self.groups.data.size)
+        return int(self.chunk_parameters(module, num_layers, first=first, last=last) * each)
 
-    def chunk_parameters(self, spec: ModuleSpec, consumer: ModuleSpec | None, num_layers: int, *, first: bool, last: bool) -> float:
+    def chunk_parameters(self, module: str, num_layers: int, *, first: bool, last: bool) -> float:
         """Parameters of a chunk on one tensor-parallel rank."""
+        spec, consumer = self._module(module), self._consumer[module]
         parameters = num_layers * layer_parameters(spec)
         if last:
             parameters += last_parameters(spec, consumer)
@@ -205,6 +208,7 @@ class AnalyticCost:
                           boundary_bytes=built.boundary_bytes if not (part == "last" and self._consumer[name] is None) else 0.0),
             forward_flops=sum(operator.flops for operator in built.forward.operators), backward_flops=backward_flops,
             forward_exposed_ns=forward.exposed_ns, backward_exposed_ns=exposed,
+            selective_flops=sum(operator.flops for operator in built.forward.operators if operator.recompute),
             workspace_bytes=max(forward.peak_bytes - built.forward.saved_bytes(), backward.peak_bytes if runs_backward else 0.0, 0.0),
             selective_forward=again / forward.total_ns if forward.total_ns else 0.0,
             selective_activation=built.forward.saved_bytes(selective=True) / saved if saved else 1.0,
@@ -212,7 +216,7 @@ class AnalyticCost:
 
 
 _NOTHING = PartDetail(cost=PartCost(), forward_flops=0.0, backward_flops=0.0, forward_exposed_ns={}, backward_exposed_ns={},
-                      workspace_bytes=0.0, selective_forward=0.0, selective_activation=1.0)
+                      workspace_bytes=0.0, selective_flops=0.0, selective_forward=0.0, selective_activation=1.0)
 
 
 def _model_flops(operators: Sequence) -> float:

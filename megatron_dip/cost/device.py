@@ -34,7 +34,7 @@ class GemmEfficiency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     rows: list[int]
     efficiency: list[float]
     fill: float = 128.0
-    """Inner size that a product loses to its prologue and epilogue: the share k / (k + fill), relative to a k of 2048."""
+    """Inner size that a product loses to its prologue and epilogue: the share k / (k + fill), relative to a k of 4096."""
 
 
 class AttentionEfficiency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -64,6 +64,8 @@ class DeviceEfficiency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """The same for all-gather and reduce-scatter."""
     network: float = 0.85
     """Share of the network figure that a collective or a message reaches."""
+    overlap_loss: float = 0.3
+    """Of the time that a collective runs beside a kernel, the share that the kernel loses to it."""
     collective_latency_us: float = 20.0
     """Time of a small all-reduce within a node; all-gather and reduce-scatter take half."""
 
@@ -100,6 +102,7 @@ class DeviceDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         efficiency, at = self.efficiency, f"{where}.efficiency"
         for field in ("training", "memory", "all_reduce", "gather", "network"):
             _check_share(f"{at}.{field}", getattr(efficiency, field), low=1e-3, high=1.5)
+        _check_share(f"{at}.overlap_loss", efficiency.overlap_loss, low=0.0, high=1.0)
         for field in ("kernel_overhead_us", "collective_latency_us"):
             _check_positive(f"{at}.{field}", getattr(efficiency, field), zero=True)
         gemm, attention = efficiency.gemm, efficiency.attention
@@ -123,8 +126,8 @@ class DeviceDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         """FLOP/s of a matrix product with ``rows`` rows and inner size ``inner``."""
         gemm = self.efficiency.gemm
         share = _interpolate(gemm.rows, gemm.efficiency, max(rows, 1.0))
-        fill = inner / (inner + gemm.fill) * (2048.0 + gemm.fill) / 2048.0
-        return self.peak_tflops * 1e12 * self.efficiency.training * share * min(1.0, fill)
+        fill = inner / (inner + gemm.fill) * (4096.0 + gemm.fill) / 4096.0
+        return self.peak_tflops * 1e12 * self.efficiency.training * min(1.0, share * fill)
 
     def attention_rate(self, length: float, heads: float, *, causal: bool, backward: bool) -> float:
         """FLOP/s of fused attention over sequences of ``length``; ``heads`` = heads of this shard times sequences.

@@ -298,7 +298,7 @@ class _PartBuilder:
         heads = self.module.num_attention_heads / self.tensor * max(1, self.num_instances)
         forward_work = tuple((length, flops * share) for length, flops in work)
         flops = sum(f for _, f in forward_work)
-        source, out = self.x, self._make("attended", out_bytes, saved=True)
+        source, out = self.x, self._make(f"{label}_out", out_bytes, saved=True)
         moved = self.forward.tensors[source].bytes + out_bytes
         statistics = self.forward.tensor(f"{label}_statistics", 4.0 * out_bytes / self.width / (self.hidden / self.module.num_attention_heads),
                                          saved=True)
@@ -402,32 +402,34 @@ class _PartBuilder:
             group = self.sharding.groups.tensor
             size = self.full_bytes
             needs_sum = gathered_from is not None and self.tensor > 1
+            overlap = self.sharding.kernels.overlap_tensor_parallel
+            gather_seconds = sum_seconds = 0.0
             taken = "saved"
             if needs_sum and self.sharding.sequence_parallel and module_trains:
                 taken = self._make_backward(size)
+                gather_seconds = self._collective_seconds("all_gather", size, group)
                 self._backward(Operator(name=f"{name}.gather_input", kind="collective", lane="nvlink", cause="tensor_parallel",
-                                        inputs=() if self.sharding.kernels.overlap_tensor_parallel else (gradient,), outputs=(taken,),
-                                        traffic_seconds=self._collective_seconds("all_gather", size, group), backward=True))
+                                        inputs=(gradient,), outputs=(taken,), traffic_seconds=gather_seconds, backward=True))
             made = self._make_backward(rows * inner * self.width) if input_gradient else gradient
             if input_gradient:
-                waits = (gradient,) if self.sharding.kernels.overlap_tensor_parallel or taken == "saved" else (gradient, taken)
+                waits = (gradient,) if overlap or taken == "saved" else (gradient, taken)
                 self._backward(Operator(name=f"{name}.dgrad", kind="gemm", inputs=waits, outputs=(made,), flops=flops, memory_bytes=moved,
-                                        rows=rows, inner=narrow, backward=True))
+                                        rows=rows, inner=narrow, backward=True, beside_seconds=gather_seconds if overlap else 0.0))
             summed = made
             if needs_sum:
                 kind: CollectiveKind = "reduce_scatter" if self.sharding.sequence_parallel else "all_reduce"
                 summed = self._make_backward(self.stream_bytes)
+                sum_seconds = self._collective_seconds(kind, size, group)
                 self._backward(Operator(name=f"{name}.sum_gradient", kind="collective", lane="nvlink", cause="tensor_parallel",
-                                        inputs=(made,), outputs=(summed,), backward=True,
-                                        traffic_seconds=self._collective_seconds(kind, size, group)))
+                                        inputs=(made,), outputs=(summed,), traffic_seconds=sum_seconds, backward=True))
             if module_trains:
                 waits = (gradient,) if taken == "saved" else (gradient, taken)
-                if not self.sharding.kernels.overlap_tensor_parallel:
+                if not overlap:
                     waits = (*waits, summed)
                 # The weight's gradient is added to the fp32 main gradient in place.
                 self._backward(Operator(name=f"{name}.wgrad", kind="gemm", inputs=waits, flops=flops, rows=rows, inner=narrow,
                                         memory_bytes=self.width * rows * (inner + columns) + 8.0 * inner * columns,
-                                        weight_gradient=True, backward=True))
+                                        weight_gradient=True, backward=True, beside_seconds=sum_seconds if overlap else 0.0))
             return summed
 
         self._steps.append(back)

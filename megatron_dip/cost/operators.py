@@ -41,6 +41,8 @@ class Operator:
     """Read and written in the device's memory."""
     traffic_seconds: float = 0.0
     """Time on the link, from :mod:`megatron_dip.cost.collectives`."""
+    beside_seconds: float = 0.0
+    """Time of the collective that runs beside this operator and takes part of its processors and bandwidth."""
     rows: float = 0.0
     """gemm: m."""
     inner: float = 0.0
@@ -127,7 +129,9 @@ def roofline_ns(operator: Operator, device: DeviceDescription) -> float:
     elif operator.flops:
         compute = operator.flops / (device.peak_tflops * 1e12)
     memory = operator.memory_bytes / device.memory_rate()
-    return max(compute, memory, operator.traffic_seconds) * 1e9 + device.efficiency.kernel_overhead_us * 1e3
+    alone = max(compute, memory, operator.traffic_seconds)
+    slowed = alone + device.efficiency.overlap_loss * min(alone, operator.beside_seconds)
+    return slowed * 1e9 + device.efficiency.kernel_overhead_us * 1e3
 
 
 def time_graph(graph: OperatorGraph, device: DeviceDescription, rules: LatencyRules) -> GraphTimes:
