@@ -53,6 +53,8 @@ class BaselineResult:
     name: str
     setting: str
     schedule: Schedule
+    chunks: dict[str, list[list[int]]]
+    """Module -> for each stage number on a rank, its layers on each rank; a replicated module has them all on every rank."""
     makespan_ns: int
     peak_bytes: tuple[int, ...]
     """[P] with what the rank holds all the time"""
@@ -105,6 +107,7 @@ class _Builder:
         self.labels = tuple(labels)
         self.nodes: list[_Node] = []
         self.static = [0] * num_ranks
+        self.chunks: dict[str, list[list[int]]] = {}
         self._prices: dict[tuple[_Piece, tuple[int, ...]], tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]] = {}
 
     def price(self, piece: _Piece, lengths: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
@@ -138,9 +141,13 @@ class _Builder:
             bytes_sent = last or self.costs.part(piece.module, "layer", lengths).boundary_bytes
         return math.ceil(self.costs.p2p_latency_ns + bytes_sent * 1e9 / self.costs.p2p_bytes_per_second)
 
-    def hold(self, rank: int, stage: _Stage) -> None:
-        """Counts the stage's weights on the rank."""
+    def hold(self, rank: int, vp_stage: int, stage: _Stage) -> None:
+        """Counts the stage's weights on the rank, where it is stage ``vp_stage``."""
         for piece in stage:
+            rows = self.chunks.setdefault(piece.module, [])
+            while len(rows) <= vp_stage:
+                rows.append([0] * self.num_ranks)
+            rows[vp_stage][rank] += piece.num_layers
             self.static[rank] += self.costs.static_bytes(piece.module, piece.num_layers, first=piece.first, last=piece.last)
 
     def chain(
@@ -211,7 +218,7 @@ class _Builder:
         if schedule is None:
             return None
         return BaselineResult(
-            name=name, setting=setting, schedule=schedule, makespan_ns=schedule.makespan_ns,
+            name=name, setting=setting, schedule=schedule, chunks=self.chunks, makespan_ns=schedule.makespan_ns,
             peak_bytes=tuple(peaks), strategies=tuple(self.labels[s] for s in chosen), fits=fits,
         )
 
@@ -428,6 +435,13 @@ class _Case:
     microbatches: Sequence[Microbatch]
     costs: CostModel
     with_memory: bool
+    virtual_pipeline: int | None
+
+    def virtual(self, module: str | None = None) -> list[int]:
+        """Chunks a rank to try for a module, or for the chain of all."""
+        layers = self.num_layers if module is None else self.model.module(module).num_layers
+        wanted = _VIRTUAL if self.virtual_pipeline is None else (self.virtual_pipeline,)
+        return [chunks for chunks in wanted if chunks * self.num_ranks <= layers]
 
     def builder(self) -> _Builder:
         return _Builder(self.model, self.num_ranks, self.microbatches, self.costs)
@@ -441,8 +455,8 @@ def _mixed_chain(case: _Case, name: str, num_chunks: int, by_parameters: bool) -
     builder = case.builder()
     stages = _cut_chain(_chain_weights(case.model, by_parameters, builder), case.num_ranks * num_chunks, case.model)
     ranks = [index % case.num_ranks for index in range(len(stages))]
-    for rank, stage in zip(ranks, stages, strict=True):
-        builder.hold(rank, stage)
+    for index, stage in enumerate(stages):
+        builder.hold(ranks[index], index // case.num_ranks, stage)
     chains = [builder.chain(stages, ranks, index, microbatch) for index, microbatch in enumerate(case.microbatches)]
     order = _order_of(_interleaved_order(case.num_ranks, num_chunks, len(chains)), chains)
     return builder.finish(name, f"V = {num_chunks}", order, case.with_memory)
@@ -453,7 +467,8 @@ def _megatron(case: _Case) -> list[BaselineResult | None]:
 
 
 def _interleaved(case: _Case) -> list[BaselineResult | None]:
-    return [_mixed_chain(case, "interleaved", chunks, by_parameters=True) for chunks in _VIRTUAL[1:] if chunks * case.num_ranks <= case.num_layers]
+    chunks = case.virtual() if case.virtual_pipeline is not None else case.virtual()[1:]
+    return [_mixed_chain(case, "interleaved", count, by_parameters=True) for count in chunks]
 
 
 def _nnscaler(case: _Case) -> list[BaselineResult | None]:
@@ -469,7 +484,7 @@ def _separated(case: _Case, builder: _Builder, num_chunks: int) -> tuple[dict[st
     }
     for parts in stages.values():
         for index, stage in enumerate(parts):
-            builder.hold(index % case.num_ranks, stage)
+            builder.hold(index % case.num_ranks, index // case.num_ranks, stage)
     return stages, [index % case.num_ranks for index in range(case.num_ranks * num_chunks)]
 
 
@@ -499,9 +514,7 @@ def _output_lag(builder: _Builder, module: str, microbatch: Microbatch) -> int:
 def _optimus(case: _Case) -> list[BaselineResult | None]:
     *before, last = case.model.topological()
     results = []
-    for num_chunks in _VIRTUAL:
-        if num_chunks * case.num_ranks > case.model.module(last).num_layers:
-            continue
+    for num_chunks in case.virtual(last):
         builder, chains = _nested_graph(case, num_chunks)
         order: list[list[int]] = [[] for _ in range(case.num_ranks)]
         for name in before:
@@ -523,17 +536,15 @@ def _optimus(case: _Case) -> list[BaselineResult | None]:
 def _three_phase(case: _Case) -> list[BaselineResult | None]:
     *before, last = case.model.topological()
     results = []
-    for num_chunks in _VIRTUAL:
-        if num_chunks * case.num_ranks > case.model.module(last).num_layers:
-            continue
+    for num_chunks in case.virtual(last):
         builder = case.builder()
         whole: _Stage = tuple(_Piece(name, case.model.module(name).num_layers, True, True) for name in before)
         stages = _module_stages(case.model.module(last), case.num_ranks * num_chunks, builder)
         ranks = [index % case.num_ranks for index in range(len(stages))]
-        for rank, stage in zip(ranks, stages, strict=True):
-            builder.hold(rank, stage)
+        for index, stage in enumerate(stages):
+            builder.hold(ranks[index], index // case.num_ranks, stage)
         for rank in range(case.num_ranks):
-            builder.hold(rank, whole)
+            builder.hold(rank, 0, whole)
         work = [sum(float(builder.price(piece, m.get(piece.module, ()))[0][0]) for piece in whole) for m in case.microbatches]
         # The heaviest first to the rank with the least work.
         load, place = [0.0] * case.num_ranks, [0] * len(work)
@@ -572,9 +583,7 @@ def _backward_first(node: _Node) -> tuple[int, ...]:
 def _bigmac(case: _Case) -> list[BaselineResult | None]:
     *_, last = case.model.topological()
     results = []
-    for num_chunks in _VIRTUAL[:2]:
-        if num_chunks * case.num_ranks > case.model.module(last).num_layers:
-            continue
+    for num_chunks in case.virtual(last)[:2]:
         builder, _ = _nested_graph(case, num_chunks)
         owner = [node.microbatch for node in builder.nodes]
         for bound in _in_flight_bounds(case):
@@ -588,7 +597,7 @@ def _entrain(case: _Case) -> list[BaselineResult | None]:
     *_, last = case.model.topological()
     stages = _cut_chain(_chain_weights(case.model, False, builder), case.num_ranks, case.model)
     for rank, stage in enumerate(stages):
-        builder.hold(rank, stage)
+        builder.hold(rank, 0, stage)
     count = len(case.microbatches)
     givers: list[list[tuple[tuple[list[int], list[int]], int, str]]] = [[] for _ in range(count)]
     owner_of_node: list[int] = []
@@ -653,17 +662,26 @@ BASELINES = tuple(_MAKERS)
 
 
 def run_baseline(
-    name: str, model: ModelSpec, num_ranks: int, microbatches: Sequence[Microbatch], costs: CostModel, *, with_memory: bool = True
+    name: str,
+    model: ModelSpec,
+    num_ranks: int,
+    microbatches: Sequence[Microbatch],
+    costs: CostModel,
+    *,
+    with_memory: bool = True,
+    virtual_pipeline: int | None = None,
 ) -> BaselineResult | None:
     """A baseline at the best of its settings: one that fits before one that does not, then the shortest makespan.
 
     Args:
         with_memory: recompute where the capacity demands it; False compares schedules alone, with the same durations for all.
+        virtual_pipeline: only this number of chunks a rank, where the baseline has one to choose.
 
     Returns:
         None where no setting of the baseline runs at all (fewer layers than stages).
     """
     if name not in _MAKERS:
         raise InputError("baseline", name, "no such baseline", f"use one of {', '.join(BASELINES)}")
-    results = [result for result in _MAKERS[name](_Case(model, num_ranks, microbatches, costs, with_memory)) if result is not None]
+    case = _Case(model, num_ranks, microbatches, costs, with_memory, virtual_pipeline)
+    results = [result for result in _MAKERS[name](case) if result is not None]
     return min(results, key=lambda result: (not result.fits, result.makespan_ns), default=None)
