@@ -1,0 +1,229 @@
+"""The ``--dip-*`` flags of Megatron-LM's scripts, what DIP refuses beside them, and their frozen form.
+
+What comes in: Megatron's argument parser, later its namespace. What goes out: :class:`DipOptions`, the only form in which the rest of
+the package sees the flags, or an :class:`InputError` that names the flag and the remedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dip.spec.errors import InputError
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DipOptions:
+    """How DIP plans and runs, from the flags."""
+
+    profile: Path | None
+    """Measured costs (``megatron-dip/profile/1``); None = analytic costs of ``device``."""
+    device: str | None
+    """Named device of the analytic costs; None = the one training runs on."""
+    partition: Path | None
+    """A whole cut (``megatron-dip/partition/1``); replaces ``chunks`` and ``sub_microbatch_size``."""
+    chunks: Mapping[str, int]
+    """Module -> chunks on each rank (K)."""
+    sub_microbatch_size: Mapping[str, int]
+    """Module -> instances in a full sub-microbatch (B)."""
+    planner_threads: int
+    time_budget_s: float
+    """Search time for one iteration's plan."""
+    evaluations: int | None
+    """Schedules to try for each plan instead of a time; equal seeds then give equal plans."""
+    look_ahead: int
+    """Iterations planned ahead of the one that trains."""
+    memory_limit_bytes: int | None
+    split_backward: bool
+    trace_dir: Path | None
+    seed: int
+    log_interval: int
+    """Iterations between two log lines about plans; 0 = none."""
+
+
+def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the ``--dip-*`` group; called from Megatron's ``_add_distributed_args``."""
+    group = parser.add_argument_group(title="dip", description="dynamic interleaved pipeline, used with --pipeline-schedule dip")
+    group.add_argument("--dip-profile", type=Path, default=None, metavar="FILE",
+                       help="Measured stage costs (megatron-dip/profile/1, see `megatron-dip profile`). Default: analytic costs of --dip-device.")
+    group.add_argument("--dip-device", type=str, default=None, metavar="NAME",
+                       help="Device of the analytic costs, such as h100, or a JSON file. Default: the device that training runs on.")
+    group.add_argument("--dip-partition", type=Path, default=None, metavar="FILE",
+                       help="How every module is cut (megatron-dip/partition/1); instead of --dip-chunks and --dip-sub-microbatch-size.")
+    group.add_argument("--dip-chunks", nargs="+", default=None, metavar="MODULE=K",
+                       help="Chunks of each module on a pipeline rank, such as vit=2 lm=2. Default: 1.")
+    group.add_argument("--dip-sub-microbatch-size", nargs="+", default=None, metavar="MODULE=B",
+                       help="Instances (images, sequences) in a sub-microbatch of each module, such as vit=8. Default: a microbatch's whole batch.")
+    group.add_argument("--dip-planner-threads", type=int, default=None, metavar="N",
+                       help="Threads that search plans beside training. Default: half of a rank's share of the cores.")
+    group.add_argument("--dip-time-budget", type=float, default=1.0, metavar="SECONDS",
+                       help="Search time for one iteration's plan.")
+    group.add_argument("--dip-evaluations", type=int, default=None, metavar="N",
+                       help="Schedules tried for a plan instead of a time: equal seeds then give equal plans.")
+    group.add_argument("--dip-look-ahead", type=int, default=2, metavar="N",
+                       help="Iterations whose data is read and planned ahead.")
+    group.add_argument("--dip-memory-limit", type=float, default=None, metavar="GIB",
+                       help="Memory that plans may use on a rank. Default: the device's memory; none under --dip-profile.")
+    group.add_argument("--dip-split-backward", action="store_true",
+                       help="Plan the input and the weight part of backwards apart.")
+    group.add_argument("--dip-trace-dir", type=Path, default=None, metavar="DIR",
+                       help="Write each iteration's plan and measured times here (see `megatron-dip trace`).")
+    group.add_argument("--dip-seed", type=int, default=1234, help="Seed of the search.")
+    group.add_argument("--dip-log-interval", type=int, default=100, metavar="N",
+                       help="Iterations between log lines about planning (predicted and measured time, bubbles); 0 = none.")
+    return parser
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """One thing that DIP cannot do together with its schedule."""
+
+    attribute: str
+    """In Megatron's namespace; releases that lack it pass."""
+    flag: str
+    unwanted: Callable[[Any], bool]
+    problem: str
+    remedy: str
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _above(limit: int) -> Callable[[Any], bool]:
+    return lambda value: value is not None and value > limit
+
+
+_STATIC_ORDER = "assumes one static order of microbatches, DIP plans a new one for every iteration"
+_OWN_CUT = "DIP cuts the modules itself"
+_USE_CHUNKS = "leave it out and say the cut with --dip-chunks or --dip-partition"
+_LEAVE_OUT = "leave it out, or use --pipeline-schedule default"
+
+REFUSALS: Sequence[_Refusal] = (
+    _Refusal("enable_cuda_graph", "--enable-cuda-graph", _is_set, f"CUDA graphs: a capture {_STATIC_ORDER}", _LEAVE_OUT),
+    _Refusal("external_cuda_graph", "--external-cuda-graph", _is_set, f"CUDA graphs: a capture {_STATIC_ORDER}", _LEAVE_OUT),
+    _Refusal("cuda_graph_impl", "--cuda-graph-impl", lambda value: value not in (None, "none"),
+             f"CUDA graphs (local, Transformer Engine or full iteration): a capture {_STATIC_ORDER}", "use --cuda-graph-impl none"),
+    _Refusal("overlap_moe_expert_parallel_comm", "--overlap-moe-expert-parallel-comm", _is_set, f"combined 1F1B {_STATIC_ORDER}", _LEAVE_OUT),
+    _Refusal("delay_wgrad_compute", "--delay-wgrad-compute", _is_set, "belongs to combined 1F1B", "leave it out and use --dip-split-backward"),
+    _Refusal("moe_paged_stash", "--moe-paged-stash", _is_set, f"the paged stash {_STATIC_ORDER}", _LEAVE_OUT),
+    _Refusal("moe_expert_rank_capacity_factor", "--moe-expert-rank-capacity-factor", _is_set, f"the paged stash {_STATIC_ORDER}", _LEAVE_OUT),
+    _Refusal("hybrid_context_parallel", "--hybrid-context-parallel", _is_set,
+             "hybrid context parallelism moves sequences between ranks inside its own schedule", _LEAVE_OUT),
+    _Refusal("dynamic_context_parallel", "--dynamic-context-parallel", _is_set,
+             "dynamic context parallelism regroups ranks inside its own schedule", _LEAVE_OUT),
+    _Refusal("context_parallel_size", "--context-parallel-size", _above(1),
+             "context parallelism is not supported yet", "use tensor and pipeline parallelism, or --pipeline-schedule default"),
+    _Refusal("expert_model_parallel_size", "--expert-model-parallel-size", _above(1),
+             "the experts' all-to-all crosses replicas, whose plans differ", "use --expert-model-parallel-size 1"),
+    _Refusal("fine_grained_activation_offloading", "--fine-grained-activation-offloading", _is_set,
+             f"it replays the first iteration's chunk order and {_STATIC_ORDER}", _LEAVE_OUT),
+    _Refusal("cpu_offloading", "--cpu-offloading", _is_set, "Megatron's layer offloading excludes pipeline parallelism", _LEAVE_OUT),
+    _Refusal("mtp_num_layers", "--mtp-num-layers", _above(0), "multi-token prediction layers are not supported yet", _LEAVE_OUT),
+    _Refusal("defer_embedding_wgrad_compute", "--defer-embedding-wgrad-compute", _is_set, "it follows the stock schedules' cool-down", _LEAVE_OUT),
+    _Refusal("use_torch_fsdp2", "--use-torch-fsdp2", _is_set, "FSDP shards what pipeline chunks hold", "use --use-distributed-optimizer"),
+    _Refusal("use_megatron_fsdp", "--use-megatron-fsdp", _is_set, "FSDP shards what pipeline chunks hold", "use --use-distributed-optimizer"),
+    _Refusal("overlap_param_gather_with_optimizer_step", "--overlap-param-gather-with-optimizer-step", _is_set,
+             "it follows the stock order of virtual stages", "use --overlap-param-gather alone"),
+    _Refusal("tp_comm_overlap", "--tp-comm-overlap", _is_set, "its buffers have one fixed shape, sub-microbatches vary", _LEAVE_OUT),
+    _Refusal("hybrid_layer_pattern", "--hybrid-layer-pattern", _is_set, "state-space and hybrid layers are not supported yet", _LEAVE_OUT),
+    _Refusal("heterogeneous_layers_config_path", "--heterogeneous-layers-config-path", _is_set, "layers of one module must be alike", _LEAVE_OUT),
+    _Refusal("num_layers_per_virtual_pipeline_stage", "--num-layers-per-virtual-pipeline-stage", _is_set, _OWN_CUT, _USE_CHUNKS),
+    _Refusal("num_virtual_stages_per_pipeline_rank", "--num-virtual-stages-per-pipeline-rank", _is_set, _OWN_CUT, _USE_CHUNKS),
+    _Refusal("pipeline_model_parallel_layout", "--pipeline-model-parallel-layout", _is_set, _OWN_CUT, _USE_CHUNKS),
+    _Refusal("decoder_first_pipeline_num_layers", "--decoder-first-pipeline-num-layers", _is_set, _OWN_CUT, _USE_CHUNKS),
+    _Refusal("decoder_last_pipeline_num_layers", "--decoder-last-pipeline-num-layers", _is_set, _OWN_CUT, _USE_CHUNKS),
+    _Refusal("account_for_embedding_in_pipeline_split", "--account-for-embedding-in-pipeline-split", _is_set, _OWN_CUT, _USE_CHUNKS),
+    _Refusal("account_for_loss_in_pipeline_split", "--account-for-loss-in-pipeline-split", _is_set, _OWN_CUT, _USE_CHUNKS),
+    _Refusal("iterations_to_skip", "--iterations-to-skip", bool, "skipped iterations read data by the stock schedules' rule", _LEAVE_OUT),
+    _Refusal("perform_rl_step", "--perform-rl-step", _is_set, "reinforcement learning is not supported", _LEAVE_OUT),
+    _Refusal("init_model_with_meta_device", "--init-model-with-meta-device", _is_set, "chunks are built where they stay", _LEAVE_OUT),
+)
+
+
+def validate_dip_args(args: argparse.Namespace) -> None:
+    """Checks the flags and everything DIP cannot do beside them; called from Megatron's ``validate_args``. Then installs the schedule.
+
+    Raises InputError with the flag, the reason and the remedy.
+    """
+    for refusal in REFUSALS:
+        value = getattr(args, refusal.attribute, None)
+        if refusal.unwanted(value):
+            raise InputError(refusal.flag, value, refusal.problem, refusal.remedy)
+    if getattr(args, "recompute_granularity", None) == "full":
+        raise InputError(
+            "--recompute-granularity", "full", "DIP chooses for every stage how much to recompute",
+            "leave it out; --dip-memory-limit makes plans recompute more",
+        )
+    options_from_args(args)
+    from megatron_dip.hooks.megatron_lm import install_schedule
+
+    install_schedule()
+
+
+def options_from_args(args: argparse.Namespace) -> DipOptions:
+    """The flags in their frozen form. Raises InputError for values that cannot be."""
+    if args.dip_partition is not None and (args.dip_chunks is not None or args.dip_sub_microbatch_size is not None):
+        other = "--dip-chunks" if args.dip_chunks is not None else "--dip-sub-microbatch-size"
+        raise InputError(other, args.dip_chunks or args.dip_sub_microbatch_size, "is said by --dip-partition too", f"leave out {other} or --dip-partition")
+    for flag in ("dip_profile", "dip_partition"):
+        path = getattr(args, flag)
+        if path is not None and not path.is_file():
+            raise InputError("--" + flag.replace("_", "-"), str(path), "no such file", "give the path of a file")
+    threads = default_planner_threads() if args.dip_planner_threads is None else args.dip_planner_threads
+    _at_least("--dip-planner-threads", threads, 1)
+    _at_least("--dip-look-ahead", args.dip_look_ahead, 0)
+    _at_least("--dip-log-interval", args.dip_log_interval, 0)
+    _at_least("--dip-seed", args.dip_seed, 0)
+    if not 0 < args.dip_time_budget <= 3600:
+        raise InputError("--dip-time-budget", args.dip_time_budget, "outside (0, 3600]", "give seconds such as 1.0")
+    if args.dip_evaluations is not None:
+        _at_least("--dip-evaluations", args.dip_evaluations, 1)
+    if args.dip_memory_limit is not None and not 0 < args.dip_memory_limit < 1e6:
+        raise InputError("--dip-memory-limit", args.dip_memory_limit, "outside (0, 1e6)", "give GiB such as 70")
+    return DipOptions(
+        profile=args.dip_profile,
+        device=args.dip_device,
+        partition=args.dip_partition,
+        chunks=_by_module("--dip-chunks", args.dip_chunks),
+        sub_microbatch_size=_by_module("--dip-sub-microbatch-size", args.dip_sub_microbatch_size),
+        planner_threads=threads,
+        time_budget_s=args.dip_time_budget,
+        evaluations=args.dip_evaluations,
+        look_ahead=args.dip_look_ahead,
+        memory_limit_bytes=None if args.dip_memory_limit is None else int(args.dip_memory_limit * _GIB),
+        split_backward=args.dip_split_backward,
+        trace_dir=args.dip_trace_dir,
+        seed=args.dip_seed,
+        log_interval=args.dip_log_interval,
+    )
+
+
+def default_planner_threads() -> int:
+    """Half of this process' share of the machine's cores, at least one: training keeps the other half."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // (2 * local_ranks))
+
+
+def _at_least(flag: str, value: int, low: int) -> None:
+    if value < low:
+        raise InputError(flag, value, f"must be at least {low}", f"give {low} or more")
+
+
+def _by_module(flag: str, words: Sequence[str] | None) -> dict[str, int]:
+    """``["vit=2", "lm=1"]`` -> ``{"vit": 2, "lm": 1}``; commas between the pairs are fine too."""
+    numbers: dict[str, int] = {}
+    for pair in (pair for word in words or () for pair in word.split(",") if pair):
+        module, sign, number = pair.partition("=")
+        if not sign or not module or not number.isdecimal() or int(number) < 1:
+            raise InputError(flag, pair, "is not of the form MODULE=NUMBER", "write it like vit=2")
+        if module in numbers:
+            raise InputError(flag, pair, f"gives {module!r} twice", "give each module once")
+        numbers[module] = int(number)
+    return numbers
