@@ -25,8 +25,8 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run_ranks(arguments: Sequence[str], num_ranks: int, *, threads: int) -> int:
-    """Runs ``megatron-dip ARGUMENTS`` as ``num_ranks`` ranks; returns 0, or the exit code of the rank that ended badly first.
+def run_ranks(command: Sequence[str], num_ranks: int, *, threads: int) -> int:
+    """Runs ``command`` as ``num_ranks`` ranks; returns 0, or the exit code of the rank that ended badly first.
 
     Args:
         threads: of each rank's tensor operations.
@@ -35,7 +35,6 @@ def run_ranks(arguments: Sequence[str], num_ranks: int, *, threads: int) -> int:
         **os.environ, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
     }
-    command = [sys.executable, "-m", "megatron_dip.cli.main", *arguments]
     ranks = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdin=subprocess.DEVNULL)
         for rank in range(num_ranks)

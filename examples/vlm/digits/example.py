@@ -1,6 +1,6 @@
 """Reading handwritten digits: scikit-learn's 1797 labelled 8x8 scans in packed sequences of images and text.
 
-A microbatch is one packed sequence. It mixes one-image captions (``<image> it is seven``), many-image documents (``<image> two ,
+A microbatch is one packed sequence. It mixes one-image captions (``it is <image> seven``), many-image documents (``<image> two ,
 <image> nine , ...``) and text alone (``two plus three is five``), from no image to many; how many is drawn from bounds that change
 with the iteration (``image_counts``). Every answer to an image is one word, so that it can be scored. Held-out scans are chosen by a
 fixed seed of their own and never trained on, whatever the training's seed.
@@ -110,11 +110,12 @@ class Dataset:
         low, high = self.options.image_counts[iteration % len(self.options.image_counts)]
         return [self._microbatch(random, int(random.integers(low, high + 1))) for _ in range(num_microbatches)]
 
-    def held_out(self) -> list[dict[str, torch.Tensor]]:
-        """Every held-out scan once, as captions, as many to a sequence as fit."""
+    def held_out(self, multiple: int) -> list[dict[str, torch.Tensor]]:
+        """Every held-out scan once, as captions, as many to a sequence as fit; then sequences that ask nothing, up to a multiple."""
         per_sequence = self.model.sequence_length // (self.model.image.tokens + 5)
         packs = [self.held_out_scans[i : i + per_sequence] for i in range(0, len(self.held_out_scans), per_sequence)]
-        return [self._pack([self._caption(int(scan)) for scan in pack], self.images[pack]) for pack in packs]
+        items = [self._pack([self._caption(int(scan)) for scan in pack], self.images[pack]) for pack in packs]
+        return items + [self._pack([], self.images[:0]) for _ in range(-len(items) % multiple)]
 
     def _microbatch(self, random: np.random.Generator, num_images: int) -> dict[str, torch.Tensor]:
         scans = random.choice(self.training_scans, size=num_images)
@@ -140,7 +141,7 @@ class Dataset:
 
     def _caption(self, scan: int) -> Document:
         image = [TOKEN["<image>"]] * self.model.image.tokens
-        tokens = [TOKEN["<document>"], *image, TOKEN["it"], TOKEN["is"], TOKEN[self.answers[scan]], TOKEN["<end>"]]
+        tokens = [TOKEN["<document>"], TOKEN["it"], TOKEN["is"], *image, TOKEN[self.answers[scan]], TOKEN["<end>"]]
         return Document(tokens, [len(tokens) - 2])
 
     def _many(self, scans: Sequence[int]) -> Document:

@@ -1,0 +1,124 @@
+"""Train an example, for instance examples/vlm/digits, under DIP or under one of Megatron's own schedules.
+
+Started by torchrun it is one rank of the run; started by hand it starts as many ranks on this machine as the parallel sizes need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dip.spec.errors import EXIT_CODE, InputError
+
+if TYPE_CHECKING:
+    from megatron_dip.spec.training import ExampleConfig, RunSettings
+
+SUMMARY = "train an example under DIP or Megatron's own schedules"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("example", metavar="EXAMPLE", type=Path, help="folder with config.json and example.py")
+    pipeline = parser.add_argument_group("pipeline")
+    pipeline.add_argument("--pipeline-schedule", choices=("dip", "1f1b", "interleaved"), default="dip")
+    pipeline.add_argument("--pipeline", type=int, default=2, metavar="P", help="pipeline ranks (default 2)")
+    pipeline.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor-parallel ranks (default 1)")
+    pipeline.add_argument("--data", type=int, default=1, metavar="D", help="replicas (default 1)")
+    pipeline.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda; cpu is refused where CUDA is present")
+    pipeline.add_argument("--partition", type=Path, metavar="FILE", help="dip: how the modules are cut (JSON); default: config.json's K, even layers")
+    pipeline.add_argument("--plan-time", type=float, default=0.1, metavar="S", help="dip: seconds of search for each plan (default 0.1)")
+    pipeline.add_argument(
+        "--stock-layout", choices=("scripts", "parameters"),
+        help="1f1b: whole encoder on the first rank as Megatron's scripts have it (default), or one chain cut by parameters; "
+        "interleaved: the chain",
+    )
+    pipeline.add_argument("--virtual-pipeline", type=int, default=2, metavar="V", help="interleaved: chunks a rank (default 2)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--iterations", type=int, metavar="N", help="default: config.json's")
+    run.add_argument("--num-microbatches", type=int, metavar="N", help="of all replicas together; default: config.json's")
+    run.add_argument("--seed", type=int, default=1, help="of weights and data (default 1)")
+    run.add_argument("--data-file", metavar="FILE", help="own data instead of the example's; the example says in which form")
+    run.add_argument("--distributed-optimizer", action="store_true", help="spread the optimizer's state over the replicas")
+    run.add_argument("--overlap-grad-reduce", action="store_true", help="reduce gradients over the replicas beside the pipeline")
+    run.add_argument("--threads", type=int, default=1, help="of each rank's tensor operations on the CPU (default 1)")
+    run.add_argument("--timeout", type=float, default=600.0, metavar="S", help="a rank that waits longer for another gives up (default 600 s)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--log-interval", type=int, default=10, metavar="N")
+    output.add_argument("--evaluate-interval", type=int, default=0, metavar="N", help="iterations between scorings; default: at the end")
+    output.add_argument("--save", metavar="DIR", help="write checkpoints into this folder")
+    output.add_argument("--save-interval", type=int, default=0, metavar="N", help="iterations between checkpoints; default: at the end")
+    output.add_argument("--load", metavar="DIR", help="go on from the last checkpoint in this folder, of any cut")
+    output.add_argument("--record", metavar="FILE", help="write the run's figures (JSON)")
+    output.add_argument("--timelines", metavar="DIR", help="write the last iteration's plan and timelines (JSON) for report and trace")
+
+
+def make_settings(args: argparse.Namespace, config: ExampleConfig) -> RunSettings:
+    """The command line and the example's config joined and checked."""
+    from megatron_dip.spec.codec import check_writable, load_partition
+    from megatron_dip.spec.training import RunSettings, SchedulePlan
+    from megatron_dip.spec.workload import Parallel
+
+    interleaved = args.pipeline_schedule == "interleaved"
+    if interleaved and args.stock_layout == "scripts":
+        raise InputError("--stock-layout", "scripts", "Megatron's scripts cannot interleave a vision-language model", "use parameters")
+    if args.threads < 1:
+        raise InputError("--threads", args.threads, "must be at least 1", "give a positive whole number")
+    schedule = SchedulePlan(
+        name=args.pipeline_schedule, layout=args.stock_layout or ("parameters" if interleaved else "scripts"),
+        virtual=args.virtual_pipeline if interleaved else 1, partition=None if args.partition is None else load_partition(args.partition),
+        plan_s=args.plan_time,
+    )
+    if args.record is not None:
+        check_writable(args.record, "--record")
+    settings = RunSettings(
+        schedule=schedule, parallel=Parallel(tensor=args.tensor, pipeline=args.pipeline, data=args.data), device=args.device,
+        seed=args.seed, iterations=config.iterations if args.iterations is None else args.iterations,
+        num_microbatches=config.num_microbatches if args.num_microbatches is None else args.num_microbatches,
+        data=config.data if args.data_file is None else {**config.data, "file": args.data_file}, timeout_s=args.timeout,
+        distributed_optimizer=args.distributed_optimizer, overlap_grad_reduce=args.overlap_grad_reduce, log_interval=args.log_interval,
+        evaluate_interval=args.evaluate_interval, save=args.save, save_interval=args.save_interval, load=args.load, record=args.record,
+        timelines=args.timelines,
+    )
+    settings.validate()
+    return settings
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_dip.hooks.ranks import is_rank, run_ranks
+    from megatron_dip.spec.codec import load_example
+
+    settings = make_settings(args, load_example(args.example / "config.json"))
+    num_ranks = settings.parallel.num_gpus
+    if not is_rank():
+        return run_ranks([sys.executable, "-m", "megatron_dip.cli.main", *sys.argv[1:]], num_ranks, threads=args.threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
+    sys.stdout.flush()
+    # The interpreter's ordinary end would wait for threads and groups that may hang on a dead rank.
+    code = _run_rank(args.example, settings)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run_rank(example: Path, settings: RunSettings) -> int:
+    rank = os.environ["RANK"]
+    try:
+        from megatron_dip.hooks.training import train
+
+        train(example, settings, lambda line: print(line, flush=True))
+    except InputError as error:
+        print(f"megatron-dip: error: rank {rank}: {error}", file=sys.stderr)
+        return EXIT_CODE
+    except ImportError as error:
+        print(
+            f"megatron-dip: error: rank {rank}: {error.name} = not installed: training needs it. Remedy: pip install 'megatron-dip[train]'.",
+            file=sys.stderr,
+        )
+        return EXIT_CODE
+    except Exception:
+        print(f"megatron-dip: error: rank {rank}:\n{traceback.format_exc()}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,235 @@
+"""A model together with the schedule that trains it: DIP's, or one of Megatron's own, behind the same few calls.
+
+Systems of one process share Megatron's parallel groups. Each has its own weights, optimizer and stream of data, so that several can
+take turns on the same batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_dip.hooks.checkpoint import load_checkpoint, save_checkpoint
+from megatron_dip.hooks.setup import TrainingModel, build_optimizer
+from megatron_dip.hooks.stock import ChainCost, build_stock_model, stock_forward_backward
+from megatron_dip.hooks.stock_timing import StockTimer
+from megatron_dip.models.vlm import LANGUAGE, VISION, VlmConfig, unwrap
+from megatron_dip.spec.codec import save
+from megatron_dip.spec.plan import Plan
+from megatron_dip.spec.timeline import Bar, Timeline
+from megatron_dip.spec.training import ExampleConfig, OptimizerSpec, RunSettings, SchedulePlan
+
+
+class Dataset(Protocol):
+    """What an example's ``Dataset`` offers; items are what its ``forward_step`` takes from the iterator."""
+
+    def microbatches(self, iteration: int, num_microbatches: int) -> list[Any]:
+        """The global batch of an iteration (from 0), the same on every rank."""
+        ...
+
+    def held_out(self, multiple: int) -> list[Any]:
+        """Items for scoring, the same on every rank; their number is a multiple of ``multiple``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """An example's module, loaded: its data and Megatron's step functions."""
+
+    config: ExampleConfig
+    dataset: Dataset
+    module: ModuleType
+    """Defines forward_step, and evaluation_step whose report counts ``answers``: (right, asked)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFigures:
+    loss: float
+    """Mean over the tokens of the global batch that carry a loss; the same on all ranks."""
+    grad_norm: float
+    pipeline_s: float
+    """Forward and backward of all microbatches on this rank, gradients finalized."""
+
+
+class System:
+    """One schedule with its model; subclasses say how microbatches go through the pipeline."""
+
+    def __init__(self, label: str, model: TrainingModel, example: Example, settings: RunSettings) -> None:
+        self.label = label
+        self.model = model
+        self.example = example
+        self.settings = settings
+        self.optimizer: MegatronOptimizer = build_optimizer(
+            model, example.config.optimizer, distributed_optimizer=settings.distributed_optimizer
+        )
+        self.scheduler = _parameter_scheduler(self.optimizer, example.config.optimizer, settings.iterations)
+        model.config.grad_scale_func = self.optimizer.scale_loss
+        self.microbatches_of_replica = settings.num_microbatches // settings.parallel.data
+        self.start_data(0)
+
+    def start_data(self, iteration: int) -> None:
+        """Makes ``iteration`` the next one whose data are taken."""
+        raise NotImplementedError
+
+    def _stream(self, iteration: int) -> Iterator[Any]:
+        """This replica's microbatches from an iteration on, without end."""
+        replica, replicas = parallel_state.get_data_parallel_rank(), self.settings.parallel.data
+        while True:
+            yield from self.example.dataset.microbatches(iteration, self.settings.num_microbatches)[replica::replicas]
+            iteration += 1
+
+    def run(self, step: Any, *, forward_only: bool, items: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+        """Runs forward (and backward) of an iteration's microbatches; returns the reports of the last pipeline rank.
+
+        Args:
+            items: what to run instead of the stream's next microbatches.
+        """
+        raise NotImplementedError
+
+    def timeline(self, title: str) -> Timeline | None:
+        """The last training iteration as measured, on pipeline rank 0 of each replica (None elsewhere); all ranks must call it."""
+        raise NotImplementedError
+
+    def train_step(self) -> StepFigures:
+        """One training iteration, as Megatron's train_step: gradients cleared, all microbatches, optimizer, learning rate."""
+        self.model.zero_grad()
+        self.optimizer.zero_grad()
+        began = time.perf_counter()
+        reports = self.run(self.example.module.forward_step, forward_only=False)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        pipeline_s = time.perf_counter() - began
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        loss, tokens = _reduce_report(reports, "lm loss")
+        return StepFigures(loss=loss / max(tokens, 1.0), grad_norm=float(grad_norm or 0.0), pipeline_s=pipeline_s)
+
+    def score(self) -> tuple[int, int]:
+        """(right, asked) over the held-out items, the same on all ranks."""
+        replica, replicas = parallel_state.get_data_parallel_rank(), self.settings.parallel.data
+        # Megatron's interleaved schedule takes whole rounds of the pipeline.
+        items = self.example.dataset.held_out(replicas * self.settings.parallel.pipeline)[replica::replicas]
+        self.model.train(False)
+        with torch.no_grad():
+            reports = self.run(self.example.module.evaluation_step, forward_only=True, items=items)
+        self.model.train(True)
+        right, asked = _reduce_report(reports, "answers")
+        return round(right), round(asked)
+
+    def save(self, folder: Path, iteration: int) -> None:
+        save_checkpoint(folder, self.model, self.optimizer, iteration=iteration, extra={"scheduler": self.scheduler.state_dict()})
+
+    def load(self, folder: Path) -> int:
+        """Takes weights, optimizer and learning rate from the latest checkpoint; returns the iteration behind which it was saved."""
+        iteration, extra = load_checkpoint(folder, self.model, self.optimizer)
+        self.scheduler.load_state_dict(extra["scheduler"])
+        return iteration
+
+    def last_plan(self) -> Plan | None:
+        """The plan of the last training iteration; None under Megatron's own schedules."""
+        return None
+
+    def late_plans(self) -> int:
+        """Iterations that ran under a quick plan because the searched one was late."""
+        return 0
+
+    def write_timelines(self, folder: Path) -> None:
+        """Writes the last training iteration as planned and as measured, of replica 0; all ranks must call it."""
+        timeline = self.timeline(f"{self.label}, measured")
+        if timeline is not None and parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save(folder / "measured.json", timeline)
+
+    def close(self) -> None:
+        """Ends what runs beside training."""
+
+
+class StockSystem(System):
+    """Megatron's own schedule on one of its layouts."""
+
+    def __init__(
+        self, schedule: SchedulePlan, vlm_config: VlmConfig, example: Example, settings: RunSettings,
+        layer_times: Mapping[str, ChainCost] | None = None,
+    ) -> None:
+        virtual = schedule.virtual if schedule.name == "interleaved" else 1
+        model = build_stock_model(
+            vlm_config, schedule.layout, virtual=virtual, layer_times=layer_times, overlap_grad_reduce=settings.overlap_grad_reduce,
+            distributed_optimizer=settings.distributed_optimizer,
+        )
+        self.forward_backward = stock_forward_backward(virtual=virtual)
+        self.bars: list[Bar] = []
+        super().__init__(schedule.label, model, example, settings)
+
+    def start_data(self, iteration: int) -> None:
+        self.data = self._stream(iteration)
+
+    def run(self, step: Any, *, forward_only: bool, items: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+        if items is None:
+            items = [next(self.data) for _ in range(self.microbatches_of_replica)]
+        chunks, length = list(self.model.chunks), self.example.config.model.sequence_length
+        iterators = [iter(items) for _ in chunks]
+        with StockTimer(chunks, [_held_modules(chunk) for chunk in chunks], parallel_state.get_pipeline_model_parallel_rank()) as timer:
+            reports = self.forward_backward(
+                forward_step_func=step, data_iterator=iterators if len(chunks) > 1 else iterators[0],
+                model=chunks if len(chunks) > 1 else chunks[0], num_microbatches=len(items),
+                seq_length=length, decoder_seq_length=length, micro_batch_size=1, forward_only=forward_only,
+            )
+        if not forward_only:
+            self.bars = timer.bars
+        return reports
+
+    def timeline(self, title: str) -> Timeline | None:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        ranks = parallel_state.get_pipeline_model_parallel_world_size()
+        every: list[list[Bar]] = [[]] * ranks
+        dist.all_gather_object(every, self.bars, group=group)
+        if parallel_state.get_pipeline_model_parallel_rank() != 0:
+            return None
+        return measured_timeline([bar for bars in every for bar in bars], title, ranks)
+
+
+def measured_timeline(bars: Sequence[Bar], title: str, ranks: int) -> Timeline:
+    """A timeline that begins at 0, out of bars on one clock."""
+    origin = min((bar.start for bar in bars), default=0)
+    shifted = [
+        Bar(
+            rank=bar.rank, kind=bar.kind, module=bar.module, vp_stage=bar.vp_stage, microbatch=bar.microbatch,
+            sub_microbatch=bar.sub_microbatch, start=bar.start - origin, end=bar.end - origin,
+        )
+        for bar in bars
+    ]
+    return Timeline(title=title, ranks=ranks, bars=shifted)
+
+
+def _held_modules(chunk: torch.nn.Module) -> str:
+    stage = unwrap(chunk)
+    parts = ((VISION, stage.vision_model), (LANGUAGE, stage.language_model))
+    return "+".join(name for name, part in parts if part is not None)
+
+
+def _reduce_report(reports: Sequence[Mapping[str, torch.Tensor]], key: str) -> tuple[float, float]:
+    """Sums the pairs that the last pipeline ranks report, over all microbatches and replicas; the same on all ranks."""
+    total = torch.zeros(2, dtype=torch.float64)
+    if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+        for report in reports:
+            total += report[key].detach().to("cpu", torch.float64)
+    dist.all_reduce(total)
+    return float(total[0]), float(total[1])
+
+
+def _parameter_scheduler(optimizer: MegatronOptimizer, spec: OptimizerSpec, iterations: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=spec.lr, min_lr=spec.min_lr, lr_warmup_steps=min(spec.warmup_iterations, max(iterations - 1, 0)),
+        lr_decay_steps=iterations, lr_decay_style="cosine", start_wd=spec.weight_decay, end_wd=spec.weight_decay, wd_incr_steps=iterations,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,150 @@
+"""The training loop of the examples: one rank's part of a run, from the process group to the last checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dip.hooks.setup import initialize_parallel
+from megatron_dip.hooks.systems import Example, StockSystem, System
+from megatron_dip.models.vlm import VlmConfig
+from megatron_dip.runtime.groups import PipelineGroups, new_process_groups
+from megatron_dip.spec.codec import encode, load_example, write_atomically
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.training import EvaluationFigures, ExampleConfig, IterationFigures, RunRecord, RunSettings, SchedulePlan
+
+
+def load_example_module(folder: Path, config: ExampleConfig, settings: RunSettings) -> Example:
+    """Loads ``example.py`` of a folder and makes its data. Raises InputError for a module that lacks what training calls."""
+    path = folder / "example.py"
+    if not path.is_file():
+        raise InputError("EXAMPLE", str(folder), "has no example.py", "name a folder such as examples/vlm/digits")
+    spec = importlib.util.spec_from_file_location("megatron_dip_example", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    for name in ("Dataset", "forward_step", "evaluation_step"):
+        if not hasattr(module, name):
+            raise InputError(str(path), name, "is not defined", "define it as examples/vlm/digits/example.py does")
+    return Example(config=config, dataset=module.Dataset(config.model, settings.data, settings.seed), module=module)
+
+
+def start_ranks_groups(settings: RunSettings) -> PipelineGroups:
+    """Starts torch.distributed and Megatron's groups on this rank, and the groups of its pipeline."""
+    initialize_parallel(settings.parallel, device=settings.device, seed=settings.seed, timeout_s=settings.timeout_s)
+    if settings.device == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return new_process_groups(
+        dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()),
+        replica=parallel_state.get_data_parallel_rank(), backend="gloo" if settings.device == "cpu" else "nccl",
+        timeout_s=settings.timeout_s,
+    )
+
+
+def build_system(schedule: SchedulePlan, example: Example, settings: RunSettings, groups: PipelineGroups) -> System:
+    config = VlmConfig(model=example.config.model, parallel=settings.parallel, seed=settings.seed)
+    if schedule.name == "dip":
+        from megatron_dip.hooks.dip_system import DipSystem
+
+        return DipSystem(schedule, config, example, settings, groups)
+    return StockSystem(schedule, config, example, settings)
+
+
+def train(folder: Path, settings: RunSettings, log: Callable[[str], None]) -> None:
+    """Trains an example on this rank of a run; ``log`` is called on rank 0 alone."""
+    example = load_example_module(folder, load_example(folder / "config.json"), settings)
+    groups = start_ranks_groups(settings)
+    say = log if dist.get_rank() == 0 else lambda _: None
+    system = build_system(settings.schedule, example, settings, groups)
+    try:
+        run = _Run(system, settings, say)
+        run.train()
+    finally:
+        system.close()
+
+
+class _Run:
+    """The loop and its figures."""
+
+    def __init__(self, system: System, settings: RunSettings, say: Callable[[str], None]) -> None:
+        self.system = system
+        self.settings = settings
+        self.say = say
+        self.iterations: list[IterationFigures] = []
+        self.evaluations: list[EvaluationFigures] = []
+        self.training_s = 0.0
+
+    def train(self) -> None:
+        settings, system = self.settings, self.system
+        sizes = settings.parallel
+        self.say(
+            f"{system.label}: pipeline {sizes.pipeline} x tensor {sizes.tensor} x data {sizes.data} on {settings.device}, "
+            f"{settings.iterations} iterations of {settings.num_microbatches} microbatches, seed {settings.seed}"
+        )
+        first = 0
+        if settings.load is not None:
+            first = system.load(Path(settings.load))
+            self.say(f"loaded {settings.load}: going on behind iteration {first}")
+        system.start_data(first)
+        for iteration in range(first, settings.iterations):
+            self._step(iteration)
+            done = iteration + 1
+            last = done == settings.iterations
+            if last or (settings.evaluate_interval and done % settings.evaluate_interval == 0):
+                self._evaluate(done)
+            if settings.save is not None and (last or (settings.save_interval and done % settings.save_interval == 0)):
+                system.save(Path(settings.save), done)
+                self.say(f"saved iteration {done} to {settings.save}")
+        self._write()
+
+    def _step(self, iteration: int) -> None:
+        began = time.perf_counter()
+        step = self.system.train_step()
+        seconds = time.perf_counter() - began
+        self.training_s += seconds
+        plan = self.system.last_plan()
+        figures = IterationFigures(
+            iteration=iteration + 1, loss=step.loss, grad_norm=step.grad_norm, seconds=seconds, pipeline_seconds=step.pipeline_s,
+            planned_ns=None if plan is None else plan.claimed_makespan, planning_ns=None if plan is None else plan.planning_ns,
+        )
+        self.iterations.append(figures)
+        if not torch.isfinite(torch.tensor(step.loss)):
+            raise InputError("config.json: optimizer.lr", self.system.example.config.optimizer.lr, f"the loss became {step.loss}", "lower it")
+        done = iteration + 1
+        if done % self.settings.log_interval == 0 or done in (1, self.settings.iterations):
+            planned = "" if plan is None else f" | plan {plan.claimed_makespan / 1e9:.2f} s, made in {plan.planning_ns / 1e6:.0f} ms"
+            self.say(
+                f"iteration {done:4d}/{self.settings.iterations} | loss {step.loss:.4f} | gradient norm {step.grad_norm:.2f} | "
+                f"{seconds:.2f} s, pipeline {step.pipeline_s:.2f} s{planned}"
+            )
+
+    def _evaluate(self, done: int) -> None:
+        right, asked = self.system.score()
+        self.evaluations.append(EvaluationFigures(iteration=done, training_seconds=self.training_s, right=right, asked=asked))
+        self.say(
+            f"held out: {right} of {asked} digits read right ({100 * right / asked:.1f} %) behind iteration {done}, "
+            f"{self.training_s:.0f} s of training"
+        )
+
+    def _write(self) -> None:
+        settings, system = self.settings, self.system
+        if settings.timelines is not None:
+            system.write_timelines(Path(settings.timelines))
+            self.say(f"wrote the last iteration's timelines to {settings.timelines}")
+        if settings.record is not None and dist.get_rank() == 0:
+            record = RunRecord(
+                schedule=system.label, settings=settings, iterations=self.iterations, evaluations=self.evaluations,
+                late_plans=system.late_plans(),
+            )
+            write_atomically(settings.record, encode(record))
+            self.say(f"wrote {settings.record}")
