@@ -133,9 +133,11 @@ class VlmConfig:
         )
 
     def projector_config(self) -> TransformerConfig:
+        # It has no attention; Megatron wants numbers of heads that the tensor-parallel ranks divide.
+        heads = self.language.num_attention_heads
         return TransformerConfig(
-            num_layers=1, hidden_size=self.language.hidden_size, ffn_hidden_size=self.language.hidden_size, num_attention_heads=1,
-            num_query_groups=1, **self._common(),
+            num_layers=1, hidden_size=self.language.hidden_size, ffn_hidden_size=self.language.hidden_size, num_attention_heads=heads,
+            **self._common(),
         )
 
     def _common(self) -> dict[str, Any]:

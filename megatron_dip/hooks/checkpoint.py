@@ -1,0 +1,160 @@
+"""Checkpoints in Megatron's torch_dist format: saved from any cut of the model, loaded into any other.
+
+Every chunk names its tensors by their place in the whole module (``vision_model.``, ``vision_projection.``, ``language_model.``, layers
+numbered over the whole module), and the optimizer's state goes by the same names. So what P pipeline ranks, K chunks and T
+tensor-parallel ranks saved can be loaded with any other P, K and T, in one process, or by stock Megatron's layout of the same model.
+Files lie as Megatron lays them: ``<folder>/iter_0000010/`` and ``<folder>/latest_checkpointed_iteration.txt``.
+
+The distributed optimizer's state is saved ``fully_reshardable``. Without Apex and Transformer Engine Megatron-Core falls back on
+``torch.optim``, whose per-parameter ``step`` its distributed optimizer cannot load (0.16); :func:`_mend_steps` is what that needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from megatron_dip.hooks.cpu import CpuDeviceMode
+from megatron_dip.hooks.setup import TrainingModel
+from megatron_dip.models.vlm import unwrap
+from megatron_dip.spec.errors import InputError
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def save_checkpoint(
+    folder: Path, model: TrainingModel, optimizer: MegatronOptimizer | None, *, iteration: int, extra: dict[str, Any] | None = None
+) -> Path:
+    """Saves weights, optimizer state and ``extra`` (small, equal on all ranks); called by all ranks. Returns the iteration's folder.
+
+    The folder is named as latest only when every rank has written, so that a run that dies here leaves the checkpoint before.
+    """
+    target = folder / f"iter_{iteration:07d}"
+    if dist.get_rank() == 0:
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError("--save", str(folder), f"cannot be written ({error.strerror})", "name a folder that can be written") from error
+    dist.barrier()
+    state = _sharded_state(model, optimizer, is_loading=False)
+    state.update(iteration=iteration, checkpoint_version=3.0, extra=extra or {})
+    dist_checkpointing.save(state, str(target), content_metadata=_content_metadata())
+    if dist.get_rank() == 0:
+        (folder / LATEST).write_text(str(iteration))
+    dist.barrier()
+    return target
+
+
+def load_checkpoint(folder: Path, model: TrainingModel, optimizer: MegatronOptimizer | None) -> tuple[int, dict[str, Any]]:
+    """Loads the latest checkpoint into the model and, when given, the optimizer; returns the iteration and what was saved as ``extra``.
+
+    Raises InputError where there is no checkpoint, or it holds another model.
+    """
+    latest = folder / LATEST
+    try:
+        target = folder / f"iter_{int(latest.read_text()):07d}"
+    except (OSError, ValueError) as error:
+        raise InputError("--load", str(folder), f"holds no checkpoint ({LATEST}: {error})", "name the folder given to --save") from error
+    with _reading_into_cpu_or_cuda():
+        wanted = _sharded_state(model, optimizer, is_loading=True)
+        try:
+            state = dist_checkpointing.load(wanted, str(target))
+        except (CheckpointingException, OSError, KeyError, RuntimeError) as error:
+            raise InputError(
+                "--load", str(target), f"does not fit this model or this optimizer ({str(error).splitlines()[0][:200]})",
+                "use the configuration that it was saved with",
+            ) from error
+        for index, chunk in enumerate(model.chunks):
+            unwrap(chunk).load_state_dict(state[f"model{index}"])
+        if optimizer is not None:
+            with _mend_steps(optimizer):
+                optimizer.load_state_dict(state["optimizer"])
+    return int(state["iteration"]), state["extra"]
+
+
+def _content_metadata() -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def _sharded_state(model: TrainingModel, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {**_content_metadata(), "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state: dict[str, Any] = {
+        f"model{index}": unwrap(chunk).sharded_state_dict(prefix="", metadata=metadata) for index, chunk in enumerate(model.chunks)
+    }
+    if optimizer is not None:
+        _allocate_states(optimizer)
+        with _mend_steps(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    return [part.optimizer for part in _parts(optimizer) if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))]
+
+
+def _allocate_states(optimizer: MegatronOptimizer) -> None:
+    """Gives a torch optimizer that has not stepped yet the state of step 0; Megatron's own allocation leaves ``step`` out."""
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter.data),
+                        "exp_avg_sq": torch.zeros_like(parameter.data),
+                    }
+
+
+@contextmanager
+def _mend_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Two repairs of Megatron's distributed optimizer over ``torch.optim``, while it gives or takes its state.
+
+    Its loading copies every tensor of the inner state from the checkpoint, in which ``step`` stands with the parameter groups instead:
+    the step set from there is kept. And it sets one and the same step tensor for all parameters, which each of them would then count
+    up: every parameter gets its own.
+    """
+    distributed = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    for part in distributed:
+        part._set_main_param_and_optimizer_states = _keeping_step(part, part._set_main_param_and_optimizer_states)
+    try:
+        yield
+    finally:
+        for part in distributed:
+            del part._set_main_param_and_optimizer_states
+        for inner in _torch_optimizers(optimizer):
+            for state in inner.state.values():
+                if "step" in state:
+                    state["step"] = state["step"].clone()
+
+
+def _keeping_step(part: Any, original: Any) -> Any:
+    def set_states(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group_index, group_order = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group_index]["params"][group_order]]
+        original(model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
+
+    return set_states
+
+
+@contextmanager
+def _reading_into_cpu_or_cuda() -> Iterator[None]:
+    """Reading exchanges tensors on ``device="cuda"``, which is the CPU where there is no CUDA."""
+    if torch.cuda.is_available():
+        yield
+    else:
+        with CpuDeviceMode():
+            yield
