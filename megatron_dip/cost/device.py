@@ -88,7 +88,7 @@ class DeviceDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     network_latency_us: float = 10.0
     """Of a point-to-point message."""
     memory_margin: float = 0.08
-    """Share of the memory that fragmentation, the CUDA context and communication buffers take."""
+    """Share of the memory that fragmentation, the CUDA context, communication buffers and working sets take."""
     efficiency: DeviceEfficiency
 
     def validate(self, where: str = "device") -> None:
