@@ -1,15 +1,43 @@
 """Once a run: how the layers of each module are cut into chunks, and the sub-microbatch sizes.
 
-Source of the rules: DIP (arXiv 2504.14145), section on the modality-aware partitioner.
+In: the model, the ranks, a sample of batches, costs. Out: a :class:`~megatron_dip.spec.partition.Partition`. Three ways:
+
+- :func:`even_partition`: given K and B, layers as even as can be.
+- :func:`paper_partition`: the rules of DIP (arXiv 2504.14145, section on the modality-aware partitioner): the smallest B_i that keeps
+  95 % of the best efficiency, K_i = floor(T_i / T_1), layers even.
+- :func:`choose_partition`: our own joint choice of B, K and uneven layers. It descends over one choice at a time and judges every
+  candidate by what it is told: the caller's ``evaluate``, the time of a scheduled batch. It starts from several corners, since the
+  choices interact.
+
+Not modelled: choices that differ between batches (weights never move), and K beyond :data:`MAX_CHUNKS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from megatron_dip.cost.interface import CostModel, Part
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.workload import Microbatch
+
+Batch = Sequence[Microbatch]
+"""One replica's microbatches of one iteration."""
+
+MAX_CHUNKS = 4
+"""K at most: every further chunk a rank adds messages and checkpoints' pieces, and gained nothing where it was tried."""
+EFFICIENCY = 0.95
+"""Of the paper's rule for B_i."""
+_SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64)
+"""Sub-microbatch sizes that are tried."""
+_WASTE = 1.25
+"""Sizes whose work exceeds the best size's by more than this are not tried."""
+_WORK_SAMPLE = 256
+"""Microbatches whose work is summed up; a sample's loads converge well before."""
 
 
 def even_partition(
@@ -37,3 +65,276 @@ def even_partition(
         sizes = [base + (slot < extra) for slot in range(slots)]
         rows[module.name] = [sizes[start : start + num_ranks] for start in range(0, slots, num_ranks)]
     return Partition(chunks=rows, sub_microbatch_size={m.name: sub_microbatch_size.get(m.name, 1) for m in model.modules})
+
+
+def largest_count(module: str, batches: Sequence[Batch]) -> int:
+    """Most instances of a module in one microbatch; 0 where it never has any."""
+    return max((len(microbatch.get(module, ())) for batch in batches for microbatch in batch), default=0)
+
+
+def _work_sample(batches: Sequence[Batch]) -> list[Microbatch]:
+    """Microbatches evenly spaced over the sample."""
+    everything = [microbatch for batch in batches for microbatch in batch]
+    step = max(1, len(everything) // _WORK_SAMPLE)
+    return everything[::step]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleWork:
+    """ns that the sample's microbatches spend in a module, forward and backward, in sub-microbatches of one size."""
+
+    layer: float
+    """In one layer"""
+    first: float
+    """In the embedding or stem"""
+    last: float
+    """In the head and loss"""
+    parts: int
+    """Sub-microbatches"""
+
+
+def module_work(model: ModelSpec, module: str, size: int, microbatches: Sequence[Microbatch], costs: CostModel) -> ModuleWork:
+    """Work of a module in parts of equal count (what the sub-microbatches of equal cost come to, near enough to rank by)."""
+    backward, trainable = model.backward_modules()[module], model.module(module).trainable
+    shapes: Counter[tuple[int, ...]] = Counter()
+    for microbatch in microbatches:
+        lengths = microbatch.get(module, ())
+        num_parts = -(-len(lengths) // size)
+        for part in range(num_parts):
+            start, end = part * len(lengths) // num_parts, (part + 1) * len(lengths) // num_parts
+            shapes[tuple(sorted(lengths[start:end]))] += 1
+
+    def total(part: Part) -> float:
+        result = 0.0
+        for lengths, count in shapes.items():
+            cost = costs.part(module, part, lengths)
+            time = cost.forward_ns + (cost.backward_input_ns + cost.backward_weight_ns * trainable if backward else 0.0)
+            result += count * time
+        return result
+
+    return ModuleWork(total("layer"), total("first"), total("last"), sum(shapes.values()))
+
+
+def cheapest_work_ns(model: ModelSpec, microbatches: Sequence[Microbatch], costs: CostModel) -> int:
+    """Work of a batch, over all ranks, with every module at its cheapest sub-microbatch size: divided by the ranks, no schedule on
+    any partition is faster (as far as the tried sizes go). It keeps an uneven or inefficient cut from hiding behind its own bound.
+    """
+    total = 0.0
+    for module in model.modules:
+        most = largest_count(module.name, [microbatches])
+        if most:
+            works = [module_work(model, module.name, size, microbatches, costs) for size in {*range(1, min(most, 8) + 1), *_sizes_up_to(most)}]
+            total += min(module.num_layers * work.layer + work.first + work.last for work in works)
+    return math.floor(total)
+
+
+def _sizes_up_to(most: int) -> list[int]:
+    return sorted({size for size in _SIZES if size < most} | {most})
+
+
+def paper_sizes(model: ModelSpec, batches: Sequence[Batch], costs: CostModel) -> dict[str, int]:
+    """B_i: the smallest size that keeps 95 % of the module's best efficiency (instances a second) on instances of its mean length."""
+    sizes = {}
+    for module in model.modules:
+        most = max(1, largest_count(module.name, batches))
+        lengths = [length for batch in batches for microbatch in batch for length in microbatch.get(module.name, ())]
+        mean = round(sum(lengths) / len(lengths)) if lengths else 1
+        efficiency = {size: size / max(_layer_ns(module.name, [mean] * size, costs), 1e-9) for size in _sizes_up_to(most)}
+        best = max(efficiency.values())
+        sizes[module.name] = min(size for size, value in efficiency.items() if value >= EFFICIENCY * best)
+    return sizes
+
+
+def _layer_ns(module: str, lengths: Sequence[int], costs: CostModel) -> float:
+    cost = costs.part(module, "layer", lengths)
+    return cost.forward_ns + cost.backward_input_ns + cost.backward_weight_ns
+
+
+def paper_partition(model: ModelSpec, num_ranks: int, batches: Sequence[Batch], costs: CostModel) -> Partition:
+    """The paper's partitioner: B_i by the 95 % rule, K_1 = 1 for the module of the least latency T_1 at its B, K_i = floor(T_i / T_1).
+
+    A module has at least one layer a chunk: K_i is bounded by its layers.
+    """
+    sizes = paper_sizes(model, batches, costs)
+    latency: dict[str, float] = {}
+    for module in model.modules:
+        lengths = [length for batch in batches for microbatch in batch for length in microbatch.get(module.name, ())]
+        if lengths:
+            mean = round(sum(lengths) / len(lengths))
+            latency[module.name] = module.num_layers * _layer_ns(module.name, [mean] * sizes[module.name], costs)
+    shortest = max(min(latency.values()), 1e-9)
+    chunks = {
+        name: max(1, min(math.floor(value / shortest), model.module(name).num_layers // num_ranks)) for name, value in latency.items()
+    }
+    return even_partition(model, num_ranks, chunks, sizes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """What the joint choice varies."""
+
+    chunks: tuple[int, ...]
+    """K by module, in the model's order"""
+    sizes: tuple[int, ...]
+    """B by module"""
+    even_out: bool
+    """Layers level the ranks' work over all modules together; False: every module is level by itself."""
+
+
+def balanced_partition(model: ModelSpec, num_ranks: int, cut: Cut, work: Sequence[ModuleWork]) -> Partition:
+    """Layers so that the ranks' work is level, embeddings and heads counted in.
+
+    Args:
+        work: of each module, on the sample.
+    """
+    load = [0.0] * num_ranks
+    rows: dict[str, list[list[int]]] = {}
+    # The modules of the costliest layers first: the finest grain levels what they leave.
+    for index in sorted(range(len(model.modules)), key=lambda index: (-work[index].layer, index)):
+        module, own = model.modules[index], work[index]
+        num_chunks = cut.chunks[index]
+        extras = [0.0] * num_ranks
+        extras[0] += own.first
+        extras[-1] += own.last
+        unit = max(own.layer, 1e-9)
+        below = [extra + (held if cut.even_out else 0.0) for extra, held in zip(extras, load, strict=True)]
+        # A chunk without layers still passes every segment on: each keeps one layer where there are enough.
+        least = num_chunks if module.num_layers >= num_chunks * num_ranks else 0
+        totals = _fill(module.num_layers, [value / unit for value in below], least)
+        table = [[0] * num_ranks for _ in range(num_chunks)]
+        for rank, total in enumerate(totals):
+            inner = [0.0] * num_chunks
+            inner[0] += own.first / unit if rank == 0 else 0.0
+            inner[-1] += own.last / unit if rank == num_ranks - 1 else 0.0
+            for vp_stage, layers in enumerate(_fill(total, inner, min(1, least))):
+                table[vp_stage][rank] = layers
+            load[rank] += total * own.layer + extras[rank]
+        rows[module.name] = table
+    return Partition(chunks=rows, sub_microbatch_size={m.name: size for m, size in zip(model.modules, cut.sizes, strict=True)})
+
+
+def _fill(items: int, below: Sequence[float], least: int) -> list[int]:
+    """Puts items one by one where the level (what lies ``below`` + items) is lowest, after ``least`` in every place."""
+    counts = [least] * len(below)
+    for _ in range(items - least * len(below)):
+        lowest = min(range(len(below)), key=lambda place: (below[place] + counts[place], place))
+        counts[lowest] += 1
+    return counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionChoice:
+    partition: Partition
+    expected_ns: float
+    """Mean over the judged batches of the scheduled time"""
+    candidates: int
+    """Partitions that were judged"""
+
+
+def choose_partition(
+    model: ModelSpec,
+    num_ranks: int,
+    batches: Sequence[Batch],
+    costs: CostModel,
+    evaluate: Callable[[Partition, Batch], float],
+    *,
+    num_judged: int = 3,
+    max_candidates: int = 120,
+    chunks: Mapping[str, int] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> PartitionChoice:
+    """Our own joint choice of B, K and uneven layers: least expected iteration time over the sample. Deterministic if ``evaluate`` is.
+
+    Args:
+        batches: the sample; work is levelled over all of it, and ``num_judged`` of them, evenly spaced, are scheduled.
+        evaluate: ns that a batch takes on a partition; math.inf where it does not fit.
+        max_candidates: partitions judged at most.
+        chunks, sizes: K and B that are given and not varied.
+        progress: called after each candidate with their number and the best expectation so far.
+
+    Raises:
+        InputError: no candidate fits.
+    """
+    microbatches = _work_sample(batches)
+    judged = [batches[index * len(batches) // num_judged] for index in range(num_judged)] if len(batches) > num_judged else list(batches)
+    table: dict[tuple[int, int], ModuleWork] = {}
+
+    def work_of(index: int, size: int) -> ModuleWork:
+        if (index, size) not in table:
+            table[index, size] = module_work(model, model.modules[index].name, size, microbatches, costs)
+        return table[index, size]
+
+    size_options: list[list[int]] = []
+    chunk_options: list[list[int]] = []
+    for index, module in enumerate(model.modules):
+        if sizes is not None and module.name in sizes:
+            size_options.append([sizes[module.name]])
+        else:
+            most = max(1, largest_count(module.name, batches))
+            options = _sizes_up_to(most)
+            cheapest = min(work_of(index, size).layer for size in options)
+            size_options.append([size for size in options if work_of(index, size).layer <= _WASTE * cheapest])
+        given = None if chunks is None else chunks.get(module.name)
+        chunk_options.append([given] if given is not None else list(range(1, max(1, min(MAX_CHUNKS, module.num_layers // num_ranks)) + 1)))
+
+    scores: dict[Cut, float] = {}
+    tried: dict[str, float] = {}
+
+    def score(cut: Cut) -> float:
+        if cut not in scores:
+            partition = balanced_partition(model, num_ranks, cut, [work_of(index, size) for index, size in enumerate(cut.sizes)])
+            key = repr(partition)  # evening out may change nothing
+            if key not in tried:
+                tried[key] = sum(evaluate(partition, batch) for batch in judged) / len(judged)
+                if progress is not None:
+                    progress(len(tried), min(tried.values()))
+            scores[cut] = tried[key]
+        return scores[cut]
+
+    def middle(options: Sequence[int], share: float) -> int:
+        return options[min(len(options) - 1, int(share * len(options)))]
+
+    starts = [
+        Cut(
+            chunks=tuple(middle(options, chunk_share) for options in chunk_options),
+            sizes=tuple(middle(options, size_share) for options in size_options),
+            even_out=False,
+        )
+        for chunk_share, size_share in ((0.0, 0.5), (0.3, 0.3), (0.6, 0.6), (0.3, 0.0), (0.6, 0.2))
+    ]
+    best = min(starts, key=score)
+    improved = True
+    while improved and len(tried) < max_candidates:
+        improved = False
+        for neighbour in _neighbours(best, chunk_options, size_options):
+            if len(tried) >= max_candidates:
+                break
+            if score(neighbour) < score(best):
+                best, improved = neighbour, True
+                break
+    if math.isinf(score(best)):
+        raise InputError(
+            "memory_capacity_bytes", costs.memory_capacity_bytes(), f"none of {len(tried)} partitions fits the sample's batches",
+            "use more pipeline or tensor ranks, smaller microbatches, or a memory strategy that keeps less",
+        )
+    partition = balanced_partition(model, num_ranks, best, [work_of(index, size) for index, size in enumerate(best.sizes)])
+    return PartitionChoice(partition=partition, expected_ns=score(best), candidates=len(tried))
+
+
+def _neighbours(cut: Cut, chunk_options: Sequence[Sequence[int]], size_options: Sequence[Sequence[int]]) -> list[Cut]:
+    """Cuts that differ in one choice by one step, and those that change all K together."""
+    found = [replace(cut, even_out=not cut.even_out)]
+    for field, options in (("chunks", chunk_options), ("sizes", size_options)):
+        values: tuple[int, ...] = getattr(cut, field)
+        for step in (1, -1):
+            moved = []
+            for index, own in enumerate(options):
+                at = own.index(values[index]) + step
+                if 0 <= at < len(own):
+                    moved.append((index, own[at]))
+                    found.append(replace(cut, **{field: (*values[:index], own[at], *values[index + 1 :])}))  # type: ignore[arg-type]
+            if len(moved) > 1:
+                together = dict(moved)
+                found.append(replace(cut, **{field: tuple(together.get(index, value) for index, value in enumerate(values))}))  # type: ignore[arg-type]
+    return found

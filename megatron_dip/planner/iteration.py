@@ -46,6 +46,8 @@ class PlanOptions:
     """Plan the backward's input and weight parts apart."""
     forward_only: bool = False
     """Evaluation: forwards alone."""
+    strategy: str | None = None
+    """Memory strategy of every layer; None = chosen per layer."""
 
     def validate(self) -> None:
         """Raises InputError for budgets that never end or never begin."""
@@ -71,7 +73,8 @@ def plan_iteration(
     if not sub_microbatches:
         raise InputError("microbatches", list(microbatches), "no microbatch has an instance", "give at least one instance")
     problem = build_problem(
-        model, partition, sub_microbatches, costs, split_backward=options.split_backward, forward_only=options.forward_only
+        model, partition, sub_microbatches, costs, split_backward=options.split_backward, forward_only=options.forward_only,
+        only_strategy=options.strategy,
     )
     capacity = costs.memory_capacity_bytes()
     initial = static_bytes(model, partition, costs)

@@ -1,0 +1,258 @@
+"""Plans one iteration of a workload: which stage runs when on which rank, and each rank's actions.
+
+The partition (chunks of layers, sub-microbatch sizes) is chosen first, unless it is given; its time is reported apart from the
+search's. Of parallel.data replicas one is planned (--replica), the summary says how much work the others have. The plan is checked,
+dry-run for all ranks and then written; nothing is written on an error (exit code 2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.cost.interface import CostModel
+from megatron_dip.cost.profile import ProfileCost
+from megatron_dip.partition.offline import cheapest_work_ns, paper_partition
+from megatron_dip.planner.baselines import BASELINES, run_baseline
+from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.planner.partitioning import joint_partition
+from megatron_dip.schedule.grid import format_grid, plan_cells
+from megatron_dip.schedule.search import SearchMethod
+from megatron_dip.spec.codec import check_writable, load_partition, load_workload, save, write_atomically
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.plan import Plan
+from megatron_dip.spec.profile import Profile
+from megatron_dip.spec.workload import Microbatch, Workload
+
+SUMMARY = "plan one iteration of a workload"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workload", type=Path, metavar="WORKLOAD.json", help="what to plan (format megatron-dip/workload/1)")
+    parser.add_argument("--output", type=Path, required=True, metavar="PLAN.json", help="where the plan goes (format megatron-dip/plan/1)")
+    search = parser.add_argument_group("search")
+    search.add_argument("--time-budget", type=float, metavar="S", help="seconds of search (default 1, or none with --evaluations)")
+    search.add_argument("--evaluations", type=int, metavar="N", help="schedules to try; alone it makes the plan the same on every machine")
+    search.add_argument("--threads", type=int, default=1, metavar="N", help="threads that share the search (default 1)")
+    search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default 0)")
+    search.add_argument("--search", choices=get_args(SearchMethod), default="anneal",
+                        help="anneal ships; mcts, dfs and random are the paper's, fifo tries no orders (default anneal)")
+    search.add_argument("--split-backward", action=argparse.BooleanOptionalAction, default=None,
+                        help="plan the backward's input and weight parts apart (default: as the workload says)")
+    partition = parser.add_argument_group("partition")
+    partition.add_argument("--partition", type=Path, metavar="FILE", help="a partition to use (format megatron-dip/partition/1)")
+    partition.add_argument("--chunks", metavar="vit=2,lm=3", help="chunks a rank of these modules; the rest is chosen")
+    partition.add_argument("--sub-microbatch", metavar="vit=6", help="instances in a sub-microbatch of these modules; the rest is chosen")
+    partition.add_argument("--partitioner", choices=("joint", "paper"), default="joint",
+                           help="joint: least expected time over the sample; paper: the 95 %% and floor rules (default joint)")
+    partition.add_argument("--sample", type=Path, nargs="+", metavar="FILE", default=(),
+                           help="workloads of the same model to choose the partition on (default: the workload itself); 256 or more for a real run")
+    partition.add_argument("--save-partition", type=Path, metavar="FILE", help="write the partition too, for --partition")
+    parser.add_argument("--replica", type=int, default=0, metavar="N", help="which data-parallel replica to plan: it gets microbatches N, N + data, ... (default 0)")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="write the schedule as a text grid too")
+    parser.add_argument("--no-baselines", action="store_true", help="leave the comparison with other schedules out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """What is to be planned, in one place."""
+
+    model: ModelSpec
+    num_ranks: int
+    microbatches: list[Microbatch]
+    costs: CostModel
+    split_backward: bool
+    strategy: str | None
+    """Memory strategy of every layer; None = chosen per layer."""
+
+
+def run(args: argparse.Namespace) -> int:
+    console = Console(stderr=True)
+    options = _options(args)
+    for field, path in (("--output", args.output), ("--save-partition", args.save_partition), ("--grid", args.grid)):
+        if path is not None:
+            check_writable(path, field)
+    workload = load_workload(args.workload)
+    if not 0 <= args.replica < workload.parallel.data:
+        raise InputError("--replica", args.replica, f"there are {workload.parallel.data} replicas", "give a number from 0 to parallel.data - 1")
+    task = _Task(
+        model=workload.model_spec,
+        num_ranks=workload.parallel.pipeline,
+        microbatches=workload.replica_microbatches(args.replica),
+        costs=workload_costs(workload),
+        split_backward=workload.training.split_backward if args.split_backward is None else args.split_backward,
+        strategy=None if workload.training.recompute == "auto" else workload.training.recompute,
+    )
+    began = time.perf_counter()
+    with console.status("choosing the partition") as status:
+        partition, origin = _partition(args, task, workload, status.update)
+        partition_s = time.perf_counter() - began
+        status.update(f"searching ({_budget(options)})")
+        plan = plan_iteration(
+            task.model, partition, task.microbatches, task.costs, replace(options, split_backward=task.split_backward, strategy=task.strategy)
+        )
+    save(args.output, plan)
+    if args.save_partition is not None:
+        save(args.save_partition, partition)
+    if args.grid is not None:
+        write_atomically(args.grid, format_grid(plan_cells(plan)).encode())
+    out = Console()
+    _print_summary(out, plan, task, origin, partition_s)
+    _print_ranks(out, plan)
+    if workload.parallel.data > 1:
+        _print_replicas(out, workload, args.replica, partition, task.costs)
+    if not args.no_baselines:
+        with console.status("running the baselines"):
+            table = _baseline_table(plan, task)
+        out.print(table)
+    out.print(f"wrote {args.output}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def workload_costs(workload: Workload) -> CostModel:
+    """The profile's costs where the workload has one, else the device's."""
+    if isinstance(workload.profile, Profile):
+        return ProfileCost(workload.profile, workload.memory_capacity_bytes)
+    return AnalyticCost(
+        workload.model_spec, workload.parallel, workload.training, workload.device,
+        memory_capacity_bytes=workload.memory_capacity_bytes, microbatches=workload.microbatches,
+    )
+
+
+def _options(args: argparse.Namespace) -> PlanOptions:
+    time_budget = args.time_budget
+    if time_budget is None and args.evaluations is None:
+        time_budget = 1.0
+    options = PlanOptions(time_budget_s=time_budget, evaluations=args.evaluations, threads=args.threads, seed=args.seed, search=args.search)
+    options.validate()
+    return options
+
+
+def parse_counts(field: str, text: str | None) -> dict[str, int]:
+    """``vit=2,lm=3`` as numbers by module."""
+    counts: dict[str, int] = {}
+    for entry in text.split(",") if text is not None else ():
+        module, equals, number = entry.partition("=")
+        if not equals or not module.strip() or not number.strip().isdecimal() or int(number) < 1 or int(number) > 10**6:
+            raise InputError(field, entry, "not of the form module=number with a number from 1", f"write {field} vit=2,lm=3")
+        if module.strip() in counts:
+            raise InputError(field, text, f"names {module.strip()!r} twice", "name each module once")
+        counts[module.strip()] = int(number)
+    return counts
+
+
+def _partition(args: argparse.Namespace, task: _Task, workload: Workload, show: Callable[[str], None]) -> tuple[Partition, str]:
+    """The partition to plan on, and where it is from."""
+    chunks, sizes = parse_counts("--chunks", args.chunks), parse_counts("--sub-microbatch", args.sub_microbatch)
+    names = [module.name for module in task.model.modules]
+    for field, given in (("--chunks", chunks), ("--sub-microbatch", sizes)):
+        for name in given:
+            if name not in names:
+                raise InputError(field, name, "the model has no such module", f"use {', '.join(names)}")
+    if args.partition is not None:
+        if chunks or sizes:
+            raise InputError("--partition", str(args.partition), "given together with --chunks or --sub-microbatch", "give one of them")
+        partition = load_partition(args.partition)
+        partition.validate({module.name: module.num_layers for module in task.model.modules}, task.num_ranks, args.partition.name)
+        return partition, str(args.partition)
+    batches = _sample(args, workload) or [task.microbatches]
+    if args.partitioner == "paper":
+        if chunks or sizes:
+            raise InputError("--partitioner", "paper", "given together with --chunks or --sub-microbatch", "leave one of them out")
+        return paper_partition(task.model, task.num_ranks, batches, task.costs), "the paper's rules"
+    choice = joint_partition(
+        task.model, task.num_ranks, batches, task.costs, split_backward=task.split_backward, strategy=task.strategy, chunks=chunks,
+        sizes=sizes, progress=lambda tried, best: show(f"choosing the partition: {tried} tried, best {best / 1e9:.3f} s"),
+    )
+    return choice.partition, f"joint choice, {choice.candidates} candidates on {len(batches)} batch{'es' if len(batches) > 1 else ''}"
+
+
+def _sample(args: argparse.Namespace, workload: Workload) -> list[list[Microbatch]]:
+    """The first replica's batch of each sample file; the model must be the workload's."""
+    batches = []
+    for path in args.sample:
+        other = load_workload(path)
+        if [module.name for module in other.model_spec.modules] != [module.name for module in workload.model_spec.modules]:
+            raise InputError("--sample", str(path), "is of another model", "give workloads of the model that is planned")
+        batches.append(other.microbatches[:: workload.parallel.data])
+    return batches
+
+
+def _budget(options: PlanOptions) -> str:
+    parts = [f"{options.time_budget_s:g} s" if options.time_budget_s is not None else "",
+             f"{options.evaluations} evaluations" if options.evaluations is not None else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _print_summary(out: Console, plan: Plan, task: _Task, origin: str, partition_s: float) -> None:
+    free = cheapest_work_ns(task.model, task.microbatches, task.costs) / task.num_ranks
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = [
+        ("iteration time", f"{plan.claimed_makespan / 1e9:.4f} s"),
+        ("bound of the partition", f"{plan.lower_bound / 1e9:.4f} s, gap {_gap(plan.claimed_makespan, plan.lower_bound)}"),
+        ("bound free of the partition", f"{free / 1e9:.4f} s (cheapest work / ranks), gap {_gap(plan.claimed_makespan, free)}"),
+        ("bubbles", f"{plan.bubble_fraction:.2%}"),
+        ("partition", f"{origin}, {partition_s:.2f} s"),
+        ("chunks a rank", ", ".join(f"{module} {len(rows)}" for module, rows in plan.chunks.items())),
+        ("sub-microbatch", ", ".join(f"{module} {size}" for module, size in plan.sub_microbatch_size.items())),
+        ("stages, microbatches", f"{len(plan.stages)}, {len(task.microbatches)}"),
+        ("planning", f"{plan.planning_ns / 1e9:.3f} s, {plan.evaluations} schedules tried, seed {plan.seed}"),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    out.print(table)
+
+
+def _gap(value: float, bound: float) -> str:
+    return f"{value / bound - 1:.2%}" if bound > 0 else "-"
+
+
+def _print_ranks(out: Console, plan: Plan) -> None:
+    table = Table("rank", "busy s", "peak memory GB", "capacity GB", "layers", title="ranks", title_justify="left")
+    for rank in range(plan.ranks):
+        busy = sum(plan.stages[stage].duration for stage in plan.order[rank])
+        layers = ", ".join(f"{module} {'+'.join(str(row[rank]) for row in rows)}" for module, rows in plan.chunks.items())
+        capacity = "-" if plan.memory_capacity is None else f"{plan.memory_capacity[rank] / 1e9:.2f}"
+        table.add_row(str(rank), f"{busy / 1e9:.4f}", f"{plan.peak_memory[rank] / 1e9:.2f}", capacity, layers)
+    out.print(table)
+
+
+def _print_replicas(out: Console, workload: Workload, replica: int, partition: Partition, costs: CostModel) -> None:
+    """Work of every replica relative to the mean: all wait for the slowest at the end of the iteration."""
+    work = [
+        cheapest_work_ns(workload.model_spec, workload.replica_microbatches(index), costs) / partition.num_ranks
+        for index in range(workload.parallel.data)
+    ]
+    slowest = max(range(len(work)), key=lambda index: work[index])
+    mean = sum(work) / len(work)
+    out.print(
+        f"planned replica {replica} of {len(work)}: its bound is {work[replica] / 1e9:.4f} s; the mean is {mean / 1e9:.4f} s, and replica "
+        f"{slowest} has the most, {work[slowest] / 1e9:.4f} s", soft_wrap=True, highlight=False,
+    )
+
+
+def _baseline_table(plan: Plan, task: _Task) -> Table:
+    table = Table("schedule", "time s", "speed-up of the plan", "memory", "setting", title="baselines, each at its best setting", title_justify="left")
+    for name in BASELINES:
+        result = run_baseline(name, task.model, task.num_ranks, task.microbatches, task.costs)
+        if result is None:
+            table.add_row(name, "-", "-", "-", "does not run with these layers and ranks")
+            continue
+        peak = f"{max(result.peak_bytes) / 1e9:.2f} GB" + ("" if result.fits else ", does not fit")
+        ratio = result.makespan_ns / plan.claimed_makespan if plan.claimed_makespan else 1.0
+        table.add_row(name, f"{result.makespan_ns / 1e9:.4f}", f"{ratio:.3f}", peak, f"{result.setting}; recompute {_levels(result.strategies)}")
+    return table
+
+
+def _levels(strategies: Sequence[str]) -> str:
+    return strategies[0] if len(set(strategies)) == 1 else "/".join(strategies)

@@ -1,0 +1,59 @@
+"""The joint choice of a partition, judged by the planner's own search.
+
+In: model, ranks, a sample of batches, costs. Out: a :class:`~megatron_dip.partition.offline.PartitionChoice`. The search behind every
+judgement is short and limited by evaluations, not by time: the same sample gives the same partition on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from megatron_dip.cost.interface import CostModel
+from megatron_dip.partition.offline import Batch, PartitionChoice, choose_partition
+from megatron_dip.partition.online import split
+from megatron_dip.schedule.graph import build_problem, static_bytes
+from megatron_dip.schedule.interleave import UNLIMITED
+from megatron_dip.schedule.search import DoesNotFit, SearchOptions, search
+from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.partition import Partition
+
+_EVALUATIONS = 60
+"""Schedules tried for each judged batch: enough to rank partitions, not to find the best plan."""
+
+
+def joint_partition(
+    model: ModelSpec,
+    num_ranks: int,
+    batches: Sequence[Batch],
+    costs: CostModel,
+    *,
+    split_backward: bool = False,
+    strategy: str | None = None,
+    chunks: Mapping[str, int] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> PartitionChoice:
+    """Chooses B, K and the layers of every chunk together; see :func:`megatron_dip.partition.offline.choose_partition`.
+
+    Args:
+        batches: one replica's microbatches of several iterations: 256 or more for a real run.
+        split_backward, strategy: as the plans will be made.
+    """
+    capacity = costs.memory_capacity_bytes()
+
+    def evaluate(partition: Partition, batch: Batch) -> float:
+        limit = np.full(num_ranks, UNLIMITED, dtype=np.int64)
+        if capacity is not None:
+            limit = capacity - np.array(static_bytes(model, partition, costs), dtype=np.int64)
+        problem = build_problem(
+            model, partition, split(batch, model, partition, costs), costs, split_backward=split_backward, only_strategy=strategy
+        )
+        try:
+            return float(search(problem, limit, SearchOptions(evaluations=_EVALUATIONS)).schedule.makespan_ns)
+        except DoesNotFit:
+            return math.inf
+
+    return choose_partition(model, num_ranks, batches, costs, evaluate, chunks=chunks, sizes=sizes, progress=progress)
