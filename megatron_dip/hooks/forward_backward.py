@@ -1,0 +1,546 @@
+"""DIP as Megatron's ``forward_backward_func``: same keyword arguments, same return value.
+
+One call is one iteration of one replica:
+
+1. every rank pulls its microbatches and runs the user's forward_step once for each, which only records (``models.capture``);
+2. the planner rank (first pipeline, tensor and context rank of the replica) takes the batch's plan from its background service and
+   broadcasts it; every rank then compares plan, batch, cut and health with every other, so that a difference or a bad batch is one
+   clear error on all ranks and not a hang;
+3. the planner rank hands the next batch's metadata to the service, which plans while this iteration runs;
+4. the executor runs the rank's actions; gradients are reduced in one canonical order of chunks (replicas run different plans);
+5. ``finalize_model_grads_func`` as ever.
+
+Contract: Megatron-Core's ``forward_backward_pipelining_with_interleaving``. Losses are recorded in the order of microbatches. Losses are
+scaled as there: by 1 / num_microbatches, by tokens per microbatch, or left to ``finalize_model_grads`` when ``calculate_per_token_loss``.
+Not done: what needs a static order of the schedule (see ``_REFUSED``); aux losses of MoE modules in sub-microbatches are not re-weighted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+from megatron.core.utils import get_model_config
+
+from megatron_dip.hooks.iterators import find_lookahead
+from megatron_dip.models.capture import CapturedCall, capture
+from megatron_dip.planner.service import PlanCounts, PlanFunction, PlanService
+from megatron_dip.runtime.compute import AutogradCompute
+from megatron_dip.runtime.executor import AfterStage, Executor, PlanLinks
+from megatron_dip.runtime.groups import PipelineGroups, new_process_groups
+from megatron_dip.runtime.interface import ChunkKey, StagedModel, StageLinks
+from megatron_dip.runtime.p2p import PeerError, PointToPoint
+from megatron_dip.runtime.timing import StageRecord, StageTimer, clock_offset, gather_records, stage_timer
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.plan import Plan, PlanStage
+from megatron_dip.spec.workload import Microbatch
+
+_REFUSED = {
+    "overlap_moe_expert_parallel_comm": "combines two microbatches of a fixed order",
+    "hybrid_context_parallel": "brings a schedule of its own",
+    "fine_grained_activation_offloading": "replays the order of the first iteration",
+    "defer_embedding_wgrad_compute": "defers work to a fixed end of the schedule",
+    "moe_paged_stash": "assumes a fixed order of microbatches",
+}
+"""Config flags that assume a static order of the schedule -> why."""
+
+_PLAN, _ERROR = 0, 1
+_DIGEST = 32
+_ROW = 4 * _DIGEST + 384
+"""Bytes that each rank tells the others: digests of plan, batch and cut, health, and the start of an error's message."""
+
+
+class DipForwardBackward:
+    """One for each rank and run.
+
+    Args:
+        staged_model: this rank's chunks, for the executor.
+        chunks: the same in Megatron's wrappers, in ``staged_model.chunk_keys``' order: the list given as ``model`` in every call.
+        partition: how modules are cut, equal on all ranks.
+        metadata: instance lengths of one item of the data iterator.
+        plan_function: makes plans; called on a background thread of the planner rank.
+        quick_plan_function: makes a plan at once where the other is late or fails; None: wait as long as it takes.
+        device: where chunks compute.
+        backend: of messages along the pipeline.
+        timeout_s: after this long without a sign of another rank this one gives up with an error.
+        plan_deadline_s: how long an iteration may wait for its plan.
+        planner_threads: batches planned side by side.
+        num_outputs: how many values the model returns to forward_step; None = one tensor.
+
+    Making it is collective over all ranks of the job (process groups).
+    """
+
+    def __init__(
+        self,
+        *,
+        staged_model: StagedModel,
+        chunks: Sequence[torch.nn.Module],
+        partition: Partition,
+        metadata: Callable[[Any], Microbatch],
+        plan_function: PlanFunction,
+        quick_plan_function: PlanFunction | None = None,
+        device: torch.device,
+        backend: str = "gloo",
+        timeout_s: float = 600.0,
+        plan_deadline_s: float = 1.0,
+        planner_threads: int = 1,
+        num_outputs: int | None = None,
+    ) -> None:
+        assert len(chunks) == len(staged_model.chunk_keys), (len(chunks), staged_model.chunk_keys)
+        self._staged_model = staged_model
+        self._chunks = list(chunks)
+        self._metadata = metadata
+        self._num_outputs = num_outputs
+        self._device = device
+        self._plan_deadline_s = plan_deadline_s
+        self.groups: PipelineGroups = new_process_groups(
+            dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()),
+            parallel_state.get_data_parallel_rank(),
+            backend=backend,
+            timeout_s=timeout_s,
+        )
+        if partition.num_ranks != self.groups.num_ranks:
+            raise InputError(
+                "partition.chunks", partition.chunks, f"is for {partition.num_ranks} pipeline ranks, the run has {self.groups.num_ranks}",
+                "give a partition for as many ranks",
+            )
+        self._cut_digest = _digest(msgspec.json.encode(partition, order="sorted"))
+        self.is_planner: bool = dist.get_rank() == self.groups.control_ranks[0]
+        self._service = PlanService(plan_function, quick_plan_function, num_threads=planner_threads) if self.is_planner else None
+        p2p = PointToPoint(self.groups, device) if self.groups.num_ranks > 1 else None
+        self._executor = Executor(self.groups.rank, p2p, device)
+        self._timer: StageTimer | None = None
+        self._clock_offset_ns: int | None = None
+        self.plan: Plan | None = None
+        """The plan of the last iteration."""
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Iterator[Any] | Sequence[Iterator[Any] | None] | None,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
+        num_microbatches: int,
+        seq_length: int | None = None,
+        micro_batch_size: int | None = None,
+        decoder_seq_length: int | None = None,
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        first_val_step: bool | None = None,
+        adjust_tensor_shapes_fn: Callable[..., Any] | None = None,
+        p2p_communicator: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        force_all_reduce: bool | None = False,
+    ) -> list[Any]:
+        """Runs one iteration; shapes come from the plan, so ``seq_length``, ``micro_batch_size`` and ``decoder_seq_length`` are not read.
+
+        Returns:
+            On the rank of the loss what the loss function reports, one entry a microbatch; an empty list elsewhere.
+        Raises:
+            InputError: a batch, a setting or a forward_step that cannot be run; on all ranks.
+            PeerError: another rank failed, died, or holds something else; within ``timeout_s``.
+        """
+        chunks = list(model) if isinstance(model, Sequence) else [model]
+        assert [id(chunk) for chunk in chunks] == [id(chunk) for chunk in self._chunks], "model is not the list of chunks DIP was made with"
+        if adjust_tensor_shapes_fn is not None:
+            raise InputError("adjust_tensor_shapes_fn", adjust_tensor_shapes_fn, "is not supported: shapes come from the plan", "leave it out")
+        config = get_model_config(chunks[0])
+        _refuse_unsupported(config)
+        if config.timers is not None:
+            config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+
+        iterator = data_iterator[0] if isinstance(data_iterator, Sequence) else data_iterator
+        calls, plan = self._prepare(forward_step_func, iterator, num_microbatches, forward_only)
+        if pg_collection is None:
+            pg_collection = _default_pg_collection()
+        loss = _Loss(calls, config, num_microbatches, forward_only, collect_non_loss_data, pg_collection.cp.size(), self._device)
+        _set_auxiliary_loss_scale(config, num_microbatches, pg_collection.cp.size(), self._device)
+        if not (first_val_step is False and forward_only):
+            for chunk in chunks:
+                if hasattr(chunk, "set_is_first_microbatch"):
+                    chunk.set_is_first_microbatch()
+
+        self._staged_model.begin_iteration(plan, calls, forward_only=forward_only)
+        self._timer = stage_timer(self._device)
+        try:
+            with _no_sync(config):
+                self._start_param_sync()
+                after = {} if forward_only else self._grad_sync_points(plan, config, bool(force_all_reduce))
+                for function in after.pop(_AT_START, ()):
+                    function()
+                self._executor.run(PlanLinks(plan), _MegatronCompute(self._staged_model, loss, config), self._timer, after)
+                self._finish_param_sync()
+        finally:
+            self._staged_model.end_iteration()
+
+        if config.finalize_model_grads_func is not None and not forward_only:
+            config.finalize_model_grads_func(
+                chunks, loss.num_tokens if config.calculate_per_token_loss else None, pg_collection=pg_collection,
+                force_all_reduce=force_all_reduce,
+            )
+        if config.timers is not None:
+            config.timers("forward-backward").stop()
+        return loss.reports()
+
+    def plan_ahead(self, microbatches: Sequence[Microbatch], *, forward_only: bool = False) -> None:
+        """Starts planning a batch that a later call will bring; for data iterators that are no LookaheadIterator."""
+        if self._service is not None:
+            self._service.submit(microbatches, forward_only=forward_only)
+
+    def records(self) -> list[StageRecord]:
+        """Measured start and end of this rank's stages in the last iteration (:attr:`plan` says what they are)."""
+        return [] if self._timer is None else self._timer.records()
+
+    def gather_records(self) -> list[list[StageRecord]] | None:
+        """All pipeline ranks' records of the last iteration on one clock, on pipeline rank 0 (None elsewhere). All ranks of the replica
+        must call it together."""
+        if self._clock_offset_ns is None:
+            self._clock_offset_ns = clock_offset(self.groups)
+        return gather_records(self.records(), self.groups, self._clock_offset_ns)
+
+    def counts(self) -> PlanCounts | None:
+        """How plans were had so far; None where this rank does not plan."""
+        return None if self._service is None else self._service.counts()
+
+    # ---- the batch and its plan -----------------------------------------------------------------------------------------------
+
+    def _prepare(
+        self, forward_step: Callable[..., Any], iterator: Iterator[Any] | None, num_microbatches: int, forward_only: bool
+    ) -> tuple[list[CapturedCall], Plan]:
+        """Captures the microbatches and agrees on their plan. Whatever goes wrong on one rank ends on all of them."""
+        calls: list[CapturedCall] = []
+        microbatches: list[Microbatch] | None = None
+        error: Exception | None = None
+        try:
+            if iterator is None:
+                calls = [capture(forward_step, None, self._chunks[0], self._num_outputs) for _ in range(num_microbatches)]
+            else:
+                items = [next(iterator) for _ in range(num_microbatches)]
+                microbatches = [self._metadata(item) for item in items]
+                calls = [capture(forward_step, iter([item]), self._chunks[0], self._num_outputs) for item in items]
+        except StopIteration:
+            error = InputError("data_iterator", num_microbatches, "ended before it gave this many microbatches", "give more data or fewer iterations")
+        except Exception as caught:
+            error = caught
+        plan, plan_error = self._share_plan(microbatches, error, forward_only)
+        self._compare(plan, microbatches, error or plan_error)
+        assert plan is not None
+        self.plan = plan
+        if self._service is not None:
+            self._plan_next(iterator, num_microbatches, forward_only)
+        return calls, plan
+
+    def _share_plan(
+        self, microbatches: list[Microbatch] | None, error: Exception | None, forward_only: bool
+    ) -> tuple[Plan | None, Exception | None]:
+        """The planner rank's plan, or the error that kept it from one, on every rank."""
+        plan: Plan | None = None
+        message = b""
+        if self._service is not None:
+            try:
+                if error is not None:
+                    raise error
+                assert microbatches is not None, "the planner rank has no data iterator"
+                plan = self._service.take(microbatches, forward_only=forward_only, deadline_s=self._plan_deadline_s)
+                message = bytes([_PLAN]) + msgspec.msgpack.encode(plan)
+            except Exception as caught:
+                error = caught
+                message = bytes([_ERROR]) + _pickled(caught)
+        if len(self.groups.control_ranks) == 1:
+            return plan, error
+        try:
+            message = _broadcast(message, self.groups.control_ranks[0], self.groups.control)
+        except RuntimeError as failure:
+            raise self._lost(failure) from failure
+        if self._service is not None:
+            return plan, error
+        if message[0] == _ERROR:
+            return None, pickle.loads(message[1:])
+        return msgspec.msgpack.decode(message[1:], type=Plan), None
+
+    def _compare(self, plan: Plan | None, microbatches: list[Microbatch] | None, error: Exception | None) -> None:
+        """Raises on every rank when one of them has an error, or another plan, batch or cut than the planner rank."""
+        if len(self.groups.control_ranks) == 1:
+            if error is not None:
+                raise error
+            return
+        row = bytearray(_ROW)
+        if plan is not None:
+            row[:_DIGEST] = _digest(plan.fingerprint().encode())
+        if microbatches is not None:
+            row[_DIGEST : 2 * _DIGEST] = _digest(msgspec.json.encode(microbatches, order="sorted"))
+        row[2 * _DIGEST : 3 * _DIGEST] = self._cut_digest
+        if error is not None:
+            row[3 * _DIGEST] = 1
+            text = f"{type(error).__name__}: {error}".encode()[: _ROW - 4 * _DIGEST]
+            row[4 * _DIGEST : 4 * _DIGEST + len(text)] = text
+        mine = torch.frombuffer(row, dtype=torch.uint8)
+        rows = [torch.empty_like(mine) for _ in self.groups.control_ranks]
+        try:
+            dist.all_gather(rows, mine, group=self.groups.control)
+        except RuntimeError as failure:
+            raise self._lost(failure) from failure
+        if error is not None:
+            raise error
+        told = [bytes(other.numpy()) for other in rows]
+        for rank, other in zip(self.groups.control_ranks, told, strict=True):
+            if other[3 * _DIGEST]:
+                message = other[4 * _DIGEST :].rstrip(b"\0").decode(errors="replace")
+                raise PeerError(f"rank {rank} could not prepare the iteration, so no rank runs it: {message}")
+        reference = told[0]
+        fields = (
+            ("plan", 0, "the ranks hold different plans for this iteration", "run the same version of megatron_dip on all ranks"),
+            ("data_iterator", 1, "the ranks of one replica got different batches", "give every rank of a replica the same data in the same order"),
+            ("partition", 2, "the ranks cut the model differently", "give all ranks the same chunks and sub-microbatch sizes"),
+        )
+        for field, index, problem, remedy in fields:
+            part = slice(index * _DIGEST, (index + 1) * _DIGEST)
+            differing = [
+                rank
+                for rank, other in zip(self.groups.control_ranks, told, strict=True)
+                # A rank that was given no data (Megatron's tensor ranks beyond the first) cannot compare its batch.
+                if other[part] != reference[part] and any(other[part])
+            ]
+            if differing:
+                raise InputError(field, {"ranks": differing, "differ from rank": self.groups.control_ranks[0]}, problem, remedy)
+
+    def _plan_next(self, iterator: Iterator[Any] | None, num_microbatches: int, forward_only: bool) -> None:
+        lookahead = find_lookahead(iterator)
+        items = None if lookahead is None else lookahead.peek(num_microbatches)
+        if items is None:
+            return
+        # A bad item is reported when its iteration comes, on all ranks.
+        with contextlib.suppress(InputError):
+            self.plan_ahead([self._metadata(item) for item in items], forward_only=forward_only)
+
+    def _lost(self, failure: RuntimeError) -> PeerError:
+        return PeerError(
+            f"pipeline rank {self.groups.rank} (global rank {dist.get_rank()}) lost another rank of its replica while agreeing on a plan, "
+            f"time limit {self.groups.timeout_s:g} s: {str(failure).splitlines()[0]}"
+        )
+
+    # ---- data-parallel communication in canonical order --------------------------------------------------------------------------
+
+    def _grad_sync_points(self, plan: Plan, config: Any, force_all_reduce: bool) -> dict[int, list[Callable[[], None]]]:
+        """Stage id -> gradient reductions to start once that stage has run (``_AT_START``: before the first stage).
+
+        Replicas run different plans, but collectives must come in one order on all of them: chunk i is reduced once the last gradient
+        of chunks 0..i has been made. With ``force_all_reduce`` (or without overlap) ``finalize_model_grads`` does it all at the end.
+        """
+        functions: dict[ChunkKey, Callable[[], None]] = {}
+        for index, (key, chunk) in enumerate(zip(self._staged_model.chunk_keys, self._chunks, strict=True)):
+            if config.grad_sync_func is not None:
+                function = config.grad_sync_func[index] if isinstance(config.grad_sync_func, list) else config.grad_sync_func
+                functions[key] = _bound(function, chunk)
+            elif _overlaps_grad_reduce(chunk) and not force_all_reduce:
+                functions[key] = chunk.start_grad_sync  # type: ignore[assignment]
+        last: dict[ChunkKey, int] = {}
+        for position, stage_id in enumerate(plan.order[self.groups.rank]):
+            stage = plan.stages[stage_id]
+            if stage.kind != "fw":
+                last[stage.module, stage.vp_stage] = position
+        points: dict[int, list[Callable[[], None]]] = {}
+        position = -1
+        for key in self._staged_model.chunk_keys:
+            position = max(position, last.get(key, -1))
+            if key in functions:
+                stage_id = _AT_START if position < 0 else plan.order[self.groups.rank][position]
+                points.setdefault(stage_id, []).append(functions[key])
+        return points
+
+    def _start_param_sync(self) -> None:
+        """Starts the gathering of updated parameters where it overlaps with the forward pass: all chunks, in canonical order.
+
+        Left to the forward hooks, the order would be that of the plan, which differs between replicas.
+        """
+        for chunk in self._chunks:
+            if getattr(chunk, "remove_forward_pre_hook_handles", None) and not all(
+                group.param_gather_dispatched for group in _bucket_groups(chunk)
+            ):
+                chunk.start_param_sync()  # type: ignore[operator]
+
+    def _finish_param_sync(self) -> None:
+        """Waits for the gathering of chunks that had nothing to do in this iteration; the others waited in their forward hooks."""
+        for chunk in self._chunks:
+            if getattr(chunk, "remove_forward_pre_hook_handles", None):
+                for group in _bucket_groups(chunk):
+                    if group.param_gather_handle is not None:
+                        group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+_AT_START = -1
+
+
+class _Loss:
+    """Runs the captured loss functions, records what they report, and scales the losses as Megatron's forward_step_calc_loss does."""
+
+    def __init__(
+        self, calls: Sequence[CapturedCall], config: Any, num_microbatches: int, forward_only: bool, collect_non_loss_data: bool,
+        context_parallel_size: int, device: torch.device,
+    ) -> None:
+        self._calls = calls
+        self._config = config
+        self._num_microbatches = num_microbatches
+        self._forward_only = forward_only
+        self._collect_non_loss_data = collect_non_loss_data
+        self._context_parallel_size = context_parallel_size
+        self._reports: dict[int, Any] = {}
+        self.num_tokens = torch.zeros([], dtype=torch.int, device=device)
+
+    def __call__(self, stage: PlanStage, result: Any) -> torch.Tensor | None:
+        call = self._calls[stage.microbatch]
+        if stage.microbatch in self._reports:
+            raise InputError(
+                f"sub_microbatch_size.{stage.module}", stage.sub_microbatch, "the module that ends in the loss is split within a microbatch",
+                "make its sub-microbatch size as large as a microbatch's instances",
+            )
+        loss_function, output = call.resolved_loss_function(result), call.resolved_output(result)
+        if loss_function is None:
+            self._reports[stage.microbatch] = output
+            loss = output
+        elif self._collect_non_loss_data:
+            self._reports[stage.microbatch] = loss_function(output, non_loss_data=True)
+            return None
+        else:
+            returned = loss_function(output)
+            if len(returned) == 3:
+                loss, num_tokens, report = returned
+                if not self._config.calculate_per_token_loss:
+                    loss = loss / torch.clamp(num_tokens, min=1) / self._num_microbatches
+                self.num_tokens += num_tokens
+            elif len(returned) == 2:
+                loss, report = returned
+                loss = loss * self._context_parallel_size / self._num_microbatches
+            else:
+                raise InputError("loss function", len(returned), "returned this many values", "return (loss, report) or (loss, num_tokens, report)")
+            self._reports[stage.microbatch] = report
+        if self._forward_only:
+            return None
+        return loss if self._config.grad_scale_func is None else self._config.grad_scale_func(loss)
+
+    def reports(self) -> list[Any]:
+        """In the order of microbatches."""
+        return [self._reports[microbatch] for microbatch in sorted(self._reports)]
+
+
+class _MegatronCompute(AutogradCompute):
+    """Stages inside Megatron's timers and autocast."""
+
+    def __init__(self, model: StagedModel, loss: _Loss, config: Any) -> None:
+        super().__init__(model, loss)
+        self._timers = config.timers
+        self._autocast_dtype = config.autocast_dtype if config.enable_autocast else None
+
+    def forward(self, links: StageLinks, inputs: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        if self._timers is None and self._autocast_dtype is None:
+            return super().forward(links, inputs)
+        with self._timed("forward-compute"):
+            if self._autocast_dtype is None:
+                return super().forward(links, inputs)
+            with torch.autocast("cuda", dtype=self._autocast_dtype):
+                return super().forward(links, inputs)
+
+    def backward(self, links: StageLinks, grads: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        if self._timers is None:
+            return super().backward(links, grads)
+        with self._timed("backward-compute"):
+            return super().backward(links, grads)
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        if self._timers is None:
+            yield
+            return
+        self._timers(name, log_level=2).start()
+        yield
+        self._timers(name).stop()
+
+
+def _refuse_unsupported(config: Any) -> None:
+    for flag, reason in _REFUSED.items():
+        if getattr(config, flag, False):
+            raise InputError(f"--{flag.replace('_', '-')}", True, f"cannot be used with --pipeline-schedule dip: it {reason}", "leave it out")
+
+
+def _set_auxiliary_loss_scale(config: Any, num_microbatches: int, context_parallel_size: int, device: torch.device) -> None:
+    """Megatron sets these before every forward of every stage; they are constant within an iteration."""
+    scalers: list[tuple[Any, int]] = []
+    if getattr(config, "num_moe_experts", None) is not None:
+        scalers.append((MoEAuxLossAutoScaler, context_parallel_size))
+    if getattr(config, "mtp_num_layers", None) is not None:
+        scalers.append((MTPLossAutoScaler, 1))
+    for scaler, factor in scalers:
+        one = torch.ones(1, device=device)
+        scale = one if config.grad_scale_func is None else config.grad_scale_func(one)
+        scaler.set_loss_scale(scale if config.calculate_per_token_loss else scale * factor / num_microbatches)
+
+
+def _no_sync(config: Any) -> contextlib.AbstractContextManager[Any]:
+    functions = config.no_sync_func
+    stack = contextlib.ExitStack()
+    for function in functions if isinstance(functions, list) else [] if functions is None else [functions]:
+        stack.enter_context(function())
+    return stack
+
+
+def _bucket_groups(chunk: Any) -> list[Any]:
+    return [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
+
+
+def _overlaps_grad_reduce(chunk: Any) -> bool:
+    ddp_config = getattr(chunk, "ddp_config", None)
+    return ddp_config is not None and ddp_config.overlap_grad_reduce
+
+
+def _bound(function: Callable[..., None], chunk: torch.nn.Module) -> Callable[[], None]:
+    return lambda: function(chunk.parameters())
+
+
+def _default_pg_collection() -> ProcessGroupCollection:
+    """The groups that Megatron's schedules pass to finalize_model_grads_func when the caller gives none."""
+    build = getattr(schedules, "_build_default_pg_collection", None)
+    if build is not None:
+        return build()
+    collection = ProcessGroupCollection()
+    collection.tp = parallel_state.get_tensor_model_parallel_group()
+    collection.cp = parallel_state.get_context_parallel_group()
+    collection.embd = parallel_state.get_embedding_group(check_initialized=False)
+    collection.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
+    collection.pp = parallel_state.get_pipeline_model_parallel_group()
+    collection.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
+    collection.tp_dp_cp = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return collection
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _pickled(error: Exception) -> bytes:
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:
+        return pickle.dumps(PeerError(f"the planner rank failed: {type(error).__name__}: {error}"))
+    return data
+
+
+def _broadcast(message: bytes, source: int, group: dist.ProcessGroup) -> bytes:
+    """``message`` of global rank ``source`` on every rank of the group."""
+    length = torch.tensor([len(message)], dtype=torch.int64)
+    dist.broadcast(length, source, group=group)
+    data = torch.frombuffer(bytearray(message), dtype=torch.uint8) if dist.get_rank() == source else torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(data, source, group=group)
+    return bytes(data.numpy())
