@@ -37,7 +37,7 @@ from megatron_dip.hooks.iterators import find_lookahead
 from megatron_dip.models.capture import CapturedCall, capture
 from megatron_dip.planner.service import PlanCounts, PlanFunction, PlanService
 from megatron_dip.runtime.compute import AutogradCompute
-from megatron_dip.runtime.executor import AfterStage, Executor, PlanLinks
+from megatron_dip.runtime.executor import Executor, PlanLinks
 from megatron_dip.runtime.groups import PipelineGroups, new_process_groups
 from megatron_dip.runtime.interface import ChunkKey, StagedModel, StageLinks
 from megatron_dip.runtime.p2p import PeerError, PointToPoint
@@ -170,7 +170,7 @@ class DipForwardBackward:
         if not (first_val_step is False and forward_only):
             for chunk in chunks:
                 if hasattr(chunk, "set_is_first_microbatch"):
-                    chunk.set_is_first_microbatch()
+                    chunk.set_is_first_microbatch()  # type: ignore[operator]
 
         self._staged_model.begin_iteration(plan, calls, forward_only=forward_only)
         self._timer = stage_timer(self._device)
