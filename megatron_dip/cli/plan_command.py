@@ -8,12 +8,14 @@ dry-run for all ranks and then written; nothing is written on an error (exit cod
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -106,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
         save(args.save_partition, partition)
     if args.grid is not None:
         write_atomically(args.grid, format_grid(plan_cells(plan)).encode())
-    out = Console()
+    # A pipe has no width; a terminal's own is kept.
+    out = Console() if sys.stdout.isatty() else Console(width=140)
     _print_summary(out, plan, task, origin, partition_s)
     _print_ranks(out, plan)
     if workload.parallel.data > 1:
@@ -218,7 +221,7 @@ def _gap(value: float, bound: float) -> str:
 
 
 def _print_ranks(out: Console, plan: Plan) -> None:
-    table = Table("rank", "busy s", "peak memory GB", "capacity GB", "layers", title="ranks", title_justify="left")
+    table = Table("rank", "busy s", "peak memory GB", "capacity GB", "layers", box=SIMPLE)
     for rank in range(plan.ranks):
         busy = sum(plan.stages[stage].duration for stage in plan.order[rank])
         layers = ", ".join(f"{module} {'+'.join(str(row[rank]) for row in rows)}" for module, rows in plan.chunks.items())
@@ -242,7 +245,7 @@ def _print_replicas(out: Console, workload: Workload, replica: int, partition: P
 
 
 def _baseline_table(plan: Plan, task: _Task) -> Table:
-    table = Table("schedule", "time s", "speed-up of the plan", "memory", "setting", title="baselines, each at its best setting", title_justify="left")
+    table = Table("baseline", "time s", "speed-up of the plan", "memory", "its best setting", box=SIMPLE)
     for name in BASELINES:
         result = run_baseline(name, task.model, task.num_ranks, task.microbatches, task.costs)
         if result is None:

@@ -28,6 +28,8 @@ from megatron_dip.spec.plan import COMPUTE_OPS, Plan, PlanStage
 
 _MAX_PROBLEMS = 20
 """Listed at most; one fault often shows in many places."""
+_CELLS_AROUND = 5
+"""Of the grid, before and behind a bad cell."""
 
 
 class PlanInvalid(ValueError):
@@ -56,13 +58,13 @@ class CheckReport:
         self.bad_stages.update(stages)
 
     def marked_grid(self, plan: Plan) -> str:
-        """The plan's grid with the bad cells marked; empty where no cell is to blame."""
-        try:
-            cells = plan_cells(plan)
-        except IndexError:
-            return ""
+        """The part of the plan's grid around the first bad cell of each rank, bad cells marked; empty where no cell is to blame."""
         marked = {(rank, at) for rank, row in enumerate(plan.order) for at, stage in enumerate(row) if stage in self.bad_stages}
-        return format_grid(cells, marked) if marked else ""
+        if not marked or any(not 0 <= stage < len(plan.stages) for row in plan.order for stage in row):
+            return ""
+        left = max(0, min(at for _, at in marked) - _CELLS_AROUND)
+        window = [row[left : left + 2 * _CELLS_AROUND + 1] for row in plan_cells(plan)]
+        return format_grid(window, {(rank, at - left) for rank, at in marked})
 
 
 def check_plan(plan: Plan, microbatches: Sequence[Mapping[str, Sequence[int]]] | None = None) -> CheckReport:
