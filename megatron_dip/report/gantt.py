@@ -42,8 +42,7 @@ def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str) -> None
         raise InputError("FILE", [timeline.title for timeline in timelines], "no stages to draw", "give a plan or timeline with stages")
     longest = max(timeline.makespan for timeline in drawn)
     unit, unit_name = _time_unit(longest)
-    modules = list(dict.fromkeys(bar.module for timeline in drawn for bar in sorted(timeline.bars, key=lambda bar: bar.module.count("+"))))
-    modules.sort(key=lambda module: module.count("+"))
+    modules = _modules(drawn)
     heights = [0.55 + 0.42 * timeline.ranks for timeline in drawn]
     head, foot = 0.85, 0.55
     height = sum(heights) + head + foot
@@ -79,6 +78,15 @@ def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str) -> None
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise InputError("--output", str(path), f"cannot be written ({error})", "name a .png file in a folder that exists") from error
+
+
+def _modules(timelines: Sequence[Timeline]) -> list[str]:
+    """Single modules before joined ones, each in the order in which they first run."""
+    first: dict[str, int] = {}
+    for timeline in timelines:
+        for bar in timeline.bars:
+            first[bar.module] = min(bar.start, first.get(bar.module, bar.start))
+    return sorted(first, key=lambda module: (module.count("+"), first[module], module))
 
 
 def _draw_panel(axes: Axes, timeline: Timeline, modules: Sequence[str], *, unit: float, span: float) -> None:

@@ -191,19 +191,19 @@ def _load_scans(file: str | None) -> tuple[NDArray[np.float32], list[str]]:
             images, answers = np.asarray(content["images"], np.float32), [str(answer).strip() for answer in content["answers"]]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            "--data", file, f"cannot be read ({error})", "give an .npz file with the arrays images and answers"
+            "--data-file", file, f"cannot be read ({error})", "give an .npz file with the arrays images and answers"
         ) from error
     if images.ndim != 3 or images.shape[1:] != (SCAN_SIZE, SCAN_SIZE):
-        raise InputError("--data images", list(images.shape), "is not of shape [n, 8, 8]", "give grey scans of 8x8 pixels")
+        raise InputError("--data-file: images", list(images.shape), "is not of shape [n, 8, 8]", "give grey scans of 8x8 pixels")
     if not np.isfinite(images).all() or images.min(initial=0) < 0 or images.max(initial=0) > 16:
-        raise InputError("--data images", [float(images.min()), float(images.max())], "values outside [0, 16]", "scale the scans")
+        raise InputError("--data-file: images", [float(images.min()), float(images.max())], "values outside [0, 16]", "scale the scans")
     if len(answers) != len(images):
-        raise InputError("--data answers", len(answers), f"not one for each of the {len(images)} images", "give one word for each")
+        raise InputError("--data-file: answers", len(answers), f"not one for each of the {len(images)} images", "give one word for each")
     for index, answer in enumerate(answers):
         if not answer:
-            raise InputError(f"--data answers[{index}]", answer, "an answer without text", "give each image a word")
+            raise InputError(f"--data-file: answers[{index}]", answer, "an answer without text", "give each image a word")
         if answer not in DIGITS:
-            raise InputError(f"--data answers[{index}]", answer, "is not a word of the vocabulary", f"use one of {', '.join(DIGITS)}")
+            raise InputError(f"--data-file: answers[{index}]", answer, "is not a word of the vocabulary", f"use one of {', '.join(DIGITS)}")
     return images, answers
 
 

@@ -1,0 +1,89 @@
+"""Profiles fitted to measured stages."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dip.cost.measured import PartBytes, StageSample, fit_profile
+from megatron_dip.cost.profile import ProfileCost
+from megatron_dip.spec.profile import PointToPoint, Profile
+
+TIMES = {"layer": 10.0, "first": 2.0, "last": 5.0}
+SIZES = {"vit": PartBytes(activation=8.0, boundary=4.0, output=2.0)}
+P2P = PointToPoint(latency_ns=0.0, bytes_per_second=1e9)
+
+
+def chunk_ns(layers: int, first: bool, last: bool, times: dict[str, float]) -> int:
+    return round(1000 * (layers * times["layer"] + first * times["first"] + last * times["last"]))
+
+
+def samples(chunks: list[tuple[int, bool, bool]], times: dict[str, float], instances: int = 2, *, split: bool = False) -> list[StageSample]:
+    kinds = (("fw", 1.0), ("bw", 2.0), ("w", 3.0)) if split else (("fw", 1.0), ("bw", 2.0))
+    return [
+        StageSample(
+            module="vit", kind=kind, num_layers=layers, has_first=first, has_last=last, instances=instances, tokens=144 * instances,
+            split=split, duration_ns=round(factor * chunk_ns(layers, first, last, times)),
+        )
+        for layers, first, last in chunks
+        for kind, factor in kinds
+    ]
+
+
+def predicted(profile: Profile, layers: int, first: bool, last: bool, instances: int = 2) -> tuple[float, float]:
+    costs = ProfileCost(profile)
+    parts = [(costs.part("vit", "layer", [144] * instances), layers), (costs.part("vit", "first", [144] * instances), int(first)),
+             (costs.part("vit", "last", [144] * instances), int(last))]
+    forward = sum(part.forward_ns * count for part, count in parts)
+    backward = sum((part.backward_input_ns + part.backward_weight_ns) * count for part, count in parts)
+    return forward, backward
+
+
+def test_parts_are_told_apart_where_chunks_allow() -> None:
+    profile = fit_profile(samples([(2, True, False), (2, False, False), (2, False, True)], TIMES), {"vit": 6}, SIZES, P2P)
+    module = profile.modules["vit"]
+    assert module.num_layers == 6
+    assert module.layer.points[0].forward_ns == pytest.approx(10_000)
+    assert module.first is not None
+    assert module.first.points[0].forward_ns == pytest.approx(2_000)
+    assert module.last is not None
+    assert module.last.points[0].forward_ns == pytest.approx(5_000)
+    assert module.layer.points[0].boundary_bytes == 4.0 * 288
+
+
+@given(
+    layer=st.floats(0.1, 100), first=st.floats(0, 50), last=st.floats(0, 50), rows=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+)
+def test_measured_chunks_are_predicted_as_measured(layer: float, first: float, last: float, rows: list[int]) -> None:
+    times = {"layer": layer, "first": first, "last": last}
+    chunks = [(count, index == 0, index == len(rows) - 1) for index, count in enumerate(rows)]
+    profile = fit_profile(samples(chunks, times), {"vit": sum(rows)}, SIZES, P2P)
+    if len({(count, has_first, has_last) for count, has_first, has_last in chunks}) <= 3:
+        for chunk in chunks:
+            wanted = chunk_ns(*chunk, times)
+            forward, backward = predicted(profile, *chunk)
+            assert forward == pytest.approx(wanted, rel=1e-6, abs=2)
+            assert backward == pytest.approx(2 * wanted, rel=1e-6, abs=4)
+
+
+def test_no_part_becomes_negative() -> None:
+    """A last chunk faster than the others by noise must not give a negative head."""
+    noisy = samples([(4, True, False)], TIMES) + samples([(4, False, True)], {**TIMES, "last": -3.0})
+    module = fit_profile(noisy, {"vit": 8}, SIZES, P2P).modules["vit"]
+    for grid in (module.layer, module.first, module.last):
+        assert grid is not None
+        assert all(min(point.forward_ns, point.backward_input_ns, point.backward_weight_ns) >= 0 for point in grid.points)
+
+
+def test_medians_ignore_a_stray_measurement() -> None:
+    stray = samples([(2, True, True)], TIMES) * 5 + samples([(2, True, True)], {"layer": 999.0, "first": 0.0, "last": 0.0})
+    forward, _ = predicted(fit_profile(stray, {"vit": 2}, SIZES, P2P), 2, True, True)
+    assert forward == pytest.approx(27_000)
+
+
+def test_split_backward_keeps_its_parts() -> None:
+    profile = fit_profile(samples([(1, True, True)], {"layer": 10.0, "first": 0.0, "last": 0.0}, split=True), {"vit": 1}, SIZES, P2P)
+    cost = [getattr(profile.modules["vit"], part).points[0] for part in ("layer", "first", "last")]
+    assert sum(point.backward_input_ns for point in cost) == pytest.approx(20_000)
+    assert sum(point.backward_weight_ns for point in cost) == pytest.approx(30_000)
