@@ -427,8 +427,8 @@ def _data_parallel_seconds(
                 continue
             tasks = own & (graph.vp_stage == chunk.vp_stage)
             forwards, backwards = tasks & (graph.kind == FORWARD), tasks & (graph.kind != FORWARD)
-            ready = end[backwards].max() / 1e9 if backwards.any() else 0.0
-            needed = start[forwards].min() / 1e9 if forwards.any() else 0.0
+            ready = int(end[backwards].max()) / 1e9 if backwards.any() else 0.0
+            needed = int(start[forwards].min()) / 1e9 if forwards.any() else 0.0
             if not options.overlap_data_parallel:
                 ready, needed = schedule.makespan_ns / 1e9, 0.0
             gradients.append((ready, gradient_seconds(chunk.parameters, training, group, device)))
