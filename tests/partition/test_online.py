@@ -1,0 +1,70 @@
+"""Sub-microbatches: contiguous, complete, of equal cost."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dip.partition.online import equal_parts, split
+from tests.strategies import Case, cases, vlm_case
+
+
+@given(weights=st.lists(st.integers(1, 20), min_size=1, max_size=8), data=st.data())
+def test_parts_have_the_least_sum_of_squares(weights: list[int], data: st.DataObject) -> None:
+    num_parts = data.draw(st.integers(1, len(weights)))
+    bounds = equal_parts(np.array(weights, dtype=np.float64), num_parts).tolist()
+    assert bounds[0] == 0
+    assert bounds[-1] == len(weights)
+    assert all(low < high for low, high in pairwise(bounds))
+
+    def squares(cut: list[int]) -> int:
+        return sum(sum(weights[low:high]) ** 2 for low, high in pairwise(cut))
+
+    best = min(squares([0, *middle, len(weights)]) for middle in combinations(range(1, len(weights)), num_parts - 1))
+    assert squares(bounds) == best
+
+
+@given(weights=st.lists(st.integers(1, 20), min_size=1, max_size=8), data=st.data())
+def test_a_high_power_makes_the_largest_part_smallest(weights: list[int], data: st.DataObject) -> None:
+    num_parts = data.draw(st.integers(1, len(weights)))
+    bounds = equal_parts(np.array(weights, dtype=np.float64), num_parts, 64.0).tolist()
+    largest = max(sum(weights[low:high]) for low, high in pairwise(bounds))
+    best = min(
+        max(sum(weights[low:high]) for low, high in pairwise([0, *middle, len(weights)]))
+        for middle in combinations(range(1, len(weights)), num_parts - 1)
+    )
+    assert largest <= best * 1.04
+
+
+def test_equal_weights_give_the_larger_parts_first() -> None:
+    assert equal_parts(np.ones(10), 3).tolist() == [0, 4, 7, 10]
+
+
+def test_long_instances_stand_alone_and_short_ones_share() -> None:
+    assert equal_parts(np.array([9.0, 3.0, 3.0, 3.0]), 2).tolist() == [0, 1, 4]
+
+
+@given(case=cases())
+def test_every_instance_is_in_one_part_and_in_order(case: Case) -> None:
+    parts = split(case.microbatches, case.model, case.partition, case.costs())
+    seen: dict[tuple[int, str], list[int]] = {}
+    for part in parts:
+        held = seen.setdefault((part.microbatch, part.module), [])
+        assert part.first_instance == len(held)
+        assert part.lengths
+        held.extend(part.lengths)
+    assert seen == {
+        (index, name): lengths for index, microbatch in enumerate(case.microbatches) for name, lengths in microbatch.items() if lengths
+    }
+    for (index, name), lengths in seen.items():
+        own = [part.sub_microbatch for part in parts if (part.microbatch, part.module) == (index, name)]
+        assert own == list(range(-(-len(lengths) // case.partition.sub_microbatch_size[name])))
+
+
+def test_equal_instances_are_cut_by_count_and_a_missing_module_has_no_part() -> None:
+    case = vlm_case(num_microbatches=4)
+    parts = [(part.microbatch, part.module, len(part.lengths)) for part in split(case.microbatches, case.model, case.partition, case.costs())]
+    assert parts == [(0, "lm", 1), (1, "vit", 1), (1, "lm", 1), (2, "vit", 2), (2, "lm", 1), (3, "vit", 2), (3, "vit", 1), (3, "lm", 1)]
