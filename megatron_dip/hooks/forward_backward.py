@@ -70,6 +70,8 @@ class DipForwardBackward:
         chunks: the same in Megatron's wrappers, in ``staged_model.chunk_keys``' order: the list given as ``model`` in every call.
         partition: how modules are cut, equal on all ranks.
         metadata: instance lengths of one item of the data iterator.
+        call_metadata: instance lengths of a captured microbatch ({}: this rank was not given its data), for scripts whose forward_step
+            alone knows what an item means; ``metadata`` then only serves to plan ahead.
         plan_function: makes plans; called on a background thread of the planner rank.
         quick_plan_function: makes a plan at once where the other is late or fails; None: wait as long as it takes.
         device: where chunks compute.
@@ -89,6 +91,7 @@ class DipForwardBackward:
         chunks: Sequence[torch.nn.Module],
         partition: Partition,
         metadata: Callable[[Any], Microbatch],
+        call_metadata: Callable[[CapturedCall], Microbatch] | None = None,
         plan_function: PlanFunction,
         quick_plan_function: PlanFunction | None = None,
         device: torch.device,
@@ -102,6 +105,7 @@ class DipForwardBackward:
         self._staged_model = staged_model
         self._chunks = list(chunks)
         self._metadata = metadata
+        self._call_metadata = call_metadata
         self._num_outputs = num_outputs
         self._device = device
         self._plan_deadline_s = plan_deadline_s
@@ -228,8 +232,12 @@ class DipForwardBackward:
                 calls = [capture(forward_step, None, self._chunks[0], self._num_outputs) for _ in range(num_microbatches)]
             else:
                 items = [next(iterator) for _ in range(num_microbatches)]
-                microbatches = [self._metadata(item) for item in items]
+                if self._call_metadata is None:
+                    microbatches = [self._metadata(item) for item in items]
                 calls = [capture(forward_step, iter([item]), self._chunks[0], self._num_outputs) for item in items]
+            if self._call_metadata is not None:
+                known = [self._call_metadata(call) for call in calls]
+                microbatches = known if all(known) else None
         except StopIteration:
             error = InputError("data_iterator", num_microbatches, "ended before it gave this many microbatches", "give more data or fewer iterations")
         except Exception as caught:

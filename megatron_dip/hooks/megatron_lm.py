@@ -1,0 +1,256 @@
+"""What the patched Megatron-LM calls: chunks instead of one model, one look-ahead iterator, DIP's schedule.
+
+The order of calls is Megatron's: :func:`install_schedule` while arguments are validated, :func:`build_model_chunks` instead of the
+stock model building (Megatron then wraps every chunk), :func:`build_data_iterators`, and for every iteration the function that
+``get_forward_backward_func`` gives. Models that were not built here run under the stock schedule.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.cost.device import device_names
+from megatron_dip.cost.interface import CostModel, Part, PartCost
+from megatron_dip.cost.profile import ProfileCost
+from megatron_dip.hooks.arguments import DipOptions, options_from_args
+from megatron_dip.hooks.forward_backward import DipForwardBackward
+from megatron_dip.hooks.iterators import LookaheadIterator
+from megatron_dip.models.capture import CapturedCall
+from megatron_dip.models.gpt import GptDescription
+from megatron_dip.models.layout import check_enough_layers
+from megatron_dip.models.llava import LANGUAGE, LlavaDescription
+from megatron_dip.models.provided import sketch_model
+from megatron_dip.models.staged import DescribedStagedModel
+from megatron_dip.partition.offline import even_partition
+from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.runtime.interface import ChunkKey
+from megatron_dip.spec.codec import load_partition, load_profile
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.plan import Plan
+from megatron_dip.spec.profile import Strategy
+from megatron_dip.spec.workload import Microbatch, Parallel, Training
+
+logger = logging.getLogger(__name__)
+
+_WHOLE = 1 << 20
+"""Sub-microbatch size of a module that is not divided."""
+
+_QUICK_EVALUATIONS = 1
+
+Description = LlavaDescription | GptDescription
+
+
+@dataclass(slots=True)
+class _BuiltModel:
+    """A model that was cut here, from its building to its first iteration and on."""
+
+    description: Description
+    partition: Partition
+    options: DipOptions
+    costs: CostModel
+    keys: tuple[ChunkKey, ...]
+    forward_backward: DipForwardBackward | None = None
+
+
+_built: dict[int, _BuiltModel] = {}
+"""By the identity of a rank's first chunk, inside Megatron's wrappers. Chunks live as long as training."""
+
+
+def install_schedule() -> None:
+    """Makes ``get_forward_backward_func`` give DIP's schedule, in front of the stock one."""
+    schedules._forward_backward_func_override = _schedule  # type: ignore[attr-defined]
+
+
+def build_model_chunks(
+    model_provider: Callable[..., MegatronModule], model_type: Any, config: Any, pg_collection: Any
+) -> list[torch.nn.Module]:
+    """This rank's chunks of the model that a script's provider describes, in the order that Megatron's functions need.
+
+    Raises InputError for models that cannot be cut, and for cuts that do not fit the model.
+    """
+    from megatron.training import get_args
+
+    args = get_args()
+    options = options_from_args(args)
+    arguments = {"config": config, "pg_collection": pg_collection}
+    sketch = sketch_model(model_provider, **arguments)
+    description: Description
+    if isinstance(sketch, LLaVAModel):
+        description = LlavaDescription(sketch)
+    else:
+        assert isinstance(sketch, GPTModel)
+        description = GptDescription(sketch, model_provider, arguments)
+    spec = description.model_spec
+    ranks = parallel_state.get_pipeline_model_parallel_world_size()
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    partition = make_partition(spec, ranks, options)
+    if ranks == 1 and partition.num_chunks(LANGUAGE) > 1 and spec.module(LANGUAGE).tied_embeddings:
+        raise InputError(
+            "--dip-chunks", f"{LANGUAGE}={partition.num_chunks(LANGUAGE)}", "embedding and head share a weight and would lie in two chunks of one rank",
+            f"use {LANGUAGE}=1, more pipeline ranks, or --untie-embeddings-and-output-weights",
+        )
+    keys = chunk_order(partition, rank)
+    chunks = []
+    for module, vp_stage in keys:
+        chunk = description.build_chunk(partition, module, vp_stage, rank)
+        chunk.model_type = model_type
+        chunks.append(chunk)
+    _built[id(chunks[0])] = _BuiltModel(description, partition, options, make_costs(spec, args, options), keys)
+    if torch.distributed.get_rank() == 0:
+        logger.warning("DIP cuts %s into layers %s", ", ".join(m.name for m in spec.modules), partition.chunks)
+    return chunks
+
+
+def make_partition(spec: ModelSpec, num_ranks: int, options: DipOptions) -> Partition:
+    """The cut that the flags ask for. Raises InputError where it does not fit the model."""
+    if options.partition is not None:
+        partition = load_partition(options.partition)
+    else:
+        sizes = {module.name: options.sub_microbatch_size.get(module.name, _WHOLE) for module in spec.modules}
+        unknown = [name for name in options.sub_microbatch_size if name not in sizes]
+        if unknown:
+            raise InputError("--dip-sub-microbatch-size", unknown, "the model has no such module", f"use some of {list(sizes)}")
+        partition = even_partition(spec, num_ranks, options.chunks, sizes)
+    partition.validate({module.name: module.num_layers for module in spec.modules}, num_ranks, where="--dip-partition")
+    check_enough_layers(partition)
+    return partition
+
+
+def chunk_order(partition: Partition, rank: int) -> tuple[ChunkKey, ...]:
+    """Chunks of a rank, equal on all replicas: Megatron's ``finalize_model_grads`` looks for the embedding in the first chunk of the
+    first rank and for the head in the last chunk of the last one."""
+    language: list[ChunkKey] = [(LANGUAGE, vp_stage) for vp_stage in range(partition.num_chunks(LANGUAGE))]
+    others: list[ChunkKey] = [(name, vp_stage) for name in partition.chunks if name != LANGUAGE for vp_stage in range(partition.num_chunks(name))]
+    if len(language) == 1 and 0 < rank == partition.num_ranks - 1:
+        return (*others, *language)
+    return (language[0], *others, *language[1:])
+
+
+def make_costs(spec: ModelSpec, args: Any, options: DipOptions) -> CostModel:
+    """What plans cost: the profile of the flags, or the analytic costs of a device."""
+    if options.profile is not None:
+        costs: CostModel = ProfileCost(load_profile(options.profile), options.memory_limit_bytes, field="--dip-profile")
+    else:
+        parallel = Parallel(
+            tensor=args.tensor_model_parallel_size, pipeline=args.pipeline_model_parallel_size, data=args.data_parallel_size,
+            sequence=bool(args.sequence_parallel),
+        )
+        training = Training(
+            dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32", distributed_optimizer=bool(args.use_distributed_optimizer),
+            split_backward=options.split_backward,
+        )
+        costs = AnalyticCost(spec, parallel, training, options.device or detect_device(), memory_capacity_bytes=options.memory_limit_bytes)
+    return _RunnableCosts(costs)
+
+
+def detect_device() -> str:
+    """The named device that this process trains on. Raises InputError for one without figures."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    known = [device for device in device_names() if device.lower() in name.lower()]
+    if not known:
+        raise InputError(
+            "--dip-device", None, f"there are no figures for {name!r}", f"give one of {list(device_names())}, a device file, or --dip-profile"
+        )
+    return max(known, key=len)
+
+
+class _RunnableCosts:
+    """Costs of another model without the memory strategies that chunks cannot carry out (offloading)."""
+
+    def __init__(self, costs: CostModel) -> None:
+        self._costs = costs
+        self.p2p_latency_ns = costs.p2p_latency_ns
+        self.p2p_bytes_per_second = costs.p2p_bytes_per_second
+
+    def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:
+        return self._costs.part(module, part, lengths)
+
+    def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
+        return {name: strategy for name, strategy in self._costs.strategies(module, lengths).items() if strategy.offload is None}
+
+    def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
+        return self._costs.static_bytes(module, num_layers, first=first, last=last)
+
+    def memory_capacity_bytes(self) -> int | None:
+        return self._costs.memory_capacity_bytes()
+
+    def holds_encoder_outputs(self) -> bool:
+        return self._costs.holds_encoder_outputs()
+
+
+def build_data_iterators(build: Callable[..., tuple[Any, Any, Any]], dataset_provider: Callable[..., Any]) -> tuple[Any, Any, Any]:
+    """Megatron's data iterators, the training one with the next batches in view.
+
+    The look-ahead stands below the iterator that the rerun state machine rewinds, so that a replay is served above it.
+    """
+    from megatron.training import get_args
+
+    iterators = build(dataset_provider)
+    if options_from_args(get_args()).look_ahead:
+        for iterator in iterators[:1]:
+            if iterator is not None and not isinstance(iterator, list):
+                iterator.iterable = LookaheadIterator(iterator.iterable)
+    return iterators
+
+
+def _schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """What ``get_forward_backward_func`` gives: DIP for a model that was cut here, else the stock function."""
+
+    def forward_backward(**arguments: Any) -> list[Any]:
+        model = arguments["model"]
+        chunks = list(model) if isinstance(model, list) else [model]
+        built = _built.get(id(_unwrap(chunks[0])))
+        if built is None:
+            return stock(**arguments)
+        if built.forward_backward is None:
+            built.forward_backward = _start(built, chunks)
+        return built.forward_backward(**arguments)
+
+    return forward_backward
+
+
+def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    while isinstance(getattr(chunk, "module", None), torch.nn.Module):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackward:
+    options, description = built.options, built.description
+    spec = description.model_spec
+    staged = DescribedStagedModel(description, dict(zip(built.keys, chunks, strict=True)))
+
+    def plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
+        return plan_iteration(spec, built.partition, microbatches, built.costs, PlanOptions(
+            time_budget_s=None if options.evaluations is not None else options.time_budget_s, evaluations=options.evaluations,
+            threads=options.planner_threads, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
+        ))
+
+    def quick_plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
+        return plan_iteration(spec, built.partition, microbatches, built.costs, PlanOptions(
+            evaluations=_QUICK_EVALUATIONS, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
+        ))
+
+    def call_metadata(call: CapturedCall) -> Microbatch:
+        return description.metadata(description.bind(call.args, call.kwargs))
+
+    on_cpu = torch.cuda.current_device() == torch.device("cpu")
+    return DipForwardBackward(
+        staged_model=staged, chunks=chunks, partition=built.partition, metadata=description.item_metadata, call_metadata=call_metadata,
+        plan_function=plan, quick_plan_function=None if options.evaluations is not None else quick_plan,
+        device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
+        backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, num_outputs=description.num_outputs,
+    )

@@ -1,0 +1,101 @@
+"""Megatron's GPTModel as DIP cuts it: one module, ``lm``, whose instances are the sequences of a microbatch.
+
+The chunks are built by the script's own provider, once for each, with the layers and the ends that the cut says.
+
+Letters: S tokens of a sequence, b sequences in a microbatch.
+
+Not modelled: multi-token prediction, context parallelism, inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dip.models.layout import ModuleCut
+from megatron_dip.models.llava import LANGUAGE, language_boundary, module_spec
+from megatron_dip.models.provided import Sketch, bind_arguments, call_provider, cut_config, gpt_cut
+from megatron_dip.runtime.interface import PayloadSpec
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.plan import PlanStage
+from megatron_dip.spec.workload import Microbatch
+
+
+class GptDescription:
+    """A script's GPTModel as :class:`megatron_dip.models.description.ModelDescription`."""
+
+    def __init__(self, sketch: GPTModel, provider: Callable[..., MegatronModule], arguments: Mapping[str, Any]) -> None:
+        """Args:
+        sketch: from :func:`megatron_dip.models.provided.sketch_model`.
+        provider: the script's model provider.
+        arguments: what Megatron hands to it.
+        """
+        own = sketch.sketch
+        assert isinstance(own, Sketch)
+        self._sketch: Sketch = own
+        self._provider = provider
+        self._arguments = dict(arguments)
+        self.config: TransformerConfig = own.arguments["config"]
+        if own.arguments.get("mtp_block_spec") is not None:
+            raise InputError("--mtp-num-layers", self.config.mtp_num_layers, "multi-token prediction layers cannot be cut yet", "leave it out")
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        return ModelSpec(modules=[module_spec(
+            LANGUAGE, "lm", "backbone", self.config, trainable=True, causal=True, vocab_size=self._sketch.arguments["vocab_size"],
+            tied_embeddings=bool(self._sketch.arguments.get("share_embeddings_and_output_weights", False)),
+        )])
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return bind_arguments(GPTModel.forward, args, kwargs)
+
+    def metadata(self, batch: Mapping[str, Any]) -> Microbatch:
+        """Lengths of the sequences, empty where the rank does not see them (scripts read data on the first and last rank alone)."""
+        found = next((batch[name] for name in ("input_ids", "labels") if batch.get(name) is not None), None)
+        return {} if found is None else {LANGUAGE: [found.shape[1]] * found.shape[0]}
+
+    num_outputs = None
+    """One tensor: losses or logits."""
+
+    def item_metadata(self, item: Any) -> Microbatch:
+        """What :meth:`metadata` will say of a batch of the data loader. Raises InputError for items of another form."""
+        if not isinstance(item, dict) or "tokens" not in item:
+            raise InputError("data_iterator", type(item).__name__, "items of this form are not known before forward_step reads them", "nothing")
+        return self.metadata({"input_ids": item["tokens"]})
+
+    def num_instances(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        return {module: len(lengths) for module, lengths in self.metadata(batch).items()}
+
+    def build_chunk(self, partition: Partition, module: str, vp_stage: int, rank: int) -> torch.nn.Module:
+        cut = ModuleCut.of_partition(partition, module)
+        first, last, stage = (vp_stage, rank) == cut.first, (vp_stage, rank) == cut.last, cut.vp_stage(vp_stage)
+        config = cut_config(self.config, cut)
+        with gpt_cut(config, pre_process=first, post_process=last, vp_stage=stage):
+            return call_provider(self._provider, **{**self._arguments, "config": config, "vp_stage": stage})
+
+    def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
+        dtype = torch.float32 if self.config.fp32_residual_connection else self.config.params_dtype
+        return PayloadSpec(language_boundary(producer, self.config), dtype)
+
+    def run_chunk(
+        self, chunk: torch.nn.Module, stage: PlanStage, batch: Mapping[str, Any], first_instance: int,
+        inputs: Mapping[str, Sequence[torch.Tensor]],
+    ) -> torch.Tensor:
+        model = unwrap_gpt(chunk)
+        own = inputs.get(LANGUAGE, ())
+        model.set_input_tensor(own[0] if own else None)  # type: ignore[arg-type]
+        return model(**batch)
+
+
+def unwrap_gpt(chunk: torch.nn.Module) -> GPTModel:
+    """The model inside Megatron's wrappers."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk

@@ -1,0 +1,161 @@
+"""What a training script's own model provider would build, found out without building it.
+
+A provider is run once with the constructors of the large modules replaced by :class:`Sketch`: the script's own code, and Megatron's,
+decides every argument, and the chunks are built from these arguments later, each with its own part of the layers. Nothing of the
+model's logic is repeated here, so that scripts and releases may differ in how they arrive at their arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.multimodal import llava_model
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dip.models.layout import ModuleCut
+from megatron_dip.spec.errors import InputError
+
+_LLAVA_PARTS = ("GPTModel", "CLIPViTModel", "RADIOViTModel", "MultimodalProjector")
+_LLAVA_OTHERS = ("MambaModel", "HybridModel")
+
+
+class Sketch(torch.nn.Module):
+    """Stands where a provider builds a module: its class and arguments, and one weight by which to see whether the script froze it."""
+
+    def __init__(self, builder: type[torch.nn.Module], arguments: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.builder = builder
+        self.arguments = dict(arguments)
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    @property
+    def trainable(self) -> bool:
+        return self.weight.requires_grad
+
+    def build(self, **changes: Any) -> torch.nn.Module:
+        """The module, with some arguments changed; frozen where the script froze it."""
+        module = self.builder(**{**self.arguments, **changes})
+        module.requires_grad_(self.trainable)
+        return module
+
+
+def bind_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, without ``self``; those that were not given are absent."""
+    bound = inspect.signature(function).bind(None, *args, **kwargs).arguments
+    bound.pop("self", None)
+    return bound
+
+
+def sketch_model(provider: Callable[..., MegatronModule], **arguments: Any) -> MegatronModule:
+    """Runs a script's model provider and gives what it returns: a LLaVAModel whose parts are sketches, or a GPT model's sketch.
+
+    Args:
+        arguments: what Megatron hands to providers; those that this provider does not take are left out.
+
+    Raises:
+        InputError: for models that DIP cannot cut.
+    """
+    with _sketching_llava(), _sketching_gpt():
+        model = call_provider(provider, **arguments)
+    if not isinstance(model, LLaVAModel | GPTModel):
+        raise InputError(
+            "model_provider", type(model).__name__, "DIP can cut LLaVAModel and GPTModel",
+            "use --pipeline-schedule default for this model",
+        )
+    return model
+
+
+def call_provider(provider: Callable[..., MegatronModule], **arguments: Any) -> MegatronModule:
+    parameters = inspect.signature(provider).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+    return provider(pre_process=True, post_process=True, **arguments)
+
+
+@contextlib.contextmanager
+def _sketching_llava() -> Iterator[None]:
+    """LLaVAModel's constructor runs as it is, for the whole model, and finds sketches where it would build its parts."""
+
+    def whole(self: LLaVAModel, *args: Any, **kwargs: Any) -> None:
+        # Scripts build the parts of a stock pipeline rank; DIP cuts the whole model.
+        everything = {"pre_process": True, "post_process": True, "add_encoder": True, "add_decoder": True}
+        original(self, **{**bind_arguments(original, args, kwargs), **everything})
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def constructor(*args: Any, **kwargs: Any) -> Any:
+            raise InputError("model_provider", name, "DIP cannot cut state-space and hybrid language models", "use --pipeline-schedule default")
+
+        return constructor
+
+    original = LLaVAModel.__init__
+    with contextlib.ExitStack() as stack:
+        for name in _LLAVA_PARTS:
+            stack.enter_context(_replaced(llava_model, name, _sketcher(getattr(llava_model, name))))
+        for name in _LLAVA_OTHERS:
+            if hasattr(llava_model, name):
+                stack.enter_context(_replaced(llava_model, name, refuse(name)))
+        stack.enter_context(_replaced(LLaVAModel, "__init__", whole))
+        yield
+
+
+def _sketcher(builder: type[torch.nn.Module]) -> Callable[..., Sketch]:
+    def sketch(*args: Any, **kwargs: Any) -> Sketch:
+        return Sketch(builder, bind_arguments(builder.__init__, args, kwargs))
+
+    return sketch
+
+
+@contextlib.contextmanager
+def _sketching_gpt() -> Iterator[None]:
+    """A GPTModel that a provider builds holds its own sketch and no layers."""
+
+    def sketch(self: GPTModel, *args: Any, **kwargs: Any) -> None:
+        arguments = bind_arguments(original, args, kwargs)
+        MegatronModule.__init__(self, config=arguments["config"])
+        self.sketch = Sketch(GPTModel, arguments)
+
+    original = GPTModel.__init__
+    with _replaced(GPTModel, "__init__", sketch):
+        yield
+
+
+@contextlib.contextmanager
+def gpt_cut(config: TransformerConfig, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> Iterator[None]:
+    """While active, every GPTModel is built as this part of the model."""
+
+    def part(self: GPTModel, *args: Any, **kwargs: Any) -> None:
+        cut = {"config": config, "pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
+        original(self, **{**bind_arguments(original, args, kwargs), **cut})
+
+    original = GPTModel.__init__
+    with _replaced(GPTModel, "__init__", part):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: ModuleType | type, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def cut_config(config: TransformerConfig, cut: ModuleCut) -> TransformerConfig:
+    """A module's config narrowed to a cut, with the attributes that scripts set beyond the config's own fields."""
+    own = cut.config(config)
+    names = {field.name for field in fields(config)}
+    for name, value in vars(config).items():
+        if name not in names and not hasattr(own, name):
+            setattr(own, name, value)
+    return own
