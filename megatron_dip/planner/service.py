@@ -39,6 +39,8 @@ class _Request:
     done: threading.Event
     plan: Plan | None = None
     error: Exception | None = None
+    handed_out: Plan | None = None
+    """What was taken for this batch: a replay of the iteration gets the same, also where it was a quick plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,14 +91,16 @@ class PlanService:
         request = self._request(microbatches, forward_only)
         ahead = request.done.is_set()
         start = time.perf_counter_ns()
-        request.done.wait(None if self._quick_function is None else deadline_s)
-        plan, error = request.plan, request.error
+        if request.handed_out is None:
+            request.done.wait(None if self._quick_function is None else deadline_s)
+        plan, error = request.handed_out or request.plan, request.error
         if plan is None:
             if isinstance(error, InputError) or (error is not None and self._quick_function is None):
                 raise error
             assert self._quick_function is not None
             self._count_fallback(FAILED if error is not None else LATE, error, deadline_s)
             plan = self._quick_function(microbatches, forward_only)
+        request.handed_out = plan
         self._waited_ns += time.perf_counter_ns() - start
         self._taken += 1
         self._ahead += ahead

@@ -1,0 +1,280 @@
+"""DipForwardBackward beyond parity: evaluation, ramp-up, planning ahead, replay, loss contracts, and every way to fail on all ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from megatron_dip.spec.workload import Parallel
+from tests.distributed import dip_runs
+from tests.distributed.launcher import RankResult, launch, launch_all
+from tests.distributed.tiny_vlm import Case, forward_step, make_microbatch, tiny_model
+
+pytestmark = pytest.mark.distributed
+CASE = Case(parallel=Parallel(pipeline=2), chunks=(1, 2), num_layers=(4, 4))
+Item = dict[str, torch.Tensor]
+
+
+def _model(case: Case = CASE) -> Any:
+    from megatron_dip.hooks.setup import initialize_parallel
+    from megatron_dip.models.vlm import VlmConfig
+
+    initialize_parallel(case.parallel, device="cpu", seed=1, timeout_s=60)
+    config = VlmConfig(
+        model=tiny_model(case), parallel=case.parallel, frozen=case.frozen, calculate_per_token_loss=case.per_token, init_method_std=0.2
+    )
+    return dip_runs.build(case, config)
+
+
+def _call(model: Any, dip: Any, data_iterator: Any, count: int, step: Callable[..., Any] = forward_step, **options: Any) -> list[Any]:
+    return dip(
+        forward_step_func=step, data_iterator=data_iterator, model=model.chunks, num_microbatches=count, seq_length=48, micro_batch_size=1,
+        **options,
+    )
+
+
+def _items(first_seed: int, counts: Sequence[int]) -> list[Item]:
+    return [make_microbatch(first_seed + index, count) for index, count in enumerate(counts)]
+
+
+def _losses(reports: list[Any]) -> list[float]:
+    return [float(report["lm loss"][0]) for report in reports]
+
+
+def _gradient_sum(model: Any) -> float:
+    return float(sum(p.main_grad.double().abs().sum() for chunk in model.chunks for p in chunk.parameters()))
+
+
+def _train_and_evaluate(rank: int, num_ranks: int, case: Case) -> dict[str, Any]:
+    from megatron_dip.hooks.iterators import LookaheadIterator
+
+    model = _model(case)
+    dip = dip_runs.dip_of(case, model)
+    steps = [(2, 0, 3), (1, 5, 0), (0, 0, 4, 1), (3, 0, 0, 2)]  # image counts; two steps of three microbatches, then two of four
+    train = LookaheadIterator(item for step, counts in enumerate(steps) for item in _items(100 * step, counts))
+    evaluation = LookaheadIterator(_items(7000, (1, 2, 0, 4)))
+    seen: dict[str, Any] = {"train": [], "evaluation": [], "gradients": []}
+    for step, counts in enumerate(steps):
+        model.zero_grad()
+        seen["train"].append(_losses(_call(model, dip, train, len(counts))))
+        seen["gradients"].append(_gradient_sum(model))
+        assert [record.stage for record in dip.records()] == dip.plan.order[dip.groups.rank]
+        if step in (1, 2):
+            model.zero_grad()
+            model.train(False)
+            with torch.no_grad():
+                seen["evaluation"].append(_losses(_call(model, dip, evaluation, 2, forward_only=True)))
+            assert {stage.kind for stage in dip.plan.stages} == {"fw"}
+            assert _gradient_sum(model) == 0.0
+            model.train(True)
+    counts = dip.counts()
+    seen["counts"] = None if counts is None else counts.taken
+    gathered = dip.gather_records()
+    seen["gathered"] = None if gathered is None else [[record.stage for record in row] == order for row, order in zip(gathered, dip.plan.order, strict=True)]
+    return seen
+
+
+def test_training_and_evaluation_with_changing_microbatches_equal_one_rank() -> None:
+    alone = launch(_train_and_evaluate, 1, Case(**{**CASE.__dict__, "parallel": Parallel()}))[0]
+    first, last = launch(_train_and_evaluate, 2, CASE)
+    assert first["train"] == [[]] * 4
+    assert first["evaluation"] == [[], []]
+    assert last["train"] == alone["train"]
+    assert [len(losses) for losses in last["train"]] == [3, 3, 4, 4]
+    assert last["evaluation"] == alone["evaluation"]
+    totals = [a + b for a, b in zip(first["gradients"], last["gradients"], strict=True)]
+    np.testing.assert_allclose(totals, alone["gradients"], rtol=1e-5)
+    assert (first["counts"], last["counts"]) == (6, None)
+    assert (first["gathered"], last["gathered"]) == ([True, True], None)
+
+
+def _plan_ahead(rank: int, num_ranks: int) -> tuple[int, int, dict[str, int]] | None:
+    from megatron_dip.hooks.iterators import LookaheadIterator
+
+    model = _model()
+    dip = dip_runs.dip_of(CASE, model, quick_plan_function=dip_runs.PlanMaker(CASE, dip_runs.even_cut(CASE)), plan_deadline_s=30.0)
+    data = LookaheadIterator(item for step in range(4) for item in _items(100 * step, (step, 2, 0)))
+    for _ in range(4):
+        model.zero_grad()
+        _call(model, dip, data, 3)
+        time.sleep(0.3)  # what else an iteration takes; the next plan is made meanwhile
+    counts = dip.counts()
+    return None if counts is None else (counts.taken, counts.ahead, counts.fallbacks)
+
+
+def test_plans_are_made_while_the_iteration_before_runs() -> None:
+    assert launch(_plan_ahead, 2) == [(4, 3, {}), None]
+
+
+def _replay(rank: int, num_ranks: int) -> list[tuple[list[float], float]]:
+    from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
+
+    from megatron_dip.hooks.iterators import LookaheadIterator
+
+    model = _model()
+    dip = dip_runs.dip_of(CASE, model)
+    get_rerun_state_machine().set_mode(RerunMode.VALIDATE_RESULTS)
+    data = RerunDataIterator(LookaheadIterator(_items(0, (2, 0, 3, 1, 1, 0))))
+    runs = []
+    for rewind in (True, False, False):
+        model.zero_grad()
+        losses = _losses(_call(model, dip, data, 3))
+        runs.append((losses, _gradient_sum(model)))
+        if rewind:
+            data.rewind()
+        else:
+            data.advance()
+    return runs
+
+
+def test_a_replayed_iteration_gives_the_same_numbers_and_data_go_on_behind_it() -> None:
+    for runs in launch(_replay, 2):
+        assert runs[0] == runs[1]
+        assert runs[2] != runs[1]
+
+
+def _mean_loss(mask: torch.Tensor, output: torch.Tensor, non_loss_data: bool = False) -> Any:
+    if non_loss_data:
+        return output.shape
+    loss = (output * mask).sum() / mask.sum()
+    return loss, {"loss": loss.detach()}
+
+
+def _mean_step(data_iterator: Iterator[Item], model: Any) -> tuple[Any, Callable[..., Any]]:
+    item = next(data_iterator)
+    output = model(item["images"], item["tokens"], position_ids=item["position_ids"], cu_lengths=item["cu_lengths"], labels=item["labels"])
+    return output, partial(_mean_loss, item["loss_mask"])
+
+
+def _bare_step(data_iterator: Iterator[Item], model: Any) -> tuple[Any, None]:
+    return _mean_step(data_iterator, model)[0], None
+
+
+def _loss_contracts(rank: int, num_ranks: int) -> dict[str, Any]:
+    model = _model()
+    dip = dip_runs.dip_of(CASE, model)
+    items = _items(0, (2, 0))
+    seen: dict[str, Any] = {}
+    model.zero_grad()
+    seen["pairs"] = [float(report["loss"]) for report in _call(model, dip, iter(items), 2, _mean_step)]
+    seen["plain"] = _gradient_sum(model)
+    model.config.grad_scale_func = lambda loss: loss * 8
+    model.zero_grad()
+    _call(model, dip, iter(items), 2, _mean_step)
+    seen["scaled"] = _gradient_sum(model)
+    model.config.grad_scale_func = None
+    model.zero_grad()
+    _call(model, dip, iter(items), 2)
+    seen["triples"] = _gradient_sum(model)
+    with torch.no_grad():
+        seen["outputs"] = [tuple(output.shape) for output in _call(model, dip, iter(items), 2, _bare_step, forward_only=True)]
+        reports = _call(model, dip, iter(items), 2, _mean_step, forward_only=True, collect_non_loss_data=True)
+    seen["non_loss"] = [tuple(shape) for shape in reports]
+    return seen
+
+
+def test_every_form_of_loss_function_is_scaled_as_megatron_does() -> None:
+    first, last = launch(_loss_contracts, 2)
+    assert len(last["pairs"]) == 2
+    for seen in (first, last):
+        assert seen["scaled"] == pytest.approx(8 * seen["plain"], rel=1e-5)
+        # A mean over tokens divided by the number of microbatches, and a sum divided by both, are one thing.
+        assert seen["triples"] == pytest.approx(seen["plain"], rel=1e-5)
+    assert last["outputs"] == last["non_loss"] == [(1, 48), (1, 48)]
+    assert first["outputs"] == first["non_loss"] == []
+
+
+# ---- failures ------------------------------------------------------------------------------------------------------------------------
+
+
+def _fail(rank: int, num_ranks: int, how: str) -> None:
+    from megatron_dip.hooks.forward_backward import DipForwardBackward
+    from megatron_dip.spec.errors import InputError
+
+    model = _model()
+    items = _items(0, (2, 1))
+    options: dict[str, Any] = {"timeout_s": 5.0}
+    step: Callable[..., Any] = forward_step
+    partition = dip_runs.even_cut(CASE)
+    if how == "bad item everywhere" or (how == "bad item on one rank" and rank == 1):
+        items[1]["images"] = items[1]["images"][:, :, :5]
+    if how == "other batch" and rank == 1:
+        items = _items(0, (2, 3))
+    if how == "planner":
+
+        def cannot_plan(microbatches: Any, forward_only: bool) -> Any:
+            raise InputError("memory_capacity_bytes", 5, "does not hold one microbatch", "use more ranks")
+
+        options["plan_function"] = cannot_plan
+    if how == "forward_step" and rank == 1:
+
+        def step(data_iterator: Any, model: Any) -> Any:
+            raise KeyError("labels")
+
+    if how == "other cut" and rank == 1:
+        partition = msgspec.structs.replace(partition, sub_microbatch_size={"vit": 1, "lm": 1})
+    if how == "data end":
+        items = items[:1]
+    dip = DipForwardBackward(
+        staged_model=model.staged, chunks=model.chunks, partition=partition, metadata=model.staged.description.metadata,
+        device=torch.device("cpu"), **{"plan_function": dip_runs.PlanMaker(CASE, dip_runs.even_cut(CASE)), **options},
+    )
+    if how == "other plan" and rank == 1:
+        share_plan = dip._share_plan
+
+        def other_plan(*args: Any) -> Any:
+            plan, error = share_plan(*args)
+            return msgspec.structs.replace(plan, order=[row[::-1] for row in plan.order]), error
+
+        dip._share_plan = other_plan  # type: ignore[method-assign]
+    if how == "death" and rank == 1:
+        model.chunks[0].register_forward_hook(lambda *_: os._exit(9))
+    if how == "late death" and rank == 0:
+        model.chunks[0].register_full_backward_hook(lambda *_: os._exit(9))
+    if how == "death before" and rank == 1:
+        os._exit(9)
+    _call(model, dip, iter(items), 2, step)
+
+
+def _failed(how: str) -> list[RankResult]:
+    results = launch_all(_fail, 2, how, timeout_s=30.0)
+    assert all(result.exit_code is not None for result in results), f"a rank hung: {results}"
+    assert all(result.exit_code != 0 for result in results), results
+    return results
+
+
+@pytest.mark.parametrize(
+    ("how", "messages"),
+    [
+        ("bad item everywhere", ("InputError: ", "InputError: ")),
+        ("planner", ("InputError: memory_capacity_bytes", "InputError: memory_capacity_bytes")),
+        ("other plan", ("InputError: plan = ", "InputError: plan = ")),
+        ("other batch", ("InputError: data_iterator = ", "InputError: data_iterator = ")),
+        ("other cut", ("InputError: partition = ", "InputError: partition = ")),
+        ("data end", ("InputError: data_iterator = 2: ended before", "InputError: data_iterator = 2: ended before")),
+        ("bad item on one rank", ("PeerError: rank 1 could not prepare the iteration", "InputError: ")),
+        ("forward_step", ("PeerError: rank 1 could not prepare the iteration, so no rank runs it: KeyError: 'labels'", "KeyError: 'labels'")),
+    ],
+)
+def test_a_difference_or_mistake_ends_every_rank_with_one_clear_message(how: str, messages: tuple[str, str]) -> None:
+    for result, message in zip(_failed(how), messages, strict=True):
+        assert result.error_message is not None
+        assert message in result.error_message
+
+
+@pytest.mark.parametrize(("how", "dead"), [("death", 1), ("late death", 0), ("death before", 1)])
+def test_a_rank_that_dies_ends_the_other_within_the_time_limit(how: str, dead: int) -> None:
+    results = _failed(how)
+    assert results[dead].exit_code == 9
+    survivor = results[1 - dead]
+    assert survivor.error_message is not None
+    assert survivor.error_message.startswith("PeerError: pipeline rank")
+    assert "time limit 5 s" in survivor.error_message

@@ -1,0 +1,66 @@
+"""Looking ahead changes nothing for who consumes the data, and checkpoints see only what was consumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from megatron.core.rerun_state_machine import RerunDataIterator
+
+from megatron_dip.hooks.iterators import LookaheadIterator, find_lookahead
+
+
+class Source:
+    """A loader that counts what was read from it, with a state as Megatron's energon loader has one."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.read = 0
+        self.name = "source"
+
+    def __iter__(self) -> Iterator[int]:
+        while self.read < self.length:
+            self.read += 1
+            yield self.read - 1
+
+    def save_state(self) -> dict[str, int]:
+        return {"read": self.read}
+
+
+def test_items_come_in_order_whether_peeked_or_not() -> None:
+    iterator = LookaheadIterator(Source(7))
+    assert [next(iterator), next(iterator)] == [0, 1]
+    assert iterator.peek(3) == [2, 3, 4]
+    assert iterator.peek(3) == [2, 3, 4]
+    assert [next(iterator) for _ in range(4)] == [2, 3, 4, 5]
+    assert list(iterator) == [6]
+
+
+def test_peeking_beyond_the_end_loses_nothing() -> None:
+    iterator = LookaheadIterator(Source(3))
+    assert iterator.peek(4) is None
+    assert list(iterator) == [0, 1, 2]
+
+
+def test_the_state_is_that_of_the_last_batch_handed_out() -> None:
+    iterator = LookaheadIterator(Source(100))
+    for consumed in range(0, 12, 4):
+        batch = [next(iterator) for _ in range(4)]
+        assert batch == list(range(consumed, consumed + 4))
+        iterator.peek(4)
+        assert iterator.save_state() == {"read": consumed + 4}
+
+
+def test_other_attributes_are_the_sources() -> None:
+    iterator = LookaheadIterator(Source(1))
+    assert iterator.name == "source"
+    with pytest.raises(AttributeError):
+        _ = iterator.missing
+
+
+def test_it_is_found_below_megatrons_wrapper() -> None:
+    lookahead = LookaheadIterator(Source(4))
+    assert find_lookahead(RerunDataIterator(lookahead)) is lookahead
+    assert find_lookahead(lookahead) is lookahead
+    assert find_lookahead(iter([1])) is None
+    assert find_lookahead(None) is None
