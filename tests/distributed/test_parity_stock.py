@@ -11,7 +11,7 @@ import torch
 
 from megatron_dip.spec.workload import Parallel
 from tests.distributed.launcher import launch
-from tests.distributed.tiny_vlm import Case, Result, forward_step, losses_of, merge_ranks, run_case, run_reference, worst_difference
+from tests.distributed.tiny_vlm import Case, Result, forward_step, losses_of, merge_ranks, references, run_case, worst_difference
 
 pytestmark = pytest.mark.distributed
 
@@ -57,7 +57,7 @@ CASES = [
 
 
 def test_stock_layouts_on_two_ranks() -> None:
-    expected = launch(run_reference, 1, CASES)[0]
+    expected = references(CASES)
     by_rank = launch(run_stock, 2, CASES)
     for index, case in enumerate(CASES):
         results = [results[index] for results in by_rank]

@@ -1,0 +1,138 @@
+"""DIP gives the losses and gradients of one process without a pipeline: every cut, every order, every kind of parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dip.spec.plan import Plan
+from megatron_dip.spec.workload import Parallel
+from tests.distributed.launcher import launch
+from tests.distributed.tiny_vlm import Case, Result, forward_step, losses_of, merge_ranks, references, run_case, worst_difference
+from tests.distributed.vlm_plans import partition_of, plans_of
+
+pytestmark = pytest.mark.distributed
+
+
+def build(case: Case, config: Any) -> Any:
+    from megatron_dip.hooks.setup import build_dip_model
+
+    return build_dip_model(
+        config, partition_of(case), overlap_grad_reduce=case.overlap_grad_reduce, distributed_optimizer=case.distributed_optimizer
+    )
+
+
+def dip_forward_backward(plans: list[list[Plan]]) -> Callable[..., list[dict[str, Any]]]:
+    """Runs the case's steps, each by the plan made for it, through the callable that Megatron's training loop would call."""
+    state: dict[str, Any] = {}
+
+    def forward_backward(case: Case, model: Any, items: Sequence[dict[str, torch.Tensor]], replica: int) -> list[dict[str, Any]]:
+        from megatron_dip.hooks.forward_backward import DipForwardBackward
+
+        if not state:
+            steps = iter(plans[replica])
+            state["function"] = DipForwardBackward(
+                staged_model=model.staged, chunks=model.chunks, partition=partition_of(case), metadata=model.staged.description.metadata,
+                plan_function=lambda microbatches, forward_only: next(steps), device=torch.device("cpu"), timeout_s=30, plan_deadline_s=30,
+            )
+        return state["function"](
+            forward_step_func=forward_step, data_iterator=iter(items), model=model.chunks, num_microbatches=len(items), forward_only=False
+        )
+
+    return forward_backward
+
+
+def run_dip(rank: int, num_ranks: int, cases: Sequence[Case], plans: Sequence[list[list[Plan]]]) -> list[Result]:
+    return [run_case(case, build, dip_forward_backward(plan)) for case, plan in zip(cases, plans, strict=True)]
+
+
+def check(cases: Sequence[Case], tolerance: float) -> None:
+    """Runs all cases in one spawn, on as many ranks as the first one needs, and compares each with one process.
+
+    After optimizer steps weights, norms and losses are compared, without the attention biases: a key's bias has no gradient but
+    rounding, and Adam makes a whole step of that.
+    """
+    expected = references(cases)
+    by_rank = launch(run_dip, cases[0].parallel.num_gpus, cases, [plans_of(case) for case in cases])
+    for index, case in enumerate(cases):
+        results, alone = [results[index] for results in by_rank], [expected[index]]
+        np.testing.assert_allclose(losses_of(results), losses_of(alone), rtol=tolerance, err_msg=str(case))
+        if case.steps:
+            weights, wanted = merge_ranks(results, "weights"), merge_ranks(alone, "weights")
+            assert worst_difference(weights, wanted, without="linear_qkv.bias") <= tolerance, case
+            for result in results:
+                np.testing.assert_allclose(result.grad_norms, alone[0].grad_norms, rtol=tolerance, err_msg=str(case))
+        else:
+            assert worst_difference(merge_ranks(results, "gradients"), merge_ranks(alone, "gradients")) <= tolerance, case
+
+
+CUTS = [(1, 1), (1, 2), (2, 2), (2, 4)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_cut(ranks: int) -> None:
+    layers = (16, 16) if ranks == 4 else (8, 8)
+    check([Case(parallel=Parallel(pipeline=ranks), chunks=cut, tied=tied, num_layers=layers) for cut in CUTS for tied in (False, True)], 1e-6)
+
+
+def test_uneven_chunks_and_unusual_batches() -> None:
+    two = Parallel(pipeline=2)
+    check(
+        [
+            Case(parallel=two, chunks=(2, 2), num_layers=(7, 5)),
+            Case(parallel=two, chunks=(1, 2), image_counts=((0, 0, 0),)),
+            Case(parallel=two, chunks=(2, 1), image_counts=((5,),), sub_microbatch_size=1),
+            Case(parallel=two, chunks=(1, 2), per_token=True, gated=True),
+            Case(parallel=two, chunks=(2, 2), trainable=(False, True)),
+            Case(parallel=two, chunks=(2, 2), trainable=(True, False)),
+            Case(parallel=two, chunks=(2, 2), frozen=frozenset({"vision_model"})),
+            Case(parallel=two, chunks=(1, 2), options=(("memory", 2_000_000),)),
+        ],
+        1e-6,
+    )
+
+
+def test_random_plans() -> None:
+    cases = [
+        Case(parallel=Parallel(pipeline=2), chunks=cut, seed=seed, tied=bool(seed % 2), options=(("random", seed),))
+        for seed in range(6) for cut in CUTS[1:3]
+    ]
+    check(cases, 1e-6)
+
+
+def test_random_plans_on_four_ranks() -> None:
+    check([Case(parallel=Parallel(pipeline=4), chunks=(1, 2), options=(("random", seed),)) for seed in range(4)], 1e-6)
+
+
+def test_tensor_parallel() -> None:
+    check(
+        [
+            Case(parallel=Parallel(pipeline=2, tensor=2, sequence=sequence), chunks=chunks, tied=tied, options=options)
+            for sequence in (False, True)
+            for chunks, tied, options in (((1, 1), False, ()), ((1, 2), True, (("random", 3),)))
+        ],
+        5e-6,
+    )
+
+
+def test_data_parallel() -> None:
+    counts = ((3, 0, 5, 1), (0, 2, 0, 4))
+    check(
+        [
+            Case(
+                parallel=Parallel(pipeline=2, data=2), chunks=(1, 2), image_counts=image_counts, steps=3, tied=tied,
+                overlap_grad_reduce=overlap, distributed_optimizer=distributed, options=options,
+            )
+            for overlap, distributed, tied, image_counts, options in (
+                (False, False, False, counts, ()),
+                (True, False, True, counts, (("random", 1),)),
+                (True, True, False, counts, (("random", 2),)),
+                (True, True, True, ((0, 0, 0, 0), (1, 2, 0, 4)), ()),
+            )
+        ],
+        5e-6,
+    )
