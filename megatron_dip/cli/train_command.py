@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument("--data", type=int, default=1, metavar="D", help="replicas (default 1)")
     pipeline.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda; cpu is refused where CUDA is present")
     pipeline.add_argument("--partition", type=Path, metavar="FILE", help="dip: how the modules are cut (JSON); default: config.json's K, even layers")
-    pipeline.add_argument("--plan-time", type=float, default=0.1, metavar="S", help="dip: seconds of search for each plan (default 0.1)")
+    pipeline.add_argument("--plan-time", type=float, default=0.02, metavar="S", help="dip: seconds of search for each plan (default 0.02)")
     pipeline.add_argument(
         "--stock-layout", choices=("scripts", "parameters"),
         help="1f1b: whole encoder on the first rank as Megatron's scripts have it (default), or one chain cut by parameters; "

@@ -112,7 +112,11 @@ class System:
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         loss, tokens = _reduce_report(reports, "lm loss")
+        self.after_step()
         return StepFigures(loss=loss / max(tokens, 1.0), grad_norm=float(grad_norm or 0.0), pipeline_s=pipeline_s)
+
+    def after_step(self) -> None:
+        """What a schedule learns from the iteration that just ran."""
 
     def score(self) -> tuple[int, int]:
         """(right, asked) over the held-out items, the same on all ranks."""
@@ -149,9 +153,6 @@ class System:
         if timeline is not None and parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save(folder / "measured.json", timeline)
-
-    def close(self) -> None:
-        """Ends what runs beside training."""
 
 
 class StockSystem(System):

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_dip.hooks.setup import initialize_parallel
 from megatron_dip.hooks.systems import Example, StockSystem, System
 from megatron_dip.models.vlm import VlmConfig
-from megatron_dip.runtime.groups import PipelineGroups, new_process_groups
 from megatron_dip.spec.codec import encode, load_example, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.training import EvaluationFigures, ExampleConfig, IterationFigures, RunRecord, RunSettings, SchedulePlan
@@ -39,38 +37,29 @@ def load_example_module(folder: Path, config: ExampleConfig, settings: RunSettin
     return Example(config=config, dataset=module.Dataset(config.model, settings.data, settings.seed), module=module)
 
 
-def start_ranks_groups(settings: RunSettings) -> PipelineGroups:
-    """Starts torch.distributed and Megatron's groups on this rank, and the groups of its pipeline."""
+def start_rank(settings: RunSettings) -> None:
+    """Starts torch.distributed and Megatron's groups on this rank."""
     initialize_parallel(settings.parallel, device=settings.device, seed=settings.seed, timeout_s=settings.timeout_s)
     if settings.device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    return new_process_groups(
-        dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()),
-        replica=parallel_state.get_data_parallel_rank(), backend="gloo" if settings.device == "cpu" else "nccl",
-        timeout_s=settings.timeout_s,
-    )
 
 
-def build_system(schedule: SchedulePlan, example: Example, settings: RunSettings, groups: PipelineGroups) -> System:
+def build_system(schedule: SchedulePlan, example: Example, settings: RunSettings) -> System:
     config = VlmConfig(model=example.config.model, parallel=settings.parallel, seed=settings.seed)
     if schedule.name == "dip":
         from megatron_dip.hooks.dip_system import DipSystem
 
-        return DipSystem(schedule, config, example, settings, groups)
+        return DipSystem(schedule, config, example, settings)
     return StockSystem(schedule, config, example, settings)
 
 
 def train(folder: Path, settings: RunSettings, log: Callable[[str], None]) -> None:
     """Trains an example on this rank of a run; ``log`` is called on rank 0 alone."""
     example = load_example_module(folder, load_example(folder / "config.json"), settings)
-    groups = start_ranks_groups(settings)
+    start_rank(settings)
     say = log if dist.get_rank() == 0 else lambda _: None
-    system = build_system(settings.schedule, example, settings, groups)
-    try:
-        run = _Run(system, settings, say)
-        run.train()
-    finally:
-        system.close()
+    system = build_system(settings.schedule, example, settings)
+    _Run(system, settings, say).train()
 
 
 class _Run:

@@ -1,0 +1,242 @@
+"""A model under DIP: plans made one iteration ahead from costs that are measured while it trains.
+
+The first iterations are planned from a rough analytic cost of the device. Every rank's stage times are gathered behind each of them and
+the profile fitted to these replaces the analytic cost; later iterations refresh it now and then. All ranks are busy while they are
+measured, which is what the plans are for.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.cost.interface import CostModel
+from megatron_dip.cost.measured import PartBytes, StageSample, fit_profile
+from megatron_dip.cost.profile import ProfileCost
+from megatron_dip.hooks.forward_backward import DipForwardBackward
+from megatron_dip.hooks.iterators import LookaheadIterator
+from megatron_dip.hooks.setup import build_dip_model
+from megatron_dip.hooks.systems import Example, System, measured_timeline
+from megatron_dip.models.vlm import VlmConfig
+from megatron_dip.partition.offline import even_partition
+from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.report.timeline import plan_timeline
+from megatron_dip.runtime.groups import PipelineGroups
+from megatron_dip.runtime.timing import StageRecord, clock_offset, gather_records
+from megatron_dip.spec.codec import save
+from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.plan import Plan, PlanStage
+from megatron_dip.spec.profile import PointToPoint, Profile, Strategy
+from megatron_dip.spec.timeline import Bar, Timeline
+from megatron_dip.spec.training import RunSettings, SchedulePlan
+from megatron_dip.spec.workload import Microbatch, Training
+
+PROFILED_FIRST = 8
+"""Iterations at the start after each of which the profile is fitted anew."""
+PROFILED_EVERY = 10
+"""Later: iterations from one fit to the next."""
+SKIPPED = 1
+"""Iterations at the very start that are not measured: allocators and caches warm up."""
+KEPT_ITERATIONS = 24
+"""Measured iterations that a fit looks back on."""
+
+
+class _RoughCosts:
+    """Times of an analytic cost alone: the examples' models are small, so that memory is neither counted nor chosen."""
+
+    def __init__(self, costs: AnalyticCost) -> None:
+        self.p2p_latency_ns = costs.p2p_latency_ns
+        self.p2p_bytes_per_second = costs.p2p_bytes_per_second
+        self.part = costs.part
+
+    def strategies(self, module: str, lengths: Sequence[int]) -> dict[str, Strategy]:
+        return {"none": Strategy()}
+
+    def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
+        return 0
+
+    def memory_capacity_bytes(self) -> int | None:
+        return None
+
+    def holds_encoder_outputs(self) -> bool:
+        return False
+
+
+class DipSystem(System):
+    """DIP on the example's model, with weights, optimizer and data of its own."""
+
+    def __init__(self, schedule: SchedulePlan, vlm_config: VlmConfig, example: Example, settings: RunSettings) -> None:
+        spec = vlm_config.model.modules
+        self.partition = schedule.partition or even_partition(
+            spec, settings.parallel.pipeline, example.config.virtual_pipeline, example.config.sub_microbatch_size
+        )
+        model = build_dip_model(
+            vlm_config, self.partition, overlap_grad_reduce=settings.overlap_grad_reduce,
+            distributed_optimizer=settings.distributed_optimizer,
+        )
+        assert model.staged is not None
+        self._schedule = schedule
+        self._model_spec = spec
+        device = torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
+        analytic = AnalyticCost(
+            spec, settings.parallel, Training(dtype="fp32", distributed_optimizer=settings.distributed_optimizer),
+            "cpu" if settings.device == "cpu" else "h100",
+        )
+        self._bytes = {module.name: _bytes_per_token(analytic, module.name) for module in spec.modules}
+        self._costs: CostModel = _RoughCosts(analytic)
+        self.profile: Profile | None = None
+        """What the planner rank measured so far."""
+        self._measured: deque[list[StageSample]] = deque(maxlen=KEPT_ITERATIONS)
+        self._iterations = 0
+        self.forward_backward = DipForwardBackward(
+            staged_model=model.staged, chunks=model.chunks, partition=self.partition, metadata=model.staged.description.metadata,
+            plan_function=self._plan, quick_plan_function=self._quick_plan, device=device,
+            backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
+        )
+        self._p2p = measure_p2p(self.forward_backward.groups)
+        self._training_plan: Plan | None = None
+        self._own_records: list[StageRecord] = []
+        self._records: list[list[StageRecord]] | None = None
+        self._is_gathered = False
+        self._clock_offset_ns: int | None = None
+        super().__init__(schedule.label, model, example, settings)
+
+    def _plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
+        options = PlanOptions(
+            time_budget_s=self._schedule.plan_s, seed=self.settings.seed, forward_only=forward_only,
+            split_backward=self._schedule.split_backward and not forward_only,
+        )
+        return plan_iteration(self._model_spec, self.partition, microbatches, self._costs, options)
+
+    def _quick_plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
+        options = PlanOptions(evaluations=1, search="fifo", forward_only=forward_only)
+        return plan_iteration(self._model_spec, self.partition, microbatches, self._costs, options)
+
+    def start_data(self, iteration: int) -> None:
+        self.data = LookaheadIterator(self._stream(iteration))
+
+    def run(self, step: Any, *, forward_only: bool, items: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+        length = self.example.config.model.sequence_length
+        reports = self.forward_backward(
+            forward_step_func=step, data_iterator=self.data if items is None else iter(items), model=self.model.chunks,
+            num_microbatches=self.microbatches_of_replica if items is None else len(items), seq_length=length, micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        if not forward_only:
+            self._iterations += 1
+            self._training_plan = self.forward_backward.plan
+            self._own_records = self.forward_backward.records()
+            self._is_gathered = False
+        return reports
+
+    def after_step(self) -> None:
+        measured = self._iterations - SKIPPED
+        if measured < 1 or (measured > PROFILED_FIRST and measured % PROFILED_EVERY):
+            return
+        records = self._gather()
+        if records is None or not self.forward_backward.is_planner:
+            return
+        assert self._training_plan is not None
+        self._measured.append(_samples(self._training_plan, records, self.partition))
+        self.profile = fit_profile(
+            [sample for iteration in self._measured for sample in iteration],
+            {module.name: module.num_layers for module in self._model_spec.modules}, self._bytes, self._p2p,
+        )
+        if all(module.name in self.profile.modules for module in self._model_spec.modules):
+            self._costs = ProfileCost(self.profile)
+
+    def _gather(self) -> list[list[StageRecord]] | None:
+        """The last training iteration's records; pipeline rank 0 of each replica gets them. All ranks must call it together."""
+        if not self._is_gathered:
+            if self._clock_offset_ns is None:
+                self._clock_offset_ns = clock_offset(self.forward_backward.groups)
+            self._records = gather_records(self._own_records, self.forward_backward.groups, self._clock_offset_ns)
+            self._is_gathered = True
+        return self._records
+
+    def last_plan(self) -> Plan | None:
+        return self._training_plan
+
+    def late_plans(self) -> int:
+        counts = self.forward_backward.counts()
+        return 0 if counts is None else sum(counts.fallbacks.values())
+
+    def timeline(self, title: str) -> Timeline | None:
+        plan, records = self._training_plan, self._gather()
+        if plan is None or records is None:
+            return None
+        bars = [
+            _bar(plan.stages[record.stage], record.start_ns, record.end_ns) for of_rank in records for record in of_rank
+        ]
+        return measured_timeline(bars, title, plan.ranks)
+
+    def write_timelines(self, folder: Path) -> None:
+        super().write_timelines(folder)
+        if dist.get_rank() == 0 and self._training_plan is not None:
+            save(folder / "plan.json", self._training_plan)
+            save(folder / "planned.json", plan_timeline(self._training_plan, f"{self.label}, planned"))
+            if self.profile is not None:
+                save(folder / "profile.json", self.profile)
+
+
+def _bytes_per_token(costs: AnalyticCost, module: str) -> PartBytes:
+    lengths = [64]
+    layer, last = costs.part(module, "layer", lengths), costs.part(module, "last", lengths)
+    return PartBytes(activation=layer.activation_bytes / 64, boundary=layer.boundary_bytes / 64, output=last.boundary_bytes / 64)
+
+
+def _samples(plan: Plan, records: Sequence[Sequence[StageRecord]], partition: Partition) -> list[StageSample]:
+    split = any(stage.kind == "w" for stage in plan.stages)
+    samples = []
+    for of_rank in records:
+        for record in of_rank:
+            stage = plan.stages[record.stage]
+            samples.append(
+                StageSample(
+                    module=stage.module, kind=stage.kind, num_layers=stage.layers[1], has_first=stage.vp_stage == 0 and stage.rank == 0,
+                    has_last=stage.vp_stage == partition.num_chunks(stage.module) - 1 and stage.rank == plan.ranks - 1,
+                    instances=stage.instances, tokens=stage.tokens, split=split, duration_ns=record.end_ns - record.start_ns,
+                )
+            )
+    return samples
+
+
+def _bar(stage: PlanStage, start: int, end: int) -> Bar:
+    return Bar(
+        rank=stage.rank, kind=stage.kind, module=stage.module, vp_stage=stage.vp_stage, microbatch=stage.microbatch,
+        sub_microbatch=stage.sub_microbatch, start=start, end=end,
+    )
+
+
+def measure_p2p(groups: PipelineGroups, rounds: int = 12) -> PointToPoint:
+    """Latency and bandwidth between pipeline ranks 0 and 1, by messages to and fro; all ranks of the replica must call it together."""
+    if groups.num_ranks == 1:
+        return PointToPoint(latency_ns=0.0, bytes_per_second=1e12)
+    one_way: dict[int, float] = {}
+    for size in (1 << 10, 1 << 21):
+        message = torch.zeros(size, dtype=torch.uint8)
+        times = []
+        for _ in range(rounds):
+            if groups.rank == 0:
+                began = time.perf_counter_ns()
+                dist.send(message, groups.ranks[1], group=groups.control)
+                dist.recv(message, groups.ranks[1], group=groups.control)
+                times.append((time.perf_counter_ns() - began) / 2)
+            elif groups.rank == 1:
+                dist.recv(message, groups.ranks[0], group=groups.control)
+                dist.send(message, groups.ranks[0], group=groups.control)
+        one_way[size] = statistics.median(times) if times else 0.0
+    small, large = sorted(one_way)
+    shared: list[Any] = [None] * len(groups.control_ranks)
+    slope = max((one_way[large] - one_way[small]) / (large - small), 1e-4)
+    dist.all_gather_object(shared, (one_way[small], 1e9 / slope), group=groups.control)
+    latency_ns, bytes_per_second = shared[0]
+    return PointToPoint(latency_ns=latency_ns, bytes_per_second=bytes_per_second)
