@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dip.hooks.cpu import CpuDeviceMode
 from megatron_dip.hooks.setup import TrainingModel
@@ -69,9 +70,10 @@ def load_checkpoint(folder: Path, model: TrainingModel, optimizer: MegatronOptim
         wanted = _sharded_state(model, optimizer, is_loading=True)
         try:
             state = dist_checkpointing.load(wanted, str(target))
-        except (CheckpointingException, OSError, KeyError, RuntimeError) as error:
+        except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError) as error:
+            reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
             raise InputError(
-                "--load", str(target), f"does not fit this model or this optimizer ({str(error).splitlines()[0][:200]})",
+                "--load", str(target), f"does not fit this model or this optimizer ({reason})",
                 "use the configuration that it was saved with",
             ) from error
         for index, chunk in enumerate(model.chunks):

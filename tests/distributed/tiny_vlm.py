@@ -153,14 +153,22 @@ def run_case(case: Case, build: Callable[[Case, Any], Any], forward_backward: Ca
             success, norm, _ = optimizer.step()
             assert success
             norms.append(float(norm))
+    return result_of(model, losses, norms)
+
+
+def result_of(model: Any, losses: list[list[float]], grad_norms: Sequence[float] = ()) -> Result:
+    """Takes down the model's gradients and weights as they are."""
+    from megatron.core import parallel_state
+
     return Result(
-        parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank(), replica, losses,
-        collect_shards(model, lambda parameter: parameter.main_grad if parameter.requires_grad else None),
-        collect_shards(model, lambda parameter: parameter.data), norms,
+        parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(), losses,
+        _shards(model, lambda parameter: parameter.main_grad if parameter.requires_grad else None),
+        _shards(model, lambda parameter: parameter.data), list(grad_norms),
     )
 
 
-def collect_shards(model: Any, value: Callable[[Any], torch.Tensor | None]) -> dict[str, Shard]:
+def _shards(model: Any, value: Callable[[Any], torch.Tensor | None]) -> dict[str, Shard]:
     from megatron_dip.models.vlm import global_name, unwrap
 
     shards = {}
