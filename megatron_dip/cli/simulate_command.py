@@ -124,8 +124,8 @@ def _run_compare(args: argparse.Namespace, workload: Workload, partition: Partit
     for result in sorted(results, key=lambda result: result.iteration_time_s):
         table.add_row(result.schedule, *_cells(result))
     console.print(table)
-    for name, problem in problems.items():
-        console.print(f"{name}: {problem}", soft_wrap=True, highlight=False)
+    for failed, problem in problems.items():
+        console.print(f"{failed}: {problem}", soft_wrap=True, highlight=False)
     return 0
 
 
