@@ -32,7 +32,7 @@ class DescribedStagedModel:
         """
         self.description = description
         self.chunks = dict(chunks)
-        self.chunk_keys: tuple[ChunkKey, ...] = tuple(chunks)
+        self.chunk_keys: Sequence[ChunkKey] = tuple(chunks)
         self._blocks = {
             key: [module for module in chunk.modules() if isinstance(module, TransformerBlock)] for key, chunk in self.chunks.items()
         }

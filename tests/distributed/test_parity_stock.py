@@ -43,23 +43,46 @@ def stock(layout: str, virtual: int = 1, **changes: Any) -> Case:
     return Case(options=(("layout", layout), ("virtual", virtual)), **changes)
 
 
-TWO = Parallel(pipeline=2)
-CASES = [
-    stock("scripts", parallel=TWO),
-    stock("scripts", parallel=TWO, tied=True),
-    stock("scripts", parallel=TWO, per_token=True),
-    stock("parameters", parallel=TWO),
-    stock("parameters", virtual=2, parallel=TWO),
-    stock("parameters", virtual=4, parallel=TWO, trainable=(False, True)),
-    stock("measured", parallel=TWO),
-    stock("measured", virtual=2, parallel=TWO, trainable=(True, False)),
-]
+def check(cases: Sequence[Case], tolerance: float) -> None:
+    expected = references(cases)
+    by_rank = launch(run_stock, cases[0].parallel.num_gpus, cases)
+    for index, case in enumerate(cases):
+        results, alone = [results[index] for results in by_rank], [expected[index]]
+        np.testing.assert_allclose(losses_of(results), losses_of(alone), rtol=tolerance, err_msg=str(case))
+        assert worst_difference(merge_ranks(results, "gradients"), merge_ranks(alone, "gradients")) <= tolerance, case
 
 
-def test_stock_layouts_on_two_ranks() -> None:
-    expected = references(CASES)
-    by_rank = launch(run_stock, 2, CASES)
-    for index, case in enumerate(CASES):
-        results = [results[index] for results in by_rank]
-        np.testing.assert_allclose(losses_of(results), losses_of([expected[index]]), rtol=1e-6, err_msg=str(case))
-        assert worst_difference(merge_ranks(results, "gradients"), merge_ranks([expected[index]], "gradients")) <= 1e-6, case
+def test_two_ranks() -> None:
+    two = Parallel(pipeline=2)
+    check(
+        [
+            stock("scripts", parallel=two),
+            stock("scripts", parallel=two, tied=True),
+            stock("scripts", parallel=two, per_token=True),
+            stock("scripts", parallel=two, image_counts=((0, 0),)),
+            stock("parameters", parallel=two),
+            stock("parameters", virtual=2, parallel=two),
+            stock("parameters", virtual=4, parallel=two, trainable=(False, True)),
+            stock("parameters", virtual=2, parallel=two, image_counts=((0, 0),)),
+            stock("measured", parallel=two),
+            stock("measured", virtual=2, parallel=two, trainable=(True, False)),
+        ],
+        1e-6,
+    )
+
+
+def test_four_ranks() -> None:
+    four = Parallel(pipeline=4)
+    check([stock("scripts", parallel=four), stock("parameters", parallel=four), stock("parameters", virtual=2, parallel=four,
+          image_counts=((3, 0, 5, 1, 0, 2, 0, 0),))], 1e-6)
+
+
+def test_tensor_parallel() -> None:
+    both = Parallel(pipeline=2, tensor=2)
+    check([stock("scripts", parallel=both, tied=True), stock("parameters", virtual=2, parallel=both)], 5e-6)
+
+
+def test_data_parallel() -> None:
+    both = Parallel(pipeline=2, data=2)
+    counts = ((3, 0, 5, 1), (0, 2, 0, 4))
+    check([stock("scripts", parallel=both, image_counts=counts), stock("parameters", parallel=both, image_counts=counts)], 5e-6)
