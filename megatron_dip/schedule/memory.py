@@ -1,0 +1,392 @@
+"""Chooses a memory candidate for each stage pair, rank by rank, for given orders.
+
+In: a rank's order of tasks and the bytes it may hold. Out: for each of its pairs a candidate, so that the sum of times is small and the
+live pairs fit at every instant. The sets of live pairs depend on the rank's order alone, so a choice stays feasible when other ranks'
+times change. Source: DIP (arXiv 2504.14145), per-layer memory optimisation; its integer programme is solved here by Lagrangian
+relaxation: each instant at which memory can peak has a price per byte; prices move by subgradient steps (Polyak's length); at given
+prices each pair chooses alone. What the prices leave infeasible is repaired (best time per byte first), what they leave unused is
+given back (most time first). :func:`choose_exactly` solves the same programme with HiGHS, as an option and as a judge of the gap.
+
+Memory rises only when a forward starts, so only the last start before something is given back can bind: those are the *points*. A split
+backward gives back floor(half) of its pair's bytes at the input part's end, the rest at the weight part's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dip.schedule.graph import StageProblem
+from megatron_dip.spec.errors import InputError
+
+ITERATIONS = 120
+"""Subgradient steps; the gap to the exact optimum is then about 0.1 % (measured by tests and the benchmark)."""
+
+
+class MemoryTables(NamedTuple):
+    """What a choice is made from. Letters: T tasks, Q pairs, C classes, S candidates."""
+
+    num_ranks: int
+    pair_of_task: NDArray[np.int32]
+    """[T]"""
+    pair_forward: NDArray[np.int32]
+    """[Q] task ids, -1 = none; likewise below"""
+    pair_backward: NDArray[np.int32]
+    pair_weight: NDArray[np.int32]
+    pair_class: NDArray[np.int32]
+    """[Q]"""
+    num_candidates: NDArray[np.int32]
+    """[C]"""
+    forward_ns: NDArray[np.int64]
+    """[C, S]"""
+    backward_ns: NDArray[np.int64]
+    """[C, S]"""
+    held_bytes: NDArray[np.int64]
+    """[C, S]"""
+    fixed_start: NDArray[np.int64]
+    """[T] bytes taken at a task's start besides its pair's"""
+    fixed_end: NDArray[np.int64]
+    """[T]"""
+
+
+def make_tables(problem: StageProblem) -> MemoryTables:
+    graph = problem.fastest
+    pair_of_task = np.empty(graph.num_tasks, dtype=np.int32)
+    for tasks in (problem.pair_forward, problem.pair_backward, problem.pair_weight):
+        pair_of_task[tasks[tasks >= 0]] = np.flatnonzero(tasks >= 0)
+    tables = MemoryTables(
+        num_ranks=graph.num_ranks, pair_of_task=pair_of_task, pair_forward=problem.pair_forward, pair_backward=problem.pair_backward,
+        pair_weight=problem.pair_weight, pair_class=problem.pair_class, num_candidates=problem.num_candidates,
+        forward_ns=problem.forward_ns, backward_ns=problem.backward_ns, held_bytes=problem.held_bytes,
+        fixed_start=np.zeros(graph.num_tasks, dtype=np.int64), fixed_end=np.zeros(graph.num_tasks, dtype=np.int64),
+    )
+    # What the candidates do not explain of the graph's memory (held encoder outputs).
+    duration, start, end = graph.duration_ns.copy(), tables.fixed_start.copy(), tables.fixed_end.copy()
+    apply_choice(tables, np.zeros(problem.num_pairs, dtype=np.int32), duration, start, end)
+    return tables._replace(fixed_start=graph.mem_start_bytes - start, fixed_end=graph.mem_end_bytes - end)
+
+
+@numba.njit(nogil=True, cache=True)
+def apply_choice(tables, choice, duration, mem_start, mem_end):  # type: ignore[no-untyped-def]
+    """Writes every task's duration and memory under ``choice`` [Q] (durations of weight stages stay as they are)."""
+    for pair in range(len(choice)):
+        kind, candidate = tables.pair_class[pair], choice[pair]
+        forward, backward, weight = tables.pair_forward[pair], tables.pair_backward[pair], tables.pair_weight[pair]
+        held = tables.held_bytes[kind, candidate]
+        duration[forward] = tables.forward_ns[kind, candidate]
+        mem_start[forward] = tables.fixed_start[forward] + held
+        mem_end[forward] = tables.fixed_end[forward]
+        if backward < 0:
+            mem_end[forward] -= held
+            continue
+        duration[backward] = tables.backward_ns[kind, candidate]
+        mem_start[backward] = tables.fixed_start[backward]
+        mem_end[backward] = tables.fixed_end[backward] - held
+        if weight >= 0:
+            mem_end[backward] += held - held // 2
+            mem_start[weight] = tables.fixed_start[weight]
+            mem_end[weight] = tables.fixed_end[weight] - (held - held // 2)
+
+
+class RankProblem(NamedTuple):
+    """One rank's choice. Letters: n pairs, m points."""
+
+    pair: NDArray[np.int32]
+    """[n]"""
+    first: NDArray[np.int32]
+    """[n] first point at which the pair is live"""
+    half: NDArray[np.int32]
+    """[n] first point behind its backward's end"""
+    last: NDArray[np.int32]
+    """[n] first point behind its last task's end"""
+    room: NDArray[np.int64]
+    """[m] bytes for the pairs at each point"""
+
+
+@numba.njit(nogil=True, cache=True)
+def rank_problem(tables, order, limit):  # type: ignore[no-untyped-def]
+    """Points and live ranges of one rank's ``order``."""
+    size = len(order)
+    pair = np.empty(size, dtype=np.int32)
+    first, half, last = np.empty(size, dtype=np.int32), np.empty(size, dtype=np.int32), np.empty(size, dtype=np.int32)
+    room = np.empty(size, dtype=np.int64)
+    index_of = np.full(len(tables.pair_class), -1, dtype=np.int32)
+    num_pairs, num_points = 0, 0
+    fixed = np.int64(0)
+    pending = False
+    pending_room = np.int64(0)
+    for position in range(size):
+        task = order[position]
+        number = tables.pair_of_task[task]
+        if tables.pair_forward[number] == task:
+            index_of[number] = num_pairs
+            pair[num_pairs] = number
+            first[num_pairs] = num_points
+            half[num_pairs] = num_points
+            num_pairs += 1
+            peak = tables.fixed_start[task]
+            if tables.fixed_start[task] + tables.fixed_end[task] > peak:
+                peak = tables.fixed_start[task] + tables.fixed_end[task]
+            pending_room = limit - fixed - peak
+            pending = True
+            fixed += tables.fixed_start[task] + tables.fixed_end[task]
+            gives_back = tables.pair_backward[number] < 0 or tables.fixed_end[task] < 0
+        else:
+            fixed += tables.fixed_start[task] + tables.fixed_end[task]
+            gives_back = True
+        if gives_back and pending:
+            room[num_points] = pending_room
+            num_points += 1
+            pending = False
+        if tables.pair_backward[number] == task or tables.pair_backward[number] < 0:
+            half[index_of[number]] = num_points
+        last[index_of[number]] = num_points
+    if pending:
+        room[num_points] = pending_room
+        num_points += 1
+    return RankProblem(pair[:num_pairs], first[:num_pairs], half[:num_pairs], last[:num_pairs], room[:num_points])
+
+
+@numba.njit(nogil=True, cache=True)
+def choose_kernel(tables, rank, order, limit, choice, iterations):  # type: ignore[no-untyped-def]
+    """Writes the candidates of ``rank``'s pairs into ``choice`` [Q]. Returns (sum of their times, a lower bound on it).
+
+    The sum is -1 and ``choice`` untouched where even the leanest candidates do not fit this order.
+    """
+    problem = rank_problem(tables, order, limit)
+    size, points = len(problem.pair), len(problem.room)
+    top = np.empty(size, dtype=np.int32)
+    for index in range(size):
+        top[index] = tables.num_candidates[tables.pair_class[problem.pair[index]]] - 1
+    use = np.empty(points, dtype=np.int64)
+    trial = np.zeros(size, dtype=np.int32)
+    if _usage(tables, problem, trial, use) <= 0:
+        time = _time(tables, problem, trial)
+        for index in range(size):
+            choice[problem.pair[index]] = 0
+        return time, time
+    trial[:] = top
+    if _usage(tables, problem, trial, use) > 0:
+        return np.int64(-1), np.int64(-1)
+    best = trial.copy()
+    _give_back(tables, problem, best, use)
+    best_time = _time(tables, problem, best)
+
+    price = np.zeros(points)
+    summed = np.zeros(points + 1)
+    bound = -np.inf
+    for iteration in range(iterations):
+        for point in range(points):
+            summed[point + 1] = summed[point] + price[point]
+        value = 0.0
+        for point in range(points):
+            value -= price[point] * problem.room[point]
+        for index in range(size):
+            kind = tables.pair_class[problem.pair[index]]
+            per_byte = summed[problem.half[index]] - summed[problem.first[index]]
+            per_byte += 0.5 * (summed[problem.last[index]] - summed[problem.half[index]])
+            least, least_at = np.inf, 0
+            for candidate in range(top[index] + 1):
+                time = tables.forward_ns[kind, candidate] + tables.backward_ns[kind, candidate]
+                cost = time + per_byte * tables.held_bytes[kind, candidate]
+                if cost < least:
+                    least, least_at = cost, candidate
+            value += least
+            trial[index] = least_at
+        bound = max(bound, value)
+        excess = _usage(tables, problem, trial, use)
+        norm = 0.0
+        for point in range(points):
+            gap = np.float64(use[point] - problem.room[point])
+            if gap > 0 or price[point] > 0:
+                norm += gap * gap
+        if norm == 0.0:
+            break
+        # Polyak's step towards the best known sum; half of it, since that sum is above the relaxation's optimum.
+        step = 0.5 * max(best_time - value, 1e-6 * best_time) / norm
+        for point in range(points):
+            price[point] = max(0.0, price[point] + step * (use[point] - problem.room[point]))
+        if iteration >= 10 and (iteration % 5 == 0 or iteration == iterations - 1 or excess <= 0):
+            _repair(tables, problem, trial, top, use)
+            _give_back(tables, problem, trial, use)
+            time = _time(tables, problem, trial)
+            if time < best_time:
+                best_time = time
+                best[:] = trial
+            if best_time - bound <= 1e-4 * best_time:
+                break
+    for index in range(size):
+        choice[problem.pair[index]] = best[index]
+    return best_time, np.int64(np.ceil(max(bound, 0.0)))
+
+
+@numba.njit(nogil=True, cache=True)
+def _time(tables, problem, trial):  # type: ignore[no-untyped-def]
+    total = np.int64(0)
+    for index in range(len(trial)):
+        kind = tables.pair_class[problem.pair[index]]
+        total += tables.forward_ns[kind, trial[index]] + tables.backward_ns[kind, trial[index]]
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _usage(tables, problem, trial, use):  # type: ignore[no-untyped-def]
+    """Fills ``use`` with the live pairs' bytes at each point; returns the largest excess over the room."""
+    points = len(use)
+    change = np.zeros(points + 1, dtype=np.int64)
+    for index in range(len(trial)):
+        held = tables.held_bytes[tables.pair_class[problem.pair[index]], trial[index]]
+        rest = held - held // 2
+        change[problem.first[index]] += held
+        change[problem.half[index]] += rest - held
+        change[problem.last[index]] -= rest
+    total, excess = np.int64(0), -problem.room[0]
+    for point in range(points):
+        total += change[point]
+        use[point] = total
+        excess = max(excess, total - problem.room[point])
+    return excess
+
+
+@numba.njit(nogil=True, cache=True)
+def _move(tables, problem, use, index, before, after):  # type: ignore[no-untyped-def]
+    """Changes ``use`` for pair ``index`` going from one candidate to another."""
+    kind = tables.pair_class[problem.pair[index]]
+    old, new = tables.held_bytes[kind, before], tables.held_bytes[kind, after]
+    for point in range(problem.first[index], problem.half[index]):
+        use[point] += new - old
+    rest = (new - new // 2) - (old - old // 2)
+    for point in range(problem.half[index], problem.last[index]):
+        use[point] += rest
+
+
+@numba.njit(nogil=True, cache=True)
+def _repair(tables, problem, trial, top, use):  # type: ignore[no-untyped-def]
+    """Makes ``trial`` fit: at the worst point, the pair that gives bytes for least time takes its next candidate, and again."""
+    points = len(use)
+    _usage(tables, problem, trial, use)
+    for point in range(points):
+        while use[point] > problem.room[point]:
+            best, best_rate = -1, np.inf
+            for index in range(len(trial)):
+                if problem.first[index] > point:
+                    break
+                if problem.last[index] <= point or trial[index] >= top[index]:
+                    continue
+                kind, now = tables.pair_class[problem.pair[index]], trial[index]
+                saved = tables.held_bytes[kind, now] - tables.held_bytes[kind, now + 1]
+                if problem.half[index] <= point:
+                    saved -= saved // 2
+                cost = (
+                    tables.forward_ns[kind, now + 1] + tables.backward_ns[kind, now + 1]
+                    - tables.forward_ns[kind, now] - tables.backward_ns[kind, now]
+                )
+                # Points to come count too: what stays live longer helps them.
+                rate = cost / (min(saved, use[point] - problem.room[point]) + 0.01 * saved * (problem.last[index] - point))
+                if rate < best_rate:
+                    best, best_rate = index, rate
+            assert best >= 0, "the leanest candidates fit"
+            _move(tables, problem, use, best, trial[best], trial[best] + 1)
+            trial[best] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _give_back(tables, problem, trial, use):  # type: ignore[no-untyped-def]
+    """Takes faster candidates where a feasible ``trial`` leaves room, most time per byte and point first, until nothing more fits."""
+    size = len(trial)
+    gain = np.empty(size)
+    _usage(tables, problem, trial, use)
+    for index in range(size):
+        kind, now = tables.pair_class[problem.pair[index]], trial[index]
+        gain[index] = 0.0
+        if now > 0:
+            saved = tables.forward_ns[kind, now] + tables.backward_ns[kind, now] - tables.forward_ns[kind, 0] - tables.backward_ns[kind, 0]
+            more = tables.held_bytes[kind, 0] - tables.held_bytes[kind, now]
+            gain[index] = -saved / (np.float64(more) * (1 + problem.last[index] - problem.first[index]))
+    for index in np.argsort(gain):
+        if trial[index] == 0:
+            continue
+        room, half_room = np.int64(1) << 60, np.int64(1) << 60
+        for point in range(problem.first[index], problem.half[index]):
+            room = min(room, problem.room[point] - use[point])
+        for point in range(problem.half[index], problem.last[index]):
+            half_room = min(half_room, problem.room[point] - use[point])
+        kind, now = tables.pair_class[problem.pair[index]], trial[index]
+        held = tables.held_bytes[kind, now]
+        for candidate in range(now):
+            other = tables.held_bytes[kind, candidate]
+            if other - held <= room and (other - other // 2) - (held - held // 2) <= half_room:
+                _move(tables, problem, use, index, now, candidate)
+                trial[index] = candidate
+                break
+
+
+def choose(
+    tables: MemoryTables, orders: list[NDArray[np.int32]], limit: NDArray[np.int64], choice: NDArray[np.int32], iterations: int = ITERATIONS
+) -> bool:
+    """Chooses for every rank, in place. False where some rank's order does not fit even with the leanest candidates."""
+    for rank, order in enumerate(orders):
+        total, _ = choose_kernel(tables, rank, order, limit[rank], choice, iterations)
+        if total < 0:
+            return False
+    return True
+
+
+def choose_exactly(
+    tables: MemoryTables, order: NDArray[np.int32], limit: int, choice: NDArray[np.int32], time_limit_s: float = 60.0, gap: float = 0.0
+) -> int:
+    """One rank's choice by integer programming (HiGHS), in place; returns the sum of times in ns.
+
+    Needs the optional dependency ``highspy``. Bytes of the half that a split backward leaves are rounded as the plan does.
+
+    Args:
+        gap: relative gap at which the solver may stop.
+
+    Raises:
+        InputError: highspy is not installed, or there is no feasible choice.
+    """
+    try:
+        import highspy
+    except ImportError as error:
+        raise InputError("--memory", "exact", "highspy is not installed", "pip install 'megatron-dip[solver]', or leave the choice to the relaxation") from error
+    problem = rank_problem(tables, order, limit)
+    solver = highspy.Highs()
+    solver.silent()
+    solver.setOptionValue("time_limit", time_limit_s)
+    solver.setOptionValue("mip_rel_gap", gap)
+    solver.setOptionValue("threads", 1)
+    columns: list[list[object]] = []
+    rows: list[list[object]] = [[] for _ in problem.room]
+    objective: list[object] = []
+    # Megabytes and microseconds keep the solver's numbers near 1.
+    for index, pair in enumerate(problem.pair.tolist()):
+        kind = int(tables.pair_class[pair])
+        mine = []
+        for candidate in range(int(tables.num_candidates[kind])):
+            variable = solver.addBinary()
+            mine.append(variable)
+            held = int(tables.held_bytes[kind, candidate])
+            objective.append(float(tables.forward_ns[kind, candidate] + tables.backward_ns[kind, candidate]) * 1e-3 * variable)
+            for point in range(problem.first[index], problem.half[index]):
+                rows[point].append(held * 1e-6 * variable)
+            for point in range(problem.half[index], problem.last[index]):
+                rows[point].append((held - held // 2) * 1e-6 * variable)
+        columns.append(mine)
+        solver.addConstr(sum(mine[1:], mine[0]) == 1)
+    for room, row in zip(problem.room.tolist(), rows, strict=True):
+        if row:
+            solver.addConstr(sum(row[1:], row[0]) <= room * 1e-6)  # type: ignore[operator, arg-type]
+    solver.minimize(sum(objective[1:], objective[0]))  # type: ignore[arg-type]
+    if solver.getModelStatus() not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
+        raise InputError("memory_capacity_bytes", limit, "no choice of memory strategies fits this order", "give more memory or another order")
+    total = 0
+    for pair, mine in zip(problem.pair.tolist(), columns, strict=True):
+        values = [solver.val(variable) for variable in mine]
+        picked = int(np.argmax(values))
+        choice[pair] = picked
+        kind = int(tables.pair_class[pair])
+        total += int(tables.forward_ns[kind, picked] + tables.backward_ns[kind, picked])
+    return total
