@@ -35,6 +35,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_dip.hooks.iterators import find_lookahead
 from megatron_dip.models.capture import CapturedCall, capture
+from megatron_dip.models.deferral import LinearWeightDeferral
 from megatron_dip.planner.service import PlanCounts, PlanFunction, PlanService
 from megatron_dip.runtime.compute import AutogradCompute
 from megatron_dip.runtime.executor import Executor, PlanLinks
@@ -125,6 +126,8 @@ class DipForwardBackward:
         self._service = PlanService(plan_function, quick_plan_function, num_threads=planner_threads) if self.is_planner else None
         p2p = PointToPoint(self.groups, device) if self.groups.num_ranks > 1 else None
         self._executor = Executor(self.groups.rank, p2p, device)
+        self._deferral: LinearWeightDeferral | None = None
+        """Made with the first plan that splits backwards."""
         self._timer: StageTimer | None = None
         self._clock_offset_ns: int | None = None
         self.plan: Plan | None = None
@@ -176,6 +179,9 @@ class DipForwardBackward:
                 if hasattr(chunk, "set_is_first_microbatch"):
                     chunk.set_is_first_microbatch()  # type: ignore[operator]
 
+        if self._deferral is None and any(stage.kind == "w" for stage in plan.stages):
+            self._deferral = LinearWeightDeferral(chunks)
+        deferral = self._deferral
         self._staged_model.begin_iteration(plan, calls, forward_only=forward_only)
         self._timer = stage_timer(self._device)
         try:
@@ -184,7 +190,7 @@ class DipForwardBackward:
                 after = {} if forward_only else self._grad_sync_points(plan, config, bool(force_all_reduce))
                 for function in after.pop(_AT_START, ()):
                     function()
-                self._executor.run(PlanLinks(plan), _MegatronCompute(self._staged_model, loss, config), self._timer, after)
+                self._executor.run(PlanLinks(plan), _MegatronCompute(self._staged_model, loss, deferral, config), self._timer, after)
                 self._finish_param_sync()
         finally:
             self._staged_model.end_iteration()
@@ -446,8 +452,8 @@ class _Loss:
 class _MegatronCompute(AutogradCompute):
     """Stages inside Megatron's timers and autocast."""
 
-    def __init__(self, model: StagedModel, loss: _Loss, config: Any) -> None:
-        super().__init__(model, loss)
+    def __init__(self, model: StagedModel, loss: _Loss, deferral: LinearWeightDeferral | None, config: Any) -> None:
+        super().__init__(model, loss, deferral)
         self._timers = config.timers
         self._autocast_dtype = config.autocast_dtype if config.enable_autocast else None
 

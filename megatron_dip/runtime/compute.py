@@ -5,18 +5,20 @@ what a stage makes is kept attached until its backward and handed on detached, a
 without a backward in the plan runs without a graph. Where nothing that requires a gradient is behind a payload (a batch without images,
 frozen modules) the backward is skipped and zeros go back, as Megatron does.
 
-Split backward: the input part runs the graph down to the leaves and to the weights' inputs ... see :mod:`megatron_dip.runtime.split`.
+Where the plan splits the backward, a :class:`~megatron_dip.runtime.interface.WeightDeferral` puts weight gradients off to W; without one
+B does all of it and W nothing, which gives the same numbers.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from megatron_dip.runtime.interface import LossFunction, PayloadSpec, StagedModel, StageLinks
+from megatron_dip.runtime.interface import LossFunction, PayloadSpec, StagedModel, StageLinks, WeightDeferral
 from megatron_dip.spec.plan import PlanStage
 
 
@@ -30,9 +32,10 @@ class _Kept:
 
 
 class AutogradCompute:
-    def __init__(self, model: StagedModel, loss_function: LossFunction) -> None:
+    def __init__(self, model: StagedModel, loss_function: LossFunction, deferral: WeightDeferral | None = None) -> None:
         self._model = model
         self._loss_function = loss_function
+        self._deferral = deferral
         self._kept: dict[int, _Kept] = {}
 
     def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
@@ -41,7 +44,7 @@ class AutogradCompute:
     def forward(self, links: StageLinks, inputs: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         for producer in links.grad_inputs:
             inputs[producer].requires_grad_()
-        with torch.set_grad_enabled(links.backward is not None):
+        with torch.set_grad_enabled(links.backward is not None), self._collecting(links):
             output = self._model.forward(links.forward, inputs, links.consumers)
             loss = None if links.consumers else self._loss_function(links.forward, output.result)
         if links.backward is not None:
@@ -61,16 +64,25 @@ class AutogradCompute:
             roots.append(kept.loss)
             root_grads.append(None)
         if roots:
-            torch.autograd.backward(roots, root_grads)
+            with self._collecting(links):
+                torch.autograd.backward(roots, root_grads)
         return {
             producer: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.contiguous() for producer, leaf in kept.inputs.items()
         }
 
     def weight(self, links: StageLinks) -> None:
-        raise NotImplementedError
+        if self._deferral is not None:
+            self._deferral.run(links.forward.id)
 
     def assert_empty(self) -> None:
         assert not self._kept, f"stages {sorted(self._kept)} ran forward but not backward"
+        if self._deferral is not None:
+            self._deferral.assert_empty()
+
+    def _collecting(self, links: StageLinks) -> AbstractContextManager[None]:
+        if self._deferral is None or links.weight is None:
+            return nullcontext()
+        return self._deferral.collecting(links.forward.id)
 
 
 class SleepCompute:

@@ -12,6 +12,7 @@ ranks can be measured with the real executor and real messages on a machine that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,6 +87,22 @@ class StageLinks:
     """Forward stages that take its output; none = it ends in the loss."""
     grad_inputs: tuple[int, ...]
     """Producers (forward stage ids) to whom its backward sends a gradient."""
+
+
+class WeightDeferral(Protocol):
+    """Splits a stage's backward in an input part (B) and a weight part (W)."""
+
+    def collecting(self, stage: int) -> AbstractContextManager[None]:
+        """Around the forward and the B of forward stage ``stage``: weight gradients are put off."""
+        ...
+
+    def run(self, stage: int) -> None:
+        """Computes the weight gradients that were put off."""
+        ...
+
+    def assert_empty(self) -> None:
+        """At the end of an iteration: nothing is put off any more."""
+        ...
 
 
 class Compute(Protocol):

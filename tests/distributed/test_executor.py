@@ -68,6 +68,8 @@ def test_losses_and_gradients_equal_the_whole_run_in_random_orders(num_ranks: in
         # Two encoders of several sub-microbatches, one microbatch without any; receives posted from just in time to far ahead.
         graph = build_graph(num_ranks, [1 + seed % 2, 1, 1 + seed % 3], [[2, 1, 1], [0, 0, 1], [3, 2, 1], [0, 1, 1]])
         plans.append(make_plan(graph, random_order(graph, seed), lookahead=(0, 1, 2, 22)[seed % 4], send_slack=(0, 3, 8)[seed % 3]))
+    split = build_graph(num_ranks, [2, 1, 2], [[2, 1, 1], [0, 0, 1], [0, 1, 1]], split_backward=True)
+    plans.append(make_plan(split, random_order(split, 7)))
     _assert_equal_to_whole_run(plans, num_ranks)
 
 
@@ -165,7 +167,7 @@ def test_a_rank_that_stops_in_mid_iteration_ends_all_others_with_a_message(how: 
 def test_random_models_of_all_kinds_equal_the_whole_run() -> None:
     plans, frozen = [], []
     for seed in range(10):
-        graph = random_graph(seed, 2, split_backward=False)
+        graph = random_graph(seed, 2)
         plan = make_plan(graph, random_order(graph, seed))
         trained = {stage.module for stage in plan.stages if stage.kind == "bw"}
         plans.append(plan)

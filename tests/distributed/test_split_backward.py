@@ -1,0 +1,71 @@
+"""Backward split in B and W: the numbers of a whole backward, and the weight gradients really made in W."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_dip.spec.workload import Parallel
+from tests.distributed.launcher import launch
+from tests.distributed.test_parity_dip import check
+from tests.distributed.tiny_vlm import Case
+
+pytestmark = pytest.mark.distributed
+SPLIT = ("split_backward", True)
+
+
+def test_split_backward_equals_one_process() -> None:
+    two = Parallel(pipeline=2)
+    check(
+        [
+            Case(parallel=two, chunks=(1, 2), options=(SPLIT,)),
+            Case(parallel=two, chunks=(2, 2), tied=True, gated=True, options=(SPLIT, ("random", 5))),
+            Case(parallel=two, chunks=(1, 2), trainable=(False, True), options=(SPLIT,)),
+            Case(parallel=two, chunks=(1, 2), trainable=(True, False), options=(SPLIT,)),
+            Case(parallel=two, chunks=(1, 1), options=(SPLIT, ("memory", 2_000_000))),
+        ],
+        1e-6,
+    )
+
+
+def test_split_backward_equals_one_process_under_tensor_and_data_parallel() -> None:
+    check([Case(parallel=Parallel(pipeline=2, tensor=2, sequence=sequence), chunks=(1, 2), options=(SPLIT,)) for sequence in (False, True)], 5e-6)
+    case = Case(
+        parallel=Parallel(pipeline=2, data=2), chunks=(1, 2), image_counts=((3, 0, 5, 1), (0, 2, 0, 4)), steps=2, options=(SPLIT,),
+        overlap_grad_reduce=True, distributed_optimizer=True,
+    )
+    check([case], 5e-6)
+
+
+def _when_gradients_come(rank: int, num_ranks: int) -> list[tuple[float, float, float, float]]:
+    """Weight and bias gradient sums behind B and behind W, for a layer of each kind; with and without recomputation."""
+    from megatron.core import tensor_parallel
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_dip.hooks.setup import initialize_parallel
+    from megatron_dip.models.deferral import LinearWeightDeferral
+
+    initialize_parallel(Parallel(), device="cpu", seed=1)
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, use_cpu_initialization=True)
+    seen = []
+    for recompute in (False, True):
+        for layer_class, options in ((ColumnParallelLinear, {}), (RowParallelLinear, {"input_is_parallel": True})):
+            layer = layer_class(4, 6, config=config, init_method=torch.nn.init.ones_, bias=True, skip_bias_add=False, **options)
+            deferral = LinearWeightDeferral([layer])
+            x = torch.arange(8.0).reshape(2, 1, 4).requires_grad_()
+            with deferral.collecting(3):
+                y = tensor_parallel.checkpoint(lambda x, layer=layer: layer(x)[0], False, x) if recompute else layer(x)[0]
+            with deferral.collecting(3):
+                y.backward(torch.ones_like(y))
+            assert x.grad is not None
+            assert layer.bias.grad is not None
+            behind_b = 0.0 if layer.weight.grad is None else float(layer.weight.grad.sum())
+            deferral.run(3)
+            deferral.assert_empty()
+            seen.append((behind_b, float(layer.weight.grad.sum()), float(layer.bias.grad.sum()), float(x.grad.sum())))
+    return seen
+
+
+def test_weight_gradients_come_with_w_and_all_others_with_b() -> None:
+    assert launch(_when_gradients_come, 1)[0] == [(0.0, 168.0, 12.0, 48.0)] * 4
