@@ -1,0 +1,55 @@
+"""Cuts say to Megatron how many layers a chunk builds and with which numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dip.models.layout import ModuleCut, check_enough_layers
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.partition import Partition
+
+
+def partition(rows: list[list[int]]) -> Partition:
+    return Partition(chunks={"lm": rows}, sub_microbatch_size={"lm": 1})
+
+
+def transformer_config(num_layers: int) -> TransformerConfig:
+    return TransformerConfig(num_layers=num_layers, hidden_size=8, num_attention_heads=2, pipeline_dtype=torch.float32)
+
+
+@given(st.integers(1, 4).flatmap(lambda ranks: st.lists(st.lists(st.integers(0, 3), min_size=ranks, max_size=ranks), min_size=1, max_size=4)))
+def test_layers_and_offsets_are_those_of_the_partition(rows: list[list[int]]) -> None:
+    ranks, total = len(rows[0]), sum(map(sum, rows))
+    given_partition = partition(rows)
+    cut = ModuleCut.of_partition(given_partition, "lm")
+    if total == 0 or ranks * len(rows) == 1:
+        return
+    config = cut.config(transformer_config(total))
+    layout = config.pipeline_model_parallel_layout
+    for vp_stage in range(len(rows)):
+        for rank in range(ranks):
+            first, count = given_partition.layer_range("lm", vp_stage, rank)
+            assert layout.get_num_layers_to_build(vp_stage=cut.vp_stage(vp_stage), pp_rank=rank) == count
+            assert layout.get_layer_offset(vp_stage=cut.vp_stage(vp_stage), pp_rank=rank) == first
+    assert config.virtual_pipeline_model_parallel_size == (len(rows) if len(rows) > 1 else None)
+
+
+def test_an_uncut_module_keeps_its_config() -> None:
+    config = transformer_config(3)
+    assert ModuleCut.of_partition(partition([[3]]), "lm").config(config) is config
+
+
+def test_cuts_do_not_share_a_config() -> None:
+    """Recompute is set on a chunk's config right before its forward, so no two chunks may hold one object."""
+    config, cut = transformer_config(4), ModuleCut.of_partition(partition([[1, 1], [1, 1]]), "lm")
+    assert cut.config(config) is not cut.config(config)
+
+
+def test_too_few_layers_are_refused() -> None:
+    check_enough_layers(partition([[1, 1], [1, 1]]))
+    with pytest.raises(InputError, match=r"chunks\.lm = 2: 3 layers cannot fill 4 chunks.*at most 1 chunks a rank"):
+        check_enough_layers(partition([[1, 1], [1, 0]]))

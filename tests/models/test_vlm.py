@@ -1,0 +1,158 @@
+"""The parts of the vision-language model that need no process group, and its messages for wrong input."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from megatron_dip.hooks.stock import ChainCost, parameter_costs, split_evenly, stock_cuts
+from megatron_dip.models.vlm import VlmConfig, VlmDescription, document_mask, merge_patches
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.plan import PlanStage
+from megatron_dip.spec.training import ImageSpec
+from megatron_dip.spec.workload import Parallel
+from tests.distributed.tiny_vlm import Case, make_microbatch, tiny_model
+
+
+def config(parallel: Parallel | None = None, **changes: Any) -> VlmConfig:
+    return VlmConfig(model=tiny_model(Case()), parallel=parallel or Parallel(), **changes)
+
+
+def test_documents_do_not_see_each_other() -> None:
+    mask = document_mask(torch.tensor([0, 2, 5], dtype=torch.int32), 5, torch.device("cpu"))
+    document = [0, 0, 1, 1, 1]
+    for query in range(5):
+        for key in range(5):
+            assert bool(mask[0, 0, query, key]) == (key > query or document[key] != document[query])
+
+
+def test_without_documents_the_mask_is_causal() -> None:
+    mask = document_mask(None, 4, torch.device("cpu"))
+    assert torch.equal(mask[0, 0], torch.ones(4, 4, dtype=torch.bool).triu(1))
+
+
+def test_merge_joins_neighbouring_patches() -> None:
+    image = ImageSpec(size=12, channels=1, patch=2, merge=3, token_id=2)
+    rows, columns = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
+    hidden = torch.stack([rows, columns], dim=-1).view(36, 1, 2).float()
+    merged = merge_patches(hidden, image)
+    assert merged.shape == (4, 1, 18)
+    for token in range(4):
+        places = {tuple(place) for place in merged[token, 0].view(9, 2).int().tolist()}
+        top, left = 3 * (token // 2), 3 * (token % 2)
+        assert places == {(row, column) for row in range(top, top + 3) for column in range(left, left + 3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(2, 1, 9, 8)}, r"images = \[2, 1, 9, 8\].*\[N, 1, 8, 8\]"),
+        ({"images": torch.zeros(1, 1, 8, 8)}, "tokens = 8.*1 images need 4"),
+        ({"tokens": torch.zeros(2, 48, dtype=torch.int64)}, "one packed sequence"),
+        ({"tokens": torch.full((1, 49), 5)}, "longer than the model's 48"),
+        ({"labels": torch.zeros(1, 47, dtype=torch.int64)}, r"labels = \[1, 47\]"),
+        ({"cu_lengths": torch.tensor([0, 30, 47])}, r"cu_lengths = \[0, 30, 47\]"),
+        ({"cu_lengths": torch.tensor([0, 30, 30, 48])}, "does not rise"),
+    ],
+)
+def test_a_wrong_item_is_named(change: dict[str, torch.Tensor], message: str) -> None:
+    description = VlmDescription(config())
+    item = make_microbatch(0, 2)
+    assert description.metadata(item) == {"vit": [16, 16], "lm": [48]}
+    with pytest.raises(InputError, match=message):
+        description.metadata({**item, **change})
+
+
+def test_metadata_of_text_alone() -> None:
+    assert VlmDescription(config()).metadata(make_microbatch(0, 0)) == {"lm": [48]}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "changes", "message"),
+    [
+        (Parallel(tensor=3), {}, "not divisible by 3 tensor-parallel ranks"),
+        (Parallel(), {"frozen": frozenset({"vit"})}, "frozen = 'vit'"),
+    ],
+)
+def test_a_wrong_model_is_named(parallel: Parallel, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config(parallel, **changes)
+
+
+def test_modules_must_be_a_vision_and_a_language_model() -> None:
+    model = tiny_model(Case())
+    lonely = msgspec.structs.replace(model, modules=msgspec.structs.replace(model.modules, modules=model.modules.modules[1:]))
+    with pytest.raises(InputError, match=r"model\.modules = \['lm'\]"):
+        VlmConfig(model=lonely, parallel=Parallel())
+
+
+def stage(module: str, instances: int, tokens: int) -> PlanStage:
+    return PlanStage(
+        id=0, rank=0, kind="fw", duration=1, mem_delta_start=0, mem_delta_end=0, deps=[], module=module, vp_stage=0, layers=(0, 1),
+        microbatch=0, sub_microbatch=0, tokens=tokens, instances=instances, strategy=["none"],
+    )
+
+
+def test_boundary_shapes() -> None:
+    vit, lm = stage("vit", 3, 48), stage("lm", 1, 48)
+    description = VlmDescription(config(Parallel(tensor=2)))
+    assert description.boundary(vit, vit).shape == (16, 3, 16)
+    assert description.boundary(vit, lm).shape == (12, 1, 24)
+    assert description.boundary(lm, lm).shape == (24, 1, 24), "sequence parallel: each rank sends its tokens"
+    without = VlmDescription(config(Parallel(tensor=2, sequence=False)))
+    assert without.boundary(lm, lm).shape == (48, 1, 24)
+
+
+def test_split_evenly_is_the_best_of_all_splits() -> None:
+    def heaviest(costs: list[float], sizes: list[int]) -> float:
+        bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        return max(sum(costs[a:b]) for a, b in itertools.pairwise(bounds))
+
+    def every(count: int, parts: int) -> list[list[int]]:
+        if parts == 1:
+            return [[count]]
+        return [[first, *rest] for first in range(1, count - parts + 2) for rest in every(count - first, parts - 1)]
+
+    generator = torch.Generator().manual_seed(0)
+    for parts in range(1, 6):
+        costs = torch.randint(1, 20, (7,), generator=generator).float().tolist()
+        sizes = split_evenly(costs, parts)
+        assert sum(sizes) == 7
+        assert min(sizes) >= 1
+        assert heaviest(costs, sizes) == min(heaviest(costs, other) for other in every(7, parts))
+
+
+def test_parameter_costs_count_the_weights() -> None:
+    """Weight matrices of a layer as Megatron builds it: qkv with grouped queries, projection, MLP."""
+    costs = parameter_costs(config())
+    assert costs["lm"].layer == 24 * (24 + 2 * 12) + 24 * 24 + 2 * 24 * 48
+    assert costs["lm"].first == costs["lm"].last == 32 * 24
+    assert costs["vit"].last == (16 * 4) * 24 + 24 * 24
+
+
+def test_stock_cuts() -> None:
+    scripts = stock_cuts(config(), "scripts", ranks=2)
+    assert scripts["vit"].rows == ((8, 0),)
+    assert scripts["lm"].rows == ((4, 4),)
+    times = {"vit": ChainCost(layer=1.0), "lm": ChainCost(layer=3.0)}
+    chain = stock_cuts(config(), "measured", ranks=2, virtual=2, layer_times=times)
+    assert chain["vit"].rows == ((8, 0), (0, 0))
+    assert chain["lm"].rows == ((0, 3), (3, 2))
+    assert (chain["lm"].first, chain["lm"].last) == ((0, 1), (1, 1))
+
+
+def test_stock_layouts_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match="no virtual stages"):
+        stock_cuts(config(), "scripts", ranks=2, virtual=2)
+    with pytest.raises(InputError, match="cannot fill 18 stages"):
+        stock_cuts(config(), "parameters", ranks=2, virtual=9)
+    with pytest.raises(InputError, match="needs the layers' times"):
+        stock_cuts(config(), "measured", ranks=2)
+    odd = replace(config(), model=tiny_model(Case(num_layers=(8, 7))))
+    with pytest.raises(InputError, match="not divisible by 2 pipeline ranks"):
+        stock_cuts(odd, "scripts", ranks=2)
