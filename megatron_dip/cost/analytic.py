@@ -27,6 +27,8 @@ DEFAULT_CONTEXT_TOKENS = 128.0
 DEFAULT_RULES = LatencyRules()
 """Rules of every AnalyticCost that is not given its own; register here to change an operator everywhere."""
 _CACHE_LIMIT = 1 << 16
+_WORTHWHILE = 0.98
+"""A strategy that keeps more of the activations than this is not offered (selective recompute of fused attention)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +132,10 @@ class AnalyticCost:
             saved = detail.cost.activation_bytes
             # What any strategy must keep: the layer's input.
             kept = min(1.0, self._input_bytes(module, lengths) / saved) if saved else 0.0
-            found = {
-                "none": Strategy(),
-                "selective": Strategy(extra_forward=detail.selective_forward, activation=detail.selective_activation),
+            found = {"none": Strategy()}
+            if detail.selective_activation <= _WORTHWHILE:
+                found["selective"] = Strategy(extra_forward=detail.selective_forward, activation=detail.selective_activation)
+            found |= {
                 "full": Strategy(extra_forward=1.0, activation=kept),
                 "offload": Strategy(offload=Offload(bytes_per_second=self.device.host_gbs * 1e9, activation=kept)),
             }

@@ -11,8 +11,8 @@ around beside the attention.
 Activations (source: Korthikanti et al. 2022, section 4, whose formulas the saved tensors add up to): inputs of norms and products,
 queries, keys, values, attention output; without fused attention also scores, mask and their dropped-out product.
 
-``selective`` recompute means: with fused attention the norms and the MLP's activation function run again; without it the core
-attention does. Assumptions on what the papers leave open: a ViT's projector joins 4 x 4 patches and is a two-layer MLP to the width
+``selective`` recompute is Megatron's: the core attention runs again. Fused attention keeps no scores, so there only its softmax
+statistics would be saved. Assumptions on what the papers leave open: a ViT's projector joins 4 x 4 patches and is a two-layer MLP to the width
 of its consumer; a DiT shares one modulation among its layers (adaLN-single); stems are not sharded.
 """
 
@@ -239,23 +239,21 @@ class _PartBuilder:
     def norm(self, label: str) -> None:
         """A norm on the residual stream, whose input is saved; its output is what a product saves."""
         self.forward.save(self.x)
-        fused = self.sharding.kernels.attention == "fused"
-        self._unary(label, 2.0 * self.stream_bytes, 4.0 * self.stream_bytes, self.stream_bytes, recompute=fused)
-        self.forward.save(self.x, dropped_by_selective=fused)
+        self._unary(label, 2.0 * self.stream_bytes, 4.0 * self.stream_bytes, self.stream_bytes)
+        self.forward.save(self.x)
 
     def activation_function(self, label: str, bytes_in: float, bytes_out: float) -> None:
-        fused = self.sharding.kernels.attention == "fused"
-        self._unary(label, bytes_in + bytes_out, 2.0 * bytes_in + bytes_out, bytes_out, recompute=fused)
-        self.forward.save(self.x, dropped_by_selective=fused)
+        self._unary(label, bytes_in + bytes_out, 2.0 * bytes_in + bytes_out, bytes_out)
+        self.forward.save(self.x)
 
     def elementwise(self, label: str, moved: float) -> None:
-        self._unary(label, moved, moved, self.forward.tensors[self.x].bytes, recompute=False)
+        self._unary(label, moved, moved, self.forward.tensors[self.x].bytes)
 
     def residual(self, label: str) -> None:
         """Adds a block's output to the stream, with dropout where the model has it."""
         size, numbers = self.stream_bytes, self.stream_bytes / self.width
         masked = self.sharding.kernels.dropout
-        self._unary(label, 3.0 * size + (numbers if masked else 0.0), 2.0 * size + numbers if masked else size, size, recompute=False)
+        self._unary(label, 3.0 * size + (numbers if masked else 0.0), 2.0 * size + numbers if masked else size, size)
         if masked:
             self.forward.tensor(f"{label}_mask", numbers, saved=True)
 
@@ -267,7 +265,7 @@ class _PartBuilder:
 
     def row_linear(self, label: str, inner: float, columns: float) -> None:
         """A product whose inner size is split: partial sums are reduced afterwards."""
-        self.forward.save(self.x, dropped_by_selective=self.forward.tensors[self.x].dropped_by_selective)
+        self.forward.save(self.x)
         self._product(label, self.x, self.tokens, inner, columns, self.tokens * columns * self.width)
         self._exit_collective(label)
 
@@ -301,11 +299,11 @@ class _PartBuilder:
         source, out = self.x, self._make(f"{label}_out", out_bytes, saved=True)
         moved = self.forward.tensors[source].bytes + out_bytes
         statistics = self.forward.tensor(f"{label}_statistics", 4.0 * out_bytes / self.width / (self.hidden / self.module.num_attention_heads),
-                                         saved=True)
+                                         saved=True, dropped_by_selective=True)
         exchange = self._collective_seconds("all_gather", exchanged_bytes, self.sharding.groups.context)
         lane: Lane = "nvlink" if self.sharding.groups.context.within_node(self.sharding.device) else "network"
         self._forward(Operator(name=name, kind="attention", inputs=(source,), outputs=(out, statistics), flops=flops, memory_bytes=moved,
-                               attention_work=forward_work, heads=heads, causal=causal))
+                               attention_work=forward_work, heads=heads, causal=causal, recompute=True))
         after = out
         if exchange:
             # Keys and values travel beside the attention; what follows waits for both.
@@ -367,7 +365,7 @@ class _PartBuilder:
         self.x = product("weighted", self.x, out_bytes, dropped=False)
         self.forward.save(self.x)
 
-    def _unary(self, label: str, moved: float, moved_backward: float, size: float, *, recompute: bool) -> None:
+    def _unary(self, label: str, moved: float, moved_backward: float, size: float, *, recompute: bool = False) -> None:
         name, source = self._name(label), self.x
         out = self._make(label, size)
         self._forward(Operator(name=name, kind="elementwise", inputs=(source,), outputs=(out,), memory_bytes=moved, recompute=recompute))
