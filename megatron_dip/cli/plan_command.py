@@ -175,7 +175,7 @@ def _partition(args: argparse.Namespace, task: _Task, workload: Workload, show: 
         return paper_partition(task.model, task.num_ranks, batches, task.costs), "the paper's rules"
     choice = joint_partition(
         task.model, task.num_ranks, batches, task.costs, split_backward=task.split_backward, strategy=task.strategy, chunks=chunks,
-        sizes=sizes, progress=lambda tried, best: show(f"choosing the partition: {tried} tried, best {best / 1e9:.3f} s"),
+        sizes=sizes, progress=lambda tried, best: show(f"choosing the partition: {tried} tried, best {_time(best)}"),
     )
     return choice.partition, f"joint choice, {choice.candidates} candidates on {len(batches)} batch{'es' if len(batches) > 1 else ''}"
 
@@ -201,9 +201,9 @@ def _print_summary(out: Console, plan: Plan, task: _Task, origin: str, partition
     free = cheapest_work_ns(task.model, task.microbatches, task.costs) / task.num_ranks
     table = Table(show_header=False, box=None, pad_edge=False)
     rows = [
-        ("iteration time", f"{plan.claimed_makespan / 1e9:.4f} s"),
-        ("bound of the partition", f"{plan.lower_bound / 1e9:.4f} s, gap {_gap(plan.claimed_makespan, plan.lower_bound)}"),
-        ("bound free of the partition", f"{free / 1e9:.4f} s (cheapest work / ranks), gap {_gap(plan.claimed_makespan, free)}"),
+        ("iteration time", _time(plan.claimed_makespan)),
+        ("bound of the partition", f"{_time(plan.lower_bound)}, gap {_gap(plan.claimed_makespan, plan.lower_bound)}"),
+        ("bound free of the partition", f"{_time(free)} (cheapest work / ranks), gap {_gap(plan.claimed_makespan, free)}"),
         ("bubbles", f"{plan.bubble_fraction:.2%}"),
         ("partition", f"{origin}, {partition_s:.2f} s"),
         ("chunks a rank", ", ".join(f"{module} {len(rows)}" for module, rows in plan.chunks.items())),
@@ -216,17 +216,32 @@ def _print_summary(out: Console, plan: Plan, task: _Task, origin: str, partition
     out.print(table)
 
 
+def _time(ns: float) -> str:
+    """With the unit in which it has at least one digit before the point."""
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if ns >= size:
+            return f"{ns / size:.4f} {unit}"
+    return f"{ns:g} ns"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
 def _gap(value: float, bound: float) -> str:
     return f"{value / bound - 1:.2%}" if bound > 0 else "-"
 
 
 def _print_ranks(out: Console, plan: Plan) -> None:
-    table = Table("rank", "busy s", "peak memory GB", "capacity GB", "layers", box=SIMPLE)
+    table = Table("rank", "busy", "peak memory", "capacity", "layers", box=SIMPLE)
     for rank in range(plan.ranks):
         busy = sum(plan.stages[stage].duration for stage in plan.order[rank])
         layers = ", ".join(f"{module} {'+'.join(str(row[rank]) for row in rows)}" for module, rows in plan.chunks.items())
-        capacity = "-" if plan.memory_capacity is None else f"{plan.memory_capacity[rank] / 1e9:.2f}"
-        table.add_row(str(rank), f"{busy / 1e9:.4f}", f"{plan.peak_memory[rank] / 1e9:.2f}", capacity, layers)
+        capacity = "unlimited" if plan.memory_capacity is None else _bytes(plan.memory_capacity[rank])
+        table.add_row(str(rank), _time(busy), _bytes(plan.peak_memory[rank]), capacity, layers)
     out.print(table)
 
 
@@ -239,21 +254,21 @@ def _print_replicas(out: Console, workload: Workload, replica: int, partition: P
     slowest = max(range(len(work)), key=lambda index: work[index])
     mean = sum(work) / len(work)
     out.print(
-        f"planned replica {replica} of {len(work)}: its bound is {work[replica] / 1e9:.4f} s; the mean is {mean / 1e9:.4f} s, and replica "
-        f"{slowest} has the most, {work[slowest] / 1e9:.4f} s", soft_wrap=True, highlight=False,
+        f"planned replica {replica} of {len(work)}: its bound is {_time(work[replica])}; the mean is {_time(mean)}, and replica "
+        f"{slowest} has the most, {_time(work[slowest])}", soft_wrap=True, highlight=False,
     )
 
 
 def _baseline_table(plan: Plan, task: _Task) -> Table:
-    table = Table("baseline", "time s", "speed-up of the plan", "memory", "its best setting", box=SIMPLE)
+    table = Table("baseline", "time", "speed-up of the plan", "memory", "its best setting", box=SIMPLE)
     for name in BASELINES:
         result = run_baseline(name, task.model, task.num_ranks, task.microbatches, task.costs)
         if result is None:
             table.add_row(name, "-", "-", "-", "does not run with these layers and ranks")
             continue
-        peak = f"{max(result.peak_bytes) / 1e9:.2f} GB" + ("" if result.fits else ", does not fit")
+        peak = _bytes(max(result.peak_bytes)) + ("" if result.fits else ", does not fit")
         ratio = result.makespan_ns / plan.claimed_makespan if plan.claimed_makespan else 1.0
-        table.add_row(name, f"{result.makespan_ns / 1e9:.4f}", f"{ratio:.3f}", peak, f"{result.setting}; recompute {_levels(result.strategies)}")
+        table.add_row(name, _time(result.makespan_ns), f"{ratio:.3f}", peak, f"{result.setting}; recompute {_levels(result.strategies)}")
     return table
 
 

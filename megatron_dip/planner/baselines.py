@@ -441,7 +441,7 @@ class _Case:
         """Chunks a rank to try for a module, or for the chain of all."""
         layers = self.num_layers if module is None else self.model.module(module).num_layers
         wanted = _VIRTUAL if self.virtual_pipeline is None else (self.virtual_pipeline,)
-        return [chunks for chunks in wanted if chunks * self.num_ranks <= layers]
+        return [chunks for chunks in wanted if chunks == 1 or chunks * self.num_ranks <= layers]
 
     def builder(self) -> _Builder:
         return _Builder(self.model, self.num_ranks, self.microbatches, self.costs)

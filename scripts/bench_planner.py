@@ -1,0 +1,300 @@
+"""Measures the planner on the paper's five setups and writes a record: how near to the bounds, how fast, against whom.
+
+    python scripts/bench_planner.py gaps memory speedup convergence --seeds 5 --output docs/results/planner
+
+writes ``planner.json`` (every single run) and ``planner.md`` (the tables). Sections:
+
+gaps         makespan / bound after --time-budget seconds, whole and split backward, memory unlimited: the same durations for all
+memory       3 s under the device's memory, against the bound without any recomputation
+speedup      against every baseline, same durations for all (memory unlimited); the first column is interleaved with 2 chunks a rank
+baselines    against every baseline under the device's memory, each at its best setting
+convergence  makespan after 0.1 s to 10 s of search, relative to the best of them
+threads      schedules tried a second with 1 and 2 threads
+startup      seconds from the command's start to a plan of a small batch, kernels cached
+
+Two bounds: the plan's own (its partition's work, heads and tails) and one free of the partition (the batch's cheapest work / ranks),
+so that an uneven or inefficient cut cannot hide. The partition is chosen on other seeds than those measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.partition.offline import PartitionChoice, cheapest_work_ns
+from megatron_dip.planner.baselines import BASELINES, run_baseline
+from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.planner.partitioning import joint_partition
+from megatron_dip.spec.codec import save, write_atomically
+from megatron_dip.spec.named import FIVE_SETUPS, named_setup
+from megatron_dip.spec.plan import Plan
+from megatron_dip.spec.workload import Microbatch, Workload
+from megatron_dip.workloads.generators import make_workload
+
+UNLIMITED_BYTES = 10**15
+SAMPLE_SEED = 1_000_000
+"""Batches that the partition is chosen on start here; measured seeds start at 0."""
+NUM_SAMPLE = 8
+CONVERGENCE_S = (0.1, 0.3, 1.0, 3.0, 10.0)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One setup, ready to plan batches of one size."""
+
+    name: str
+    workload: Workload
+    costs: AnalyticCost
+    choice: PartitionChoice
+    partition_s: float
+    split_backward: bool
+
+    def batch(self, seed: int, num_microbatches: int) -> list[Microbatch]:
+        return make_workload(self.name, seed=seed, num_microbatches=num_microbatches).microbatches
+
+    def plan(self, batch: list[Microbatch], time_budget_s: float, threads: int = 1) -> Plan:
+        setup = named_setup(self.name)
+        options = PlanOptions(time_budget_s=time_budget_s, threads=threads, split_backward=self.split_backward)
+        return plan_iteration(setup.model, self.choice.partition, batch, self.costs, options)
+
+    def free_bound_ns(self, batch: list[Microbatch]) -> float:
+        setup = named_setup(self.name)
+        return cheapest_work_ns(setup.model, batch, self.costs) / setup.pipeline
+
+
+def scenario(name: str, num_microbatches: int, *, split_backward: bool, with_memory: bool) -> Scenario:
+    setup = named_setup(name)
+    workload = make_workload(name, seed=SAMPLE_SEED, num_microbatches=num_microbatches)
+    batches = [make_workload(name, seed=SAMPLE_SEED + index, num_microbatches=num_microbatches).microbatches for index in range(NUM_SAMPLE)]
+    costs = AnalyticCost(
+        setup.model, workload.parallel, workload.training, setup.device, microbatches=[m for batch in batches for m in batch],
+        memory_capacity_bytes=None if with_memory else UNLIMITED_BYTES,
+    )
+    began = time.perf_counter()
+    choice = joint_partition(setup.model, setup.pipeline, batches, costs, split_backward=split_backward)
+    return Scenario(
+        name=name, workload=workload, costs=costs, choice=choice, partition_s=time.perf_counter() - began, split_backward=split_backward,
+    )
+
+
+def plan_row(section: str, given: Scenario, seed: int, num_microbatches: int, time_budget_s: float) -> Row:
+    batch = given.batch(seed, num_microbatches)
+    plan = given.plan(batch, time_budget_s)
+    return {
+        "section": section, "setup": given.name, "split_backward": given.split_backward, "microbatches": num_microbatches, "seed": seed,
+        "time_budget_s": time_budget_s, "stages": len(plan.stages), "makespan_ns": plan.claimed_makespan, "bound_ns": plan.lower_bound,
+        "free_bound_ns": given.free_bound_ns(batch), "gap": plan.claimed_makespan / plan.lower_bound,
+        "free_gap": plan.claimed_makespan / given.free_bound_ns(batch), "bubbles": plan.bubble_fraction, "evaluations": plan.evaluations,
+        "planning_s": plan.planning_ns / 1e9, "partition_s": given.partition_s, "partition_candidates": given.choice.candidates,
+        "chunks": {module: len(rows) for module, rows in plan.chunks.items()}, "sub_microbatch": plan.sub_microbatch_size,
+    }
+
+
+def gaps(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
+    for name in args.setups:
+        for split in (False, True):
+            for count in args.microbatches:
+                given = scenario(name, count, split_backward=split, with_memory=False)
+                for seed in range(args.seeds):
+                    emit(plan_row("gaps", given, seed, count, args.time_budget))
+
+
+def memory(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
+    for name in args.setups:
+        for count in args.microbatches:
+            given = scenario(name, count, split_backward=False, with_memory=True)
+            for seed in range(args.seeds):
+                emit(plan_row("memory", given, seed, count, 3.0))
+
+
+def _against_baselines(args: argparse.Namespace, emit: Callable[[Row], None], section: str, *, with_memory: bool, budget_s: float) -> None:
+    for name in args.setups:
+        setup = named_setup(name)
+        for count in args.microbatches:
+            given = scenario(name, count, split_backward=False, with_memory=with_memory)
+            for seed in range(args.seeds):
+                row = plan_row(section, given, seed, count, budget_s)
+                batch = given.batch(seed, count)
+                ideal = run_baseline("interleaved", setup.model, setup.pipeline, batch, given.costs, with_memory=with_memory, virtual_pipeline=2)
+                row["over"] = {} if ideal is None else {"interleaved, V = 2": ideal.makespan_ns / row["makespan_ns"]}
+                for baseline in BASELINES:
+                    result = run_baseline(baseline, setup.model, setup.pipeline, batch, given.costs, with_memory=with_memory)
+                    if result is not None:
+                        row["over"][baseline] = result.makespan_ns / row["makespan_ns"]
+                        row.setdefault("fits", {})[baseline] = result.fits
+                emit(row)
+
+
+def speedup(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
+    _against_baselines(args, emit, "speedup", with_memory=False, budget_s=args.time_budget)
+
+
+def baselines(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
+    _against_baselines(args, emit, "baselines", with_memory=True, budget_s=3.0)
+
+
+def convergence(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
+    for name in args.setups:
+        given = scenario(name, args.microbatches[0], split_backward=False, with_memory=False)
+        for seed in range(args.seeds):
+            for budget in CONVERGENCE_S:
+                emit(plan_row("convergence", given, seed, args.microbatches[0], budget))
+
+
+def threads(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
+    for name in args.setups:
+        given = scenario(name, args.microbatches[0], split_backward=False, with_memory=False)
+        batch = given.batch(0, args.microbatches[0])
+        for count in (1, 2):
+            plan = given.plan(batch, 2.0, count)
+            emit({"section": "threads", "setup": name, "threads": count, "evaluations": plan.evaluations, "makespan_ns": plan.claimed_makespan})
+
+
+def startup(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "workload.json"
+        save(path, make_workload("vlm-s", num_microbatches=4))
+        command = [sys.executable, "-m", "megatron_dip.cli.main", "plan", str(path), "--output", str(Path(folder) / "plan.json"),
+                   "--evaluations", "1", "--chunks", "vit=1,lm=1", "--sub-microbatch", "vit=8,lm=1", "--no-baselines"]
+        for repeat in range(4):
+            began = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            emit({"section": "startup", "repeat": repeat, "seconds": time.perf_counter() - began})
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace, Callable[[Row], None]], None]] = {
+    "gaps": gaps, "memory": memory, "speedup": speedup, "baselines": baselines, "convergence": convergence, "threads": threads, "startup": startup,
+}
+
+
+# --- the record ------------------------------------------------------------------------------------------------------------------
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)) + "\n"
+
+
+def spread(values: list[float], digits: int = 4) -> str:
+    return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def gap_table(rows: list[Row], setups: list[str]) -> str:
+    lines = []
+    for split in (False, True):
+        for count in sorted({row["microbatches"] for row in rows}):
+            for field, label in (("gap", "own bound"), ("free_gap", "free bound")):
+                cells = []
+                for name in setups:
+                    own = [row[field] for row in rows if (row["setup"], row["split_backward"], row["microbatches"]) == (name, split, count)]
+                    cells.append(spread(own) if own else "-")
+                if any(cell != "-" for cell in cells):
+                    lines.append([f"{'split' if split else 'whole'} backward, {count} microbatches, {label}", *cells])
+    return table(["makespan / bound: mean (least to most)", *setups], lines)
+
+
+def partition_table(rows: list[Row], setups: list[str]) -> str:
+    seen: dict[tuple[str, bool, int], Row] = {(row["setup"], row["split_backward"], row["microbatches"]): row for row in rows}
+    lines = [
+        [name, "split" if split else "whole", str(count), json.dumps(row["chunks"]), json.dumps(row["sub_microbatch"]), str(row["stages"]),
+         f"{row['partition_s']:.1f}", str(row["partition_candidates"])]
+        for (name, split, count), row in sorted(seen.items(), key=lambda item: (setups.index(item[0][0]), item[0][1:]))
+    ]
+    return table(["setup", "backward", "microbatches", "chunks a rank", "sub-microbatch", "stages", "chosen in s", "candidates"], lines)
+
+
+def ratio_table(rows: list[Row], setups: list[str]) -> str:
+    names = list(dict.fromkeys(baseline for row in rows for baseline in row["over"]))
+    lines = []
+    for baseline in names:
+        cells = []
+        for name in setups:
+            own = [row for row in rows if row["setup"] == name and baseline in row["over"]]
+            fits = all(row.get("fits", {}).get(baseline, True) for row in own)
+            cells.append(spread([row["over"][baseline] for row in own], 2) + ("" if fits else ", does not fit") if own else "-")
+        lines.append([baseline, *cells])
+    return table(["baseline's time / ours", *setups], lines)
+
+
+def report(rows: list[Row], setups: list[str], head: str) -> str:
+    def of(section: str) -> list[Row]:
+        return [row for row in rows if row["section"] == section]
+
+    text = [head]
+    if own := of("gaps"):
+        text += ["## Distance from the bounds, memory unlimited\n", gap_table(own, setups), partition_table(own, setups)]
+    if own := of("memory"):
+        text += ["## Under the device's memory, 3 s, against the bounds without any recomputation\n", gap_table(own, setups), partition_table(own, setups)]
+    if own := of("speedup"):
+        text += ["## Against baselines, same durations for all, memory unlimited\n", ratio_table(own, setups)]
+    if own := of("baselines"):
+        text += ["## Against baselines under the device's memory, each at its best setting, 3 s\n", ratio_table(own, setups)]
+    if own := of("convergence"):
+        lines = []
+        for budget in CONVERGENCE_S:
+            cells = []
+            for name in setups:
+                best = {row["seed"]: min(r["makespan_ns"] for r in own if (r["setup"], r["seed"]) == (name, row["seed"])) for row in own if row["setup"] == name}
+                here = [row["makespan_ns"] / best[row["seed"]] for row in own if (row["setup"], row["time_budget_s"]) == (name, budget)]
+                cells.append(spread(here) if here else "-")
+            lines.append([f"{budget:g} s", *cells])
+        text += ["## Makespan after a search budget, relative to the best of the row's seed\n", table(["budget", *setups], lines)]
+    if own := of("threads"):
+        lines = []
+        for name in setups:
+            counts = {row["threads"]: row["evaluations"] for row in own if row["setup"] == name}
+            if len(counts) == 2:
+                lines.append([name, str(counts[1]), str(counts[2]), f"{counts[2] / counts[1]:.2f}"])
+        text += ["## Schedules tried in 2 s\n", table(["setup", "1 thread", "2 threads", "ratio"], lines)]
+    if own := of("startup"):
+        seconds = [row["seconds"] for row in own[1:]]
+        text += ["## Start-up\n", f"Command to plan, kernels cached: {spread(seconds, 2)} s (interpreter, imports, one small batch).\n"]
+    return "\n".join(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="+", choices=tuple(SECTIONS))
+    parser.add_argument("--setups", nargs="+", choices=FIVE_SETUPS, default=list(FIVE_SETUPS))
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--time-budget", type=float, default=1.0)
+    parser.add_argument("--output", type=Path, required=True, help="without suffix: .json and .md are added")
+    args = parser.parse_args()
+    rows: list[Row] = []
+
+    def emit(row: Row) -> None:
+        rows.append(row)
+        shown = {key: row[key] for key in ("section", "setup", "microbatches", "seed", "split_backward", "gap", "free_gap") if key in row}
+        print(json.dumps(shown), file=sys.stderr, flush=True)
+
+    began = time.time()
+    for section in args.sections:
+        SECTIONS[section](args, emit)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    command = "python scripts/bench_planner.py " + " ".join(sys.argv[1:])
+    head = (
+        "# Planner record\n\n"
+        f"*Simulated* schedules on analytical H800 costs; *measured* planning times. {time.strftime('%Y-%m-%d', time.gmtime(began))}, commit "
+        f"{commit}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the end), Python "
+        f"{platform.python_version()}, one thread unless said, {time.time() - began:.0f} s in all.\n\n    {command}\n"
+    )
+    write_atomically(args.output.with_suffix(".json"), (json.dumps({"command": command, "commit": commit, "rows": rows}, indent=0) + "\n").encode())
+    write_atomically(args.output.with_suffix(".md"), report(rows, args.setups, head).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
