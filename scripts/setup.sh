@@ -9,11 +9,10 @@ fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 . .venv/bin/activate
 
-# Without a CUDA device the CPU build of torch is taken first, so that no CUDA libraries are fetched (its version 2.13.0+cpu sorts above
-# the registry's 2.13.0; its dependencies come with the package's own); a torch that is there stays.
+# Without a CUDA device this torch is taken first, in its CPU build where pip's indexes offer one (its version 2.13.0+cpu sorts above the
+# one with CUDA; PIP_EXTRA_INDEX_URL names further indexes), so that nothing below pulls in another; a torch that is there stays.
 if ! python -c 'import torch' 2>/dev/null && ! nvidia-smi >/dev/null 2>&1; then
-    pip install --quiet --disable-pip-version-check --no-deps --retries 1 --timeout 30 \
-        'torch==2.13.0' --extra-index-url https://download.pytorch.org/whl/cpu
+    pip install --quiet --disable-pip-version-check 'torch==2.13.0'
 fi
 pip install --quiet --disable-pip-version-check --editable ".[$1]"
 
