@@ -1,0 +1,131 @@
+"""Fits a device's efficiencies to measurements and reports the error before and after, also on a part that is held out.
+
+Measurements are files of measured training steps (format megatron-dip/measured-steps/1), or profiles of layers
+(format megatron-dip/profile/1) together with --workload, which says what model and parallel sizes they are of. Steps say themselves
+whether they are held out; of a profile every fourth point is. The fitted device goes to a file that --device and workloads take.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.cost.calibration import WIDTHS, Calibration, ErrorSummary, calibrate
+from megatron_dip.cost.device import DeviceDescription, load_device
+from megatron_dip.cost.interface import Part
+from megatron_dip.cost.modules import Kernels
+from megatron_dip.planner.measured_steps import MEASURED_STEPS_FORMAT, MeasuredStep, load_measured_steps, predict_step
+from megatron_dip.spec.codec import check_writable, load_profile, load_workload, read_format, write_atomically
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.profile import PROFILE_FORMAT, Profile
+from megatron_dip.spec.workload import Workload
+
+SUMMARY = "fit a device's efficiencies to measurements"
+_HOLD_OUT_EVERY = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("measurements", type=Path, nargs="+", metavar="FILE.json", help="measured steps or profiles")
+    parser.add_argument("--device", required=True, metavar="NAME|FILE.json", help="device to start from")
+    parser.add_argument("--output", type=Path, required=True, metavar="DEVICE.json", help="where the fitted device goes")
+    parser.add_argument("--workload", type=Path, metavar="WORKLOAD.json", help="model, parallel sizes and number format of the profiles")
+    parser.add_argument("--attention", choices=("fused", "unfused"), default="unfused",
+                        help="attention of the profiles' layers; local Megatron layers, which 'profile' times, are unfused (default unfused)")
+    parser.add_argument("--parameters", default="training,memory", metavar="A,B", help=f"what to fit, of {', '.join(WIDTHS)} (default training,memory)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LayerPoint:
+    """One measured time of a profile."""
+
+    module: str
+    part: Part
+    lengths: tuple[int, ...]
+    backward: bool
+    seconds: float
+
+
+def run(args: argparse.Namespace) -> int:
+    check_writable(args.output, "--output")
+    device = load_device(args.device, "--device")
+    steps: list[MeasuredStep] = []
+    points: list[_LayerPoint] = []
+    workload = None if args.workload is None else load_workload(args.workload)
+    for path in args.measurements:
+        kind = read_format(path)
+        if kind == MEASURED_STEPS_FORMAT:
+            steps.extend(load_measured_steps(path).steps)
+        elif kind == PROFILE_FORMAT:
+            if workload is None:
+                raise InputError("--workload", None, f"missing, and {path} is a profile", "give the workload that the profile is of")
+            points.extend(_profile_points(load_profile(path), workload, path))
+        else:
+            raise InputError(str(path), kind, "holds no measurements", f"give files of {MEASURED_STEPS_FORMAT} or {PROFILE_FORMAT}")
+    measured = [step.measured_s for step in steps] + [point.seconds for point in points]
+    fitted = [not step.held_out for step in steps] + [index % _HOLD_OUT_EVERY != _HOLD_OUT_EVERY - 1 for index in range(len(points))]
+    kernels = Kernels(attention=args.attention)
+
+    def predict(candidate: DeviceDescription) -> list[float]:
+        found = [predict_step(step, candidate).iteration_time_s for step in steps]
+        return found + (_predict_points(points, workload, candidate, kernels) if workload is not None else [])
+
+    names = [name.strip() for name in args.parameters.split(",") if name.strip()]
+    source = "Fitted by megatron-dip calibrate on " + ", ".join(path.name for path in args.measurements) + f" ({', '.join(names)})."
+    with Console(stderr=True).status(f"fitting {', '.join(names)} to {sum(fitted)} measurements"):
+        found = calibrate(device, predict, measured, fitted, names, source=source)
+    write_atomically(args.output, msgspec.json.format(msgspec.json.encode(found.device), indent=1) + b"\n")
+    _print(Console(), found)
+    Console().print(f"wrote {args.output}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _profile_points(profile: Profile, workload: Workload, path: Path) -> list[_LayerPoint]:
+    points = []
+    names = [module.name for module in workload.model_spec.modules]
+    for name, module in profile.modules.items():
+        if name not in names:
+            raise InputError(f"{path.name}: modules", name, "the workload's model has no such module", f"use {names}")
+        for part, grid in (("layer", module.layer), ("first", module.first), ("last", module.last)):
+            for point in grid.points if grid is not None else ():
+                # Instances of equal length, as profiles are measured.
+                base, longer = divmod(point.tokens, point.instances)
+                lengths = tuple(base + (index < longer) for index in range(point.instances))
+                backward = point.backward_input_ns + point.backward_weight_ns
+                for is_backward, nanoseconds in ((False, point.forward_ns), (True, backward)):
+                    if nanoseconds > 0:
+                        points.append(_LayerPoint(module=name, part=part, lengths=lengths, backward=is_backward, seconds=nanoseconds / 1e9))  # type: ignore[arg-type]
+    return points
+
+
+def _predict_points(points: Sequence[_LayerPoint], workload: Workload, device: DeviceDescription, kernels: Kernels) -> list[float]:
+    costs = AnalyticCost(
+        workload.model_spec, workload.parallel, workload.training, device, microbatches=workload.microbatches, kernels=kernels,
+    )
+    found = []
+    for point in points:
+        cost = costs.part(point.module, point.part, point.lengths)
+        nanoseconds = cost.backward_input_ns + cost.backward_weight_ns if point.backward else cost.forward_ns
+        # A part that the model does not know costs the gap between kernels.
+        found.append(max(nanoseconds, device.efficiency.kernel_overhead_us * 1e3, 1.0) / 1e9)
+    return found
+
+
+def _print(console: Console, found: Calibration) -> None:
+    table = Table("parameter", "before", "after")
+    for name, (before, after) in found.values.items():
+        table.add_row(name, f"{before:.4g}", f"{after:.4g}")
+    console.print(table)
+    errors = Table("measurements", "count", "mean error before", "after", "largest before", "after")
+    rows: tuple[tuple[str, ErrorSummary, ErrorSummary], ...] = (
+        ("fitted", found.fitted_before, found.fitted_after), ("held out", found.held_out_before, found.held_out_after),
+    )
+    for name, before, after in rows:
+        errors.add_row(name, str(before.count), f"{before.mean:.2%}", f"{after.mean:.2%}", f"{before.worst:.2%}", f"{after.worst:.2%}")
+    console.print(errors)
