@@ -34,7 +34,7 @@ from megatron_dip.runtime.timing import StageRecord, clock_offset, gather_record
 from megatron_dip.spec.codec import save
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Plan, PlanStage
-from megatron_dip.spec.profile import PointToPoint, Profile, Strategy
+from megatron_dip.spec.profile import PointToPoint, Profile
 from megatron_dip.spec.timeline import Bar, Timeline
 from megatron_dip.spec.training import RunSettings, SchedulePlan
 from megatron_dip.spec.workload import Microbatch, Training
@@ -49,31 +49,15 @@ KEPT_ITERATIONS = 24
 """Measured iterations that a fit looks back on."""
 
 
-class _RoughCosts:
-    """Times of an analytic cost alone: the examples' models are small, so that memory is neither counted nor chosen."""
-
-    def __init__(self, costs: AnalyticCost) -> None:
-        self.p2p_latency_ns = costs.p2p_latency_ns
-        self.p2p_bytes_per_second = costs.p2p_bytes_per_second
-        self.part = costs.part
-
-    def strategies(self, module: str, lengths: Sequence[int]) -> dict[str, Strategy]:
-        return {"none": Strategy()}
-
-    def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
-        return 0
-
-    def memory_capacity_bytes(self) -> int | None:
-        return None
-
-    def holds_encoder_outputs(self) -> bool:
-        return False
-
-
 class DipSystem(System):
     """DIP on the example's model, with weights, optimizer and data of its own."""
 
-    def __init__(self, schedule: SchedulePlan, vlm_config: VlmConfig, example: Example, settings: RunSettings) -> None:
+    def __init__(
+        self, schedule: SchedulePlan, vlm_config: VlmConfig, example: Example, settings: RunSettings, warmed_by: DipSystem | None = None
+    ) -> None:
+        """Args:
+        warmed_by: an earlier system of the same cut, whose measurements this one starts from.
+        """
         spec = vlm_config.model.modules
         self.partition = schedule.partition or even_partition(
             spec, settings.parallel.pipeline, example.config.virtual_pipeline, example.config.sub_microbatch_size
@@ -91,11 +75,15 @@ class DipSystem(System):
             "cpu" if settings.device == "cpu" else "h100",
         )
         self._bytes = {module.name: _bytes_per_token(analytic, module.name) for module in spec.modules}
-        self._costs: CostModel = _RoughCosts(analytic)
+        self._costs: CostModel = analytic
         self.profile: Profile | None = None
         """What the planner rank measured so far."""
         self._measured: deque[list[StageSample]] = deque(maxlen=KEPT_ITERATIONS)
         self._iterations = 0
+        if warmed_by is not None:
+            assert warmed_by.partition == self.partition, "measured on another cut"
+            self._costs, self.profile, self._iterations = warmed_by._costs, warmed_by.profile, warmed_by._iterations
+            self._measured.extend(warmed_by._measured)
         self.forward_backward = DipForwardBackward(
             staged_model=model.staged, chunks=model.chunks, partition=self.partition, metadata=model.staged.description.metadata,
             plan_function=self._plan, quick_plan_function=self._quick_plan, device=device,
@@ -111,13 +99,12 @@ class DipSystem(System):
 
     def _plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
         options = PlanOptions(
-            time_budget_s=self._schedule.plan_s, seed=self.settings.seed, forward_only=forward_only,
-            split_backward=self._schedule.split_backward and not forward_only,
+            time_budget_s=self._schedule.plan_s, seed=self.settings.seed, strategy="none", forward_only=forward_only
         )
         return plan_iteration(self._model_spec, self.partition, microbatches, self._costs, options)
 
     def _quick_plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
-        options = PlanOptions(evaluations=1, search="fifo", forward_only=forward_only)
+        options = PlanOptions(evaluations=1, search="fifo", strategy="none", forward_only=forward_only)
         return plan_iteration(self._model_spec, self.partition, microbatches, self._costs, options)
 
     def start_data(self, iteration: int) -> None:
@@ -161,6 +148,10 @@ class DipSystem(System):
             self._records = gather_records(self._own_records, self.forward_backward.groups, self._clock_offset_ns)
             self._is_gathered = True
         return self._records
+
+    def current_costs(self) -> CostModel:
+        """What the next plan will be made with (of this rank: the planner rank's is the measured one)."""
+        return self._costs
 
     def last_plan(self) -> Plan | None:
         return self._training_plan

@@ -133,8 +133,6 @@ class SchedulePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Of ``dip``; absent = even layers by the example's ``virtual_pipeline``."""
     plan_s: float = 0.02
     """Seconds of search for each plan of ``dip``."""
-    split_backward: bool = False
-    """``dip`` plans the input and weight parts of backwards apart."""
 
     @property
     def label(self) -> str:
