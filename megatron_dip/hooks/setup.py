@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dip.hooks.cpu import enable_cpu
 from megatron_dip.models.layout import ModuleCut, check_enough_layers
 from megatron_dip.models.staged import DescribedStagedModel
-from megatron_dip.models.vlm import LANGUAGE, VlmConfig, VlmDescription, VlmStage, unwrap
+from megatron_dip.models.vlm import LANGUAGE, VlmConfig, VlmDescription, VlmStage
 from megatron_dip.runtime.interface import ChunkKey
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
@@ -186,16 +186,3 @@ def build_optimizer(model: TrainingModel, spec: OptimizerSpec, *, distributed_op
         ),
         list(model.chunks),
     )
-
-
-def named_gradients(model: TrainingModel) -> dict[str, torch.Tensor]:
-    """Main gradients of this rank's trainable weights by their names in the whole model, for comparisons."""
-    from megatron_dip.models.vlm import global_name
-
-    gradients: dict[str, torch.Tensor] = {}
-    for chunk in model.chunks:
-        stage = unwrap(chunk)
-        for name, parameter in stage.named_parameters():
-            if parameter.requires_grad:
-                gradients[global_name(stage, name)] = parameter.main_grad  # type: ignore[attr-defined]
-    return gradients

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.workload import Parallel
 from tests.distributed.launcher import launch
 from tests.distributed.tiny_vlm import Case, Result, forward_step, losses_of, merge_ranks, references, run_case, worst_difference
-from tests.distributed.vlm_plans import partition_of, plans_of
+from tests.distributed.vlm_plans import make_plan, partition_of, plans_of
 
 pytestmark = pytest.mark.distributed
 
@@ -90,10 +91,23 @@ def test_uneven_chunks_and_unusual_batches() -> None:
             Case(parallel=two, chunks=(2, 2), trainable=(False, True)),
             Case(parallel=two, chunks=(2, 2), trainable=(True, False)),
             Case(parallel=two, chunks=(2, 2), frozen=frozenset({"vision_model"})),
-            Case(parallel=two, chunks=(1, 2), options=(("memory", 2_000_000),)),
         ],
         1e-6,
     )
+
+
+def test_recomputed_layers() -> None:
+    """A tight memory makes the planner choose every strategy somewhere; the numbers stay."""
+    case = Case(parallel=Parallel(pipeline=2), chunks=(1, 2), options=(("memory", 450_000),))
+    assert {strategy for stage in make_plan(case).stages for strategy in stage.strategy} == {"none", "selective", "full"}
+    check([case], 1e-6)
+
+
+def test_bf16_stays_near_fp32() -> None:
+    case = Case(parallel=Parallel(pipeline=2), chunks=(1, 2), dtype="bfloat16", steps=2, distributed_optimizer=True)
+    expected = losses_of([references([replace(case, dtype="float32")])[0]])
+    found = losses_of([results[0] for results in launch(run_dip, 2, [case], [plans_of(case)])])
+    np.testing.assert_allclose(found, expected, rtol=1e-2)
 
 
 def test_random_plans() -> None:

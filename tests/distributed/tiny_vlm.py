@@ -45,6 +45,7 @@ class Case:
     """Optimizer steps; 0 = one forward and backward."""
     overlap_grad_reduce: bool = False
     distributed_optimizer: bool = False
+    dtype: str = "float32"
     options: tuple[tuple[str, Any], ...] = ()
     """What only one kind of test knows."""
 
@@ -138,7 +139,7 @@ def run_case(case: Case, build: Callable[[Case, Any], Any], forward_backward: Ca
 
     initialize_parallel(case.parallel, device="cpu", seed=1, timeout_s=60)
     config = VlmConfig(model=tiny_model(case), parallel=case.parallel, frozen=case.frozen, calculate_per_token_loss=case.per_token,
-                       init_method_std=0.2)
+                       init_method_std=0.2, dtype=getattr(torch, case.dtype))
     model = build(case, config)
     replica = parallel_state.get_data_parallel_rank()
     optimizer = build_optimizer(model, OPTIMIZER, distributed_optimizer=case.distributed_optimizer) if case.steps else None
@@ -178,7 +179,7 @@ def _shards(model: Any, value: Callable[[Any], torch.Tensor | None]) -> dict[str
             tensor = value(parameter)
             if tensor is not None:
                 dimension = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else -1
-                shards[global_name(stage, name)] = Shard(tensor.detach().numpy().copy(), dimension)
+                shards[global_name(stage, name)] = Shard(tensor.detach().float().numpy().copy(), dimension)
     return shards
 
 
