@@ -224,6 +224,11 @@ class DipForwardBackward:
         """How plans were had so far; None where this rank does not plan."""
         return None if self._service is None else self._service.counts()
 
+    def close(self) -> None:
+        """Ends the planner's threads; no iteration may follow."""
+        if self._service is not None:
+            self._service.close()
+
     # ---- the batch and its plan -----------------------------------------------------------------------------------------------
 
     def _prepare(

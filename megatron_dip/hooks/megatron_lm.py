@@ -7,6 +7,7 @@ stock model building (Megatron then wraps every chunk), :func:`build_data_iterat
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -248,9 +249,11 @@ def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackw
         return description.metadata(description.bind(call.args, call.kwargs))
 
     on_cpu = torch.cuda.current_device() == torch.device("cpu")
-    return DipForwardBackward(
+    forward_backward = DipForwardBackward(
         staged_model=staged, chunks=chunks, partition=built.partition, metadata=description.item_metadata, call_metadata=call_metadata,
         plan_function=plan, quick_plan_function=None if options.evaluations is not None else quick_plan,
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
         backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, num_outputs=description.num_outputs,
     )
+    atexit.register(forward_backward.close)
+    return forward_backward

@@ -108,8 +108,10 @@ def _sketching_llava() -> Iterator[None]:
 
 
 def _sketcher(builder: type[torch.nn.Module]) -> Callable[..., Sketch]:
+    constructor = builder.__init__  # of GPTModel another one stands there when a provider runs
+
     def sketch(*args: Any, **kwargs: Any) -> Sketch:
-        return Sketch(builder, bind_arguments(builder.__init__, args, kwargs))
+        return Sketch(builder, bind_arguments(constructor, args, kwargs))
 
     return sketch
 

@@ -109,10 +109,13 @@ class PlanService:
     def counts(self) -> PlanCounts:
         return PlanCounts(taken=self._taken, ahead=self._ahead, waited_ns=self._waited_ns, fallbacks=dict(self._fallbacks))
 
-    def close(self) -> None:
-        """Ends the threads once they are through with what was submitted."""
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Ends the threads once they are through with what was submitted, and waits for them up to ``timeout_s``: a thread that still
+        plans while the interpreter is taken down can keep the process from ending."""
         for _ in self._threads:
             self._queue.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
 
     def _request(self, microbatches: Sequence[Microbatch], forward_only: bool) -> _Request:
         key = msgspec.json.encode((microbatches, forward_only), order="sorted")
