@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from megatron_dip.cost.interface import CostModel, Part
 from megatron_dip.spec.errors import InputError
@@ -169,6 +170,12 @@ def paper_partition(model: ModelSpec, num_ranks: int, batches: Sequence[Batch], 
     return even_partition(model, num_ranks, chunks, sizes)
 
 
+Level = Literal["module", "work", "end"]
+"""What the layers level over the ranks: each module's work by itself; all modules' work together; or when a rank's work ends, which
+lies a hop later from rank to rank, since later ranks start later and wait longer for what follows them."""
+_LEVELS: tuple[Level, ...] = get_args(Level)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
     """What the joint choice varies."""
@@ -177,8 +184,7 @@ class Cut:
     """K by module, in the model's order"""
     sizes: tuple[int, ...]
     """B by module"""
-    even_out: bool
-    """Layers level the ranks' work over all modules together; False: every module is level by itself."""
+    level: Level
 
 
 def balanced_partition(model: ModelSpec, num_ranks: int, cut: Cut, work: Sequence[ModuleWork]) -> Partition:
@@ -188,6 +194,9 @@ def balanced_partition(model: ModelSpec, num_ranks: int, cut: Cut, work: Sequenc
         work: of each module, on the sample.
     """
     load = [0.0] * num_ranks
+    if cut.level == "end":
+        hop = _hop(model, num_ranks, cut, work)
+        load = [rank * hop for rank in range(num_ranks)]
     rows: dict[str, list[list[int]]] = {}
     # The modules of the costliest layers first: the finest grain levels what they leave.
     for index in sorted(range(len(model.modules)), key=lambda index: (-work[index].layer, index)):
@@ -197,7 +206,7 @@ def balanced_partition(model: ModelSpec, num_ranks: int, cut: Cut, work: Sequenc
         extras[0] += own.first
         extras[-1] += own.last
         unit = max(own.layer, 1e-9)
-        below = [extra + (held if cut.even_out else 0.0) for extra, held in zip(extras, load, strict=True)]
+        below = [extra + (0.0 if cut.level == "module" else held) for extra, held in zip(extras, load, strict=True)]
         # A chunk without layers still passes every segment on: each keeps one layer where there are enough.
         least = num_chunks if module.num_layers >= num_chunks * num_ranks else 0
         totals = _fill(module.num_layers, [value / unit for value in below], least)
@@ -211,6 +220,16 @@ def balanced_partition(model: ModelSpec, num_ranks: int, cut: Cut, work: Sequenc
             load[rank] += total * own.layer + extras[rank]
         rows[module.name] = table
     return Partition(chunks=rows, sub_microbatch_size={m.name: size for m, size in zip(model.modules, cut.sizes, strict=True)})
+
+
+def _hop(model: ModelSpec, num_ranks: int, cut: Cut, work: Sequence[ModuleWork]) -> float:
+    """ns that one sub-microbatch of the first module with work takes through one stage, forward and backward."""
+    order = [module.name for module in model.modules]
+    for name in model.topological():
+        index = order.index(name)
+        if work[index].parts:
+            return work[index].layer / work[index].parts * model.modules[index].num_layers / (num_ranks * cut.chunks[index])
+    return 0.0
 
 
 def _fill(items: int, below: Sequence[float], least: int) -> list[int]:
@@ -284,7 +303,7 @@ def choose_partition(
     def score(cut: Cut) -> float:
         if cut not in scores:
             partition = balanced_partition(model, num_ranks, cut, [work_of(index, size) for index, size in enumerate(cut.sizes)])
-            key = repr(partition)  # evening out may change nothing
+            key = repr(partition)  # another levelling may change nothing
             if key not in tried:
                 tried[key] = sum(evaluate(partition, batch) for batch in judged) / len(judged)
                 if progress is not None:
@@ -299,7 +318,7 @@ def choose_partition(
         Cut(
             chunks=tuple(middle(options, chunk_share) for options in chunk_options),
             sizes=tuple(middle(options, size_share) for options in size_options),
-            even_out=False,
+            level="work",
         )
         for chunk_share, size_share in ((0.0, 0.5), (0.3, 0.3), (0.6, 0.6), (0.3, 0.0), (0.6, 0.2))
     ]
@@ -324,7 +343,7 @@ def choose_partition(
 
 def _neighbours(cut: Cut, chunk_options: Sequence[Sequence[int]], size_options: Sequence[Sequence[int]]) -> list[Cut]:
     """Cuts that differ in one choice by one step, and those that change all K together."""
-    found = [replace(cut, even_out=not cut.even_out)]
+    found = [replace(cut, level=level) for level in _LEVELS if level != cut.level]
     for field, options in (("chunks", chunk_options), ("sizes", size_options)):
         values: tuple[int, ...] = getattr(cut, field)
         for step in (1, -1):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.partition.offline import (
     Cut,
+    Level,
     ModuleWork,
     balanced_partition,
     cheapest_work_ns,
@@ -56,17 +57,17 @@ works = st.builds(
 
 @given(
     layers=st.lists(st.integers(1, 60), min_size=1, max_size=3), num_ranks=st.integers(1, 6), chunks=st.integers(1, 4), work=st.data(),
-    even_out=st.booleans(),
+    level=st.sampled_from(["module", "work", "end"]),
 )
 def test_balanced_layers_are_complete_and_level(
-    layers: list[int], num_ranks: int, chunks: int, work: st.DataObject, even_out: bool
+    layers: list[int], num_ranks: int, chunks: int, work: st.DataObject, level: Level
 ) -> None:
     model = ModelSpec(modules=[module(f"m{index}", count) for index, count in enumerate(layers)])
     own = [work.draw(works) for _ in layers]
-    cut = Cut(chunks=(chunks,) * len(layers), sizes=(2,) * len(layers), even_out=even_out)
+    cut = Cut(chunks=(chunks,) * len(layers), sizes=(2,) * len(layers), level=level)
     partition = balanced_partition(model, num_ranks, cut, own)
     partition.validate({f"m{index}": count for index, count in enumerate(layers)}, num_ranks)
-    if not even_out:
+    if level == "module":
         for index, held in enumerate(own):
             rows = partition.chunks[f"m{index}"]
             totals = [sum(row[rank] for row in rows) for rank in range(num_ranks)]
@@ -85,7 +86,7 @@ def test_balanced_layers_are_complete_and_level(
 def test_a_heavy_head_takes_layers_off_the_last_rank() -> None:
     model = ModelSpec(modules=[module("lm", 32)])
     partition = balanced_partition(
-        model, 4, Cut(chunks=(2,), sizes=(1,), even_out=False), [ModuleWork(layer=10.0, first=0.0, last=25.0, parts=1)]
+        model, 4, Cut(chunks=(2,), sizes=(1,), level="module"), [ModuleWork(layer=10.0, first=0.0, last=25.0, parts=1)]
     )
     assert partition.chunks["lm"] == [[5, 5, 4, 4], [4, 4, 4, 2]]
 
