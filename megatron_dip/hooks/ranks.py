@@ -34,6 +34,9 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, threads: int) -> int:
     environment = {
         **os.environ, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
+        # Host names do not resolve everywhere; these ranks talk over the loopback device.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore:Transformer Engine and Apex are not installed"),
     }
     ranks = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdin=subprocess.DEVNULL)
