@@ -10,6 +10,9 @@ Data edges. ``inputs[stage]`` lists the tags that a stage awaits from other rank
 whose output it takes; together they are the stage's data edges, one for each producer. Of a stage's ``deps`` the others (a backward
 on its own forward, a W on its B) carry no tensor and stand in neither. ``outputs[tag]`` is the stage that makes the message. One
 message goes from one producer stage to one consumer stage.
+
+The small structs are not tracked by the garbage collector (``gc=False``; they cannot be in a cycle): a plan has tens of thousands of
+them, and the collections that they would set off hold the interpreter's lock for a tenth of a second beside training.
 """
 
 from __future__ import annotations
@@ -26,14 +29,14 @@ Op = Literal["fw", "bw", "w", "isend", "irecv", "wait_send", "wait_recv"]
 COMPUTE_OPS = frozenset({"fw", "bw", "w"})
 
 
-class Dep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Dep(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """The stage starts no earlier than ``lag`` ns after the end of ``stage``."""
 
     stage: int
     lag: int
 
 
-class PlanStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class PlanStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
     id: int
     rank: int
     kind: StageKind
@@ -57,7 +60,7 @@ class PlanStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Memory strategy of each layer of the stage; empty on ``w``."""
 
 
-class Action(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Action(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """One instruction of a rank. Which fields belong to which op: compute ops have ``stage``; sends, receives and waits have ``peer``
     and ``tag``; posts (isend, irecv) may have ``group``, and consecutive posts of one group are one batched call."""
 
