@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", choices=("fused", "unfused"), default="unfused",
                         help="attention of the profiles' layers; local Megatron layers, which 'profile' times, are unfused (default unfused)")
     parser.add_argument("--parameters", default="training,memory", metavar="A,B", help=f"what to fit, of {', '.join(WIDTHS)} (default training,memory)")
+    parser.add_argument("--freedom", type=float, default=1.0, metavar="X",
+                        help="factor on how far parameters may move; 10 for a device whose figures are guesses (default 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,8 @@ class _LayerPoint:
 
 
 def run(args: argparse.Namespace) -> int:
+    if not 0 < args.freedom <= 1000:
+        raise InputError("--freedom", args.freedom, "outside (0, 1000]", "give a factor such as 1 or 10")
     check_writable(args.output, "--output")
     device = load_device(args.device, "--device")
     steps: list[MeasuredStep] = []
@@ -79,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.parameters.split(",") if name.strip()]
     source = "Fitted by megatron-dip calibrate on " + ", ".join(path.name for path in args.measurements) + f" ({', '.join(names)})."
     with Console(stderr=True).status(f"fitting {', '.join(names)} to {sum(fitted)} measurements"):
-        found = calibrate(device, predict, measured, fitted, names, source=source)
+        found = calibrate(
+            device, predict, measured, fitted, names, source=source, widths={name: args.freedom * width for name, width in WIDTHS.items()},
+        )
     write_atomically(args.output, msgspec.json.format(msgspec.json.encode(found.device), indent=1) + b"\n")
     _print(Console(), found)
     Console().print(f"wrote {args.output}", soft_wrap=True, highlight=False)
@@ -126,6 +132,6 @@ def _print(console: Console, found: Calibration) -> None:
     rows: tuple[tuple[str, ErrorSummary, ErrorSummary], ...] = (
         ("fitted", found.fitted_before, found.fitted_after), ("held out", found.held_out_before, found.held_out_after),
     )
-    for name, before, after in rows:
-        errors.add_row(name, str(before.count), f"{before.mean:.2%}", f"{after.mean:.2%}", f"{before.worst:.2%}", f"{after.worst:.2%}")
+    for name, old, new in rows:
+        errors.add_row(name, str(old.count), f"{old.mean:.2%}", f"{new.mean:.2%}", f"{old.worst:.2%}", f"{new.worst:.2%}")
     console.print(errors)
