@@ -210,7 +210,7 @@ def _report_schedules(args: argparse.Namespace, systems: dict[str, System], runs
 def _draw(path: Path, systems: dict[str, System], runs: dict[str, Runs], gains: Sequence[float]) -> None:
     """The batch whose gain is the median one."""
     from megatron_dip.report.gantt import draw_gantt
-    from megatron_dip.report.timeline import plan_timeline
+    from megatron_dip.spec.timeline import plan_timeline
 
     batch = sorted(range(len(gains)), key=lambda index: gains[index])[len(gains) // 2]
     plan = runs["dip"].plans[batch]

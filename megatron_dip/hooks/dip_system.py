@@ -28,14 +28,13 @@ from megatron_dip.hooks.systems import Example, System, measured_timeline
 from megatron_dip.models.vlm import VlmConfig
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
-from megatron_dip.report.timeline import plan_timeline
 from megatron_dip.runtime.groups import PipelineGroups
 from megatron_dip.runtime.timing import StageRecord, clock_offset, gather_records
 from megatron_dip.spec.codec import save
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Plan, PlanStage
 from megatron_dip.spec.profile import PointToPoint, Profile
-from megatron_dip.spec.timeline import Bar, Timeline
+from megatron_dip.spec.timeline import Bar, Timeline, plan_timeline
 from megatron_dip.spec.training import RunSettings, SchedulePlan
 from megatron_dip.spec.workload import Microbatch, Training
 

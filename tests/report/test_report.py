@@ -13,12 +13,12 @@ from matplotlib import image as matplotlib_image
 from megatron_dip.cli.main import main
 from megatron_dip.report.gantt import draw_gantt
 from megatron_dip.report.tables import markdown_table, spread, timeline_table
-from megatron_dip.report.timeline import plan_timeline, read_timeline
+from megatron_dip.report.timeline import read_timeline
 from megatron_dip.report.trace import trace_events
 from megatron_dip.spec.codec import save
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Dep, Plan, PlanStage
-from megatron_dip.spec.timeline import Bar, Timeline
+from megatron_dip.spec.timeline import Bar, Timeline, plan_timeline
 
 
 def stage(number: int, rank: int, kind: Any, duration: int, *deps: Dep, module: str = "lm") -> PlanStage:
