@@ -18,6 +18,7 @@ Not done: what needs a static order of the schedule (see ``_REFUSED``); aux loss
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -287,7 +288,7 @@ class DipForwardBackward:
             return plan, error
         if message[0] == _ERROR:
             return None, pickle.loads(message[1:])
-        return msgspec.msgpack.decode(message[1:], type=Plan), None
+        return _decode_plan(message[1:]), None
 
     def _compare(self, plan: Plan | None, microbatches: list[Microbatch] | None, error: Exception | None) -> None:
         """Raises on every rank when one of them has an error, or another plan, batch or cut than the planner rank."""
@@ -554,6 +555,17 @@ def _pickled(error: Exception) -> bytes:
     except Exception:
         return pickle.dumps(PeerError(f"the planner rank failed: {type(error).__name__}: {error}"))
     return data
+
+
+def _decode_plan(data: bytes) -> Plan:
+    # Tens of thousands of small objects in one go set off full collections, which take longer than the decoding.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return msgspec.msgpack.decode(data, type=Plan)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _broadcast(message: bytes, source: int, group: dist.ProcessGroup) -> bytes:

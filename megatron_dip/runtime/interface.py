@@ -43,8 +43,10 @@ class ForwardOutput:
 class StagedModel(Protocol):
     """A model of which every rank holds some chunks. One object a rank."""
 
-    chunk_keys: Sequence[ChunkKey]
-    """This rank's chunks in the canonical order, which is that of the chunk list handed to Megatron (``model``)."""
+    @property
+    def chunk_keys(self) -> Sequence[ChunkKey]:
+        """This rank's chunks in the canonical order, which is that of the chunk list handed to Megatron (``model``)."""
+        ...
 
     def begin_iteration(self, plan: Plan, microbatches: Sequence[Any], *, forward_only: bool) -> None:
         """Takes the iteration's plan and, for each microbatch, what the capture of the user's forward_step produced."""
