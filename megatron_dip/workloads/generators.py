@@ -5,8 +5,8 @@ most 48 images, 2704 ViT patches and 169 tokens an image; at most 8 clips within
 bounds on images; the heaviest packed T2V microbatch has 4.15 times the work of the lightest (DIP, arXiv 2504.14145).
 
 Assumed, since nobody publishes them: the shapes of all distributions (geometric image counts, log-normal texts and clip lengths), the
-mix of data sets (each microbatch draws its own from a Dirichlet distribution, so that some are nearly all captions and others nearly
-all documents), detailed captions for every clip at 1.35 tokens a word, 1792 DiT tokens a second of video (16 fps, 4 frames a latent
+mix of data sets and of text alone (each microbatch draws its own from a Dirichlet distribution, so that some are nearly all captions
+and others nearly all text), detailed captions for every clip at 1.35 tokens a word, 1792 DiT tokens a second of video (16 fps, 4 frames a latent
 frame, 16 x 28 patches), and that work is uniform between the lightest and the heaviest T2V microbatch.
 """
 
@@ -50,9 +50,11 @@ IMAGE_TEXT_SETS: dict[str, ImageTextSet] = {
     "OBELICS": ImageTextSet(mean_images=2.50, mean_text_tokens=815.0, max_images=30, sigma=1.1),
     "MMC4": ImageTextSet(mean_images=5.64, mean_text_tokens=425.0, max_images=30),
     "ScienceQA": ImageTextSet(mean_images=1.0, mean_text_tokens=120.0, max_images=1, image_share=0.487, max_text_tokens=320, sigma=0.5),
+    "text": ImageTextSet(mean_images=1.0, mean_text_tokens=800.0, max_images=0, image_share=0.0),
 }
-_MIX_CONCENTRATION = 0.5
-"""Of the Dirichlet distribution over data sets: below 1 most microbatches are mostly of one set. Assumed."""
+_MIX = {"LAION-2B": 0.1, "OBELICS": 0.45, "MMC4": 0.25, "ScienceQA": 0.1, "text": 0.35}
+"""Parameters of the Dirichlet distribution over data sets. Assumed: small, so that most microbatches are mostly of one set, and in
+ratios that give 16 images a microbatch in the mean, as many as the paper's dynamic run has at its height of 0 to 32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +155,8 @@ def _packed(num_images: int) -> Microbatch:
 
 def pack_documents(rng: np.random.Generator) -> Microbatch:
     """Draws documents until the next does not fit; what is left over is filled with text alone."""
-    sets = list(IMAGE_TEXT_SETS.values())
-    mix = rng.dirichlet([_MIX_CONCENTRATION] * len(sets))
+    sets = [IMAGE_TEXT_SETS[name] for name in _MIX]
+    mix = rng.dirichlet(list(_MIX.values()))
     tokens = num_images = 0
     while True:
         source = sets[int(rng.choice(len(sets), p=mix))]
