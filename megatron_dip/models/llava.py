@@ -44,6 +44,10 @@ _STEM = ("conv1", "position_embeddings", "class_token", "embedder", "mask_token"
 class LlavaChunk(LLaVAModel):
     """A LLaVAModel with consecutive layers of one of its modules."""
 
+    vision_model: Any
+    vision_projection: Any
+    language_model: Any
+
     def __init__(self, sketch: LLaVAModel, config: TransformerConfig, vp_stage: int | None) -> None:
         """Args:
         sketch: the whole model, its parts sketches.
