@@ -18,7 +18,7 @@ from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.online import split
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
-from megatron_dip.schedule.bounds import lower_bound_ns
+from megatron_dip.schedule.bounds import problem_bound_ns
 from megatron_dip.schedule.checker import check_plan
 from megatron_dip.schedule.graph import StageProblem, build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
@@ -84,14 +84,15 @@ def plan_iteration(
     budget = options.time_budget_s
     if budget is None and options.evaluations is None:
         budget = 0.3
+    bound_ns = problem_bound_ns(problem, limit)
     try:
         result = search(problem, limit, SearchOptions(
             method=options.search, time_budget_s=budget, evaluations=options.evaluations, threads=options.threads, seed=options.seed,
-        ))
+        ), bound_ns)
     except DoesNotFit as error:
         assert capacity is not None
         raise _memory_error(error, capacity, initial) from error
-    plan = _make_plan(problem, partition, result, capacity, initial, options.seed, began)
+    plan = _make_plan(problem, partition, result, capacity, initial, bound_ns, options.seed, began)
     check_plan(plan, microbatches)
     return plan
 
@@ -108,7 +109,8 @@ def _memory_error(error: DoesNotFit, capacity: int, initial: Sequence[int]) -> I
 
 
 def _make_plan(
-    problem: StageProblem, partition: Partition, result: SearchResult, capacity: int | None, initial: list[int], seed: int, began: int
+    problem: StageProblem, partition: Partition, result: SearchResult, capacity: int | None, initial: list[int], bound_ns: int, seed: int,
+    began: int,
 ) -> Plan:
     schedule = result.schedule
     program = lower(schedule.graph, schedule.order)
@@ -122,7 +124,7 @@ def _make_plan(
         stages=_plan_stages(problem, partition, result),
         order=[tasks.tolist() for tasks in schedule.order],
         claimed_makespan=schedule.makespan_ns,
-        lower_bound=lower_bound_ns(problem.fastest),
+        lower_bound=bound_ns,
         bubble_fraction=schedule.bubble_fraction,
         peak_memory=schedule.peak_memory(initial),
         planning_ns=time.perf_counter_ns() - began,

@@ -1,3 +1,4 @@
+# mypy: no-check-untyped-defs
 """Simulated annealing over the two orders of priority, as one compiled loop.
 
 In: a kernel graph with costs and limits, a policy, the orders to start from. Out: the best orders met. One step moves, swaps or turns
@@ -38,7 +39,7 @@ def make_state(forward: NDArray[np.int32], backward: NDArray[np.int32], seed: in
     return AnnealState(
         forward=forward.copy(), backward=backward.copy(), best_forward=forward.copy(), best_backward=backward.copy(),
         kept=np.zeros(max(len(forward), len(backward)), dtype=np.int32),
-        random=np.random.SeedSequence(seed).generate_state(1, np.uint64), makespan=np.full(2, NEVER, dtype=np.int64),
+        random=np.random.SeedSequence(seed).generate_state(1, np.uint64).astype(np.uint64), makespan=np.full(2, NEVER, dtype=np.int64),
     )
 
 
@@ -61,11 +62,11 @@ def anneal_kernel(kernel, costs, limit, policy, work, state, steps, hot, cold, b
     temperature = hot
     cooling = (cold / hot) ** (1.0 / max(1, steps))
     while done < steps and makespan[1] > bound:
-        at_forward = len(backward) < 2 or (len(forward) > 1 and _below(random, movable) < len(forward))
+        at_forward = len(backward) < 2 or (len(forward) > 1 and below(random, movable) < len(forward))
         order = forward if at_forward else backward
         kept[: len(order)] = order
         _step(order, random)
-        cutoff = makespan[0] + np.int64(-temperature * np.log(_uniform(random)))
+        cutoff = makespan[0] + np.int64(-temperature * np.log(uniform(random)))
         value = interleave_kernel(kernel, costs, limit, forward, backward, policy, cutoff, work)
         if value <= cutoff:
             makespan[0] = value
@@ -84,16 +85,16 @@ def anneal_kernel(kernel, costs, limit, policy, work, state, steps, hot, cold, b
 def _step(order, random):  # type: ignore[no-untyped-def]
     """Changes ``order`` in place: takes a run of groups elsewhere, swaps two groups, or turns a run around."""
     size = len(order)
-    first = _below(random, size)
+    first = below(random, size)
     # Distances fall off: a uniform exponent reaches far places less often.
-    distance = np.int64(size ** _uniform(random))
+    distance = np.int64(size ** uniform(random))
     distance = min(max(distance, 1), size - 1)
-    second = first + distance if _below(random, 2) == 0 else first - distance
+    second = first + distance if below(random, 2) == 0 else first - distance
     if second < 0 or second >= size:
         second = first + distance if second < 0 else first - distance
         if second < 0 or second >= size:
             second = size - 1 - first if size - 1 - first != first else (first + 1) % size
-    kind = _below(random, 8)
+    kind = below(random, 8)
     if kind < 4:
         moved = order[first]
         if first < second:
@@ -124,12 +125,12 @@ def _random(random):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _uniform(random):  # type: ignore[no-untyped-def]
+def uniform(random):  # type: ignore[no-untyped-def]
     """In (0, 1]."""
     return (np.float64(_random(random) >> np.uint64(11)) + 1.0) * (1.0 / 9007199254740992.0)
 
 
 @numba.njit(nogil=True, cache=True)
-def _below(random, limit):  # type: ignore[no-untyped-def]
+def below(random, limit):  # type: ignore[no-untyped-def]
     """Whole number in 0 .. limit - 1."""
     return np.int64(_random(random) % np.uint64(limit))

@@ -1,3 +1,4 @@
+# mypy: no-check-untyped-defs
 """The interleaver: from two orders of priority (forwards, backwards) to every rank's schedule.
 
 In: a task graph, a permutation of the forward groups and one of the backward groups, a memory limit for each rank. Out: start times,
@@ -27,7 +28,7 @@ import numpy as np
 from numba.cpython.unsafe.numbers import trailing_zeros  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
-from megatron_dip.schedule.result import paths_ns
+from megatron_dip.schedule.result import topological_order
 from megatron_dip.spec.tasks import BACKWARD, FORWARD, WEIGHT, TaskGraph
 
 NEVER = np.int64(1) << 62
@@ -54,6 +55,8 @@ class KernelGraph(NamedTuple):
     succ_lag: NDArray[np.int64]
     num_deps: NDArray[np.int32]
     """[T] over the same edges"""
+    line: NDArray[np.int32]
+    """[T] tasks, each behind those it waits for"""
     group_offset: NDArray[np.int32]
     """[G + 1]; forward groups first"""
     group_segment: NDArray[np.int32]
@@ -187,6 +190,7 @@ def make_kernel_graph(graph: TaskGraph) -> KernelGraph:
         num_ranks=num_ranks, num_forward=num_forward, num_backward=num_backward,
         succ_offset=succ_offset.astype(np.int32), succ_task=target[by_source].astype(np.int32),
         succ_lag=np.ascontiguousarray(lag[by_source]), num_deps=np.bincount(target, minlength=num_tasks).astype(np.int32),
+        line=topological_order(graph),
         group_offset=np.append(group_start, len(queue)).astype(np.int32), group_segment=group_segment.astype(np.int32),
         group_unit=group_unit.astype(np.int32), num_forward_groups=num_forward_groups, segment_unit=segment_unit.astype(np.int32),
         unit_offset=np.concatenate(([0], np.cumsum(np.bincount(group_unit[:num_forward_groups], minlength=len(units))))).astype(np.int32),
@@ -197,22 +201,44 @@ def make_kernel_graph(graph: TaskGraph) -> KernelGraph:
 
 
 def make_costs(graph: TaskGraph, kernel: KernelGraph) -> Costs:
-    """Durations and memory of a task graph with what the admission check needs of them."""
+    """Durations and memory of a task graph with what the kernel needs of them."""
     num_ranks, num_units = kernel.num_ranks, len(kernel.unit_offset) - 1
-    forward = np.arange(kernel.num_forward * num_ranks)
-    start, end = graph.mem_start_bytes[forward], graph.mem_end_bytes[forward]
-    kept = np.maximum(start + end, 0)
-    place = kernel.segment_unit[forward // num_ranks].astype(np.int64) * num_ranks + forward % num_ranks
-    need = np.zeros(num_units * num_ranks, dtype=np.int64)
-    extra = np.zeros(num_units * num_ranks, dtype=np.int64)
-    np.add.at(need, place, kept)
-    np.maximum.at(extra, place, np.maximum(start, start + end) - kept)
-    _, tails = paths_ns(graph)
-    return Costs(
-        duration=np.ascontiguousarray(graph.duration_ns), mem_start=graph.mem_start_bytes, mem_end=graph.mem_end_bytes,
-        need=need, extra=extra, worst=(need + extra).reshape(num_units, num_ranks).max(axis=0),
-        rest=(graph.duration_ns.reshape(-1, num_ranks).sum(axis=0) + tails.reshape(-1, num_ranks).min(axis=0)),
+    costs = Costs(
+        duration=graph.duration_ns.copy(), mem_start=graph.mem_start_bytes.copy(), mem_end=graph.mem_end_bytes.copy(),
+        need=np.zeros(num_units * num_ranks, dtype=np.int64), extra=np.zeros(num_units * num_ranks, dtype=np.int64),
+        worst=np.zeros(num_ranks, dtype=np.int64), rest=np.zeros(num_ranks, dtype=np.int64),
     )
+    refresh_costs(kernel, costs)
+    return costs
+
+
+@numba.njit(nogil=True, cache=True)
+def refresh_costs(kernel, costs):  # type: ignore[no-untyped-def]
+    """Fills ``need``, ``extra``, ``worst`` and ``rest`` anew after durations or memory have changed."""
+    num_ranks = kernel.num_ranks
+    need, extra = costs.need, costs.extra
+    need[:] = 0
+    extra[:] = 0
+    for task in range(kernel.num_forward * num_ranks):
+        at = kernel.segment_unit[task // num_ranks] * num_ranks + task % num_ranks
+        start, kept = costs.mem_start[task], costs.mem_start[task] + costs.mem_end[task]
+        need[at] += max(kept, 0)
+        extra[at] = max(extra[at], max(start, kept) - max(kept, 0))
+    costs.worst[:] = 0
+    for at in range(len(need)):
+        costs.worst[at % num_ranks] = max(costs.worst[at % num_ranks], need[at] + extra[at])
+    tail = np.zeros(len(costs.duration), dtype=np.int64)
+    shortest = np.full(num_ranks, NEVER)
+    costs.rest[:] = 0
+    for index in range(len(kernel.line) - 1, -1, -1):
+        task = kernel.line[index]
+        for edge in range(kernel.succ_offset[task], kernel.succ_offset[task + 1]):
+            behind = kernel.succ_task[edge]
+            tail[task] = max(tail[task], kernel.succ_lag[edge] + costs.duration[behind] + tail[behind])
+        rank = task % num_ranks
+        costs.rest[rank] += costs.duration[task]
+        shortest[rank] = min(shortest[rank], tail[task])
+    costs.rest[:] += shortest
 
 
 def make_workspace(kernel: KernelGraph) -> Workspace:

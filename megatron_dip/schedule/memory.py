@@ -1,3 +1,4 @@
+# mypy: no-check-untyped-defs
 """Chooses a memory candidate for each stage pair, rank by rank, for given orders.
 
 In: a rank's order of tasks and the bytes it may hold. Out: for each of its pairs a candidate, so that the sum of times is small and the
@@ -13,7 +14,7 @@ backward gives back floor(half) of its pair's bytes at the input part's end, the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -358,9 +359,9 @@ def choose_exactly(
     solver.setOptionValue("time_limit", time_limit_s)
     solver.setOptionValue("mip_rel_gap", gap)
     solver.setOptionValue("threads", 1)
-    columns: list[list[object]] = []
-    rows: list[list[object]] = [[] for _ in problem.room]
-    objective: list[object] = []
+    columns: list[list[Any]] = []
+    rows: list[list[Any]] = [[] for _ in problem.room]
+    objective: list[Any] = []
     # Megabytes and microseconds keep the solver's numbers near 1.
     for index, pair in enumerate(problem.pair.tolist()):
         kind = int(tables.pair_class[pair])
@@ -378,8 +379,8 @@ def choose_exactly(
         solver.addConstr(sum(mine[1:], mine[0]) == 1)
     for room, row in zip(problem.room.tolist(), rows, strict=True):
         if row:
-            solver.addConstr(sum(row[1:], row[0]) <= room * 1e-6)  # type: ignore[operator, arg-type]
-    solver.minimize(sum(objective[1:], objective[0]))  # type: ignore[arg-type]
+            solver.addConstr(sum(row[1:], row[0]) <= room * 1e-6)
+    solver.minimize(sum(objective[1:], objective[0]))
     if solver.getModelStatus() not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
         raise InputError("memory_capacity_bytes", limit, "no choice of memory strategies fits this order", "give more memory or another order")
     total = 0

@@ -1,3 +1,4 @@
+# mypy: no-check-untyped-defs
 """A schedule: each rank's tasks in order, with times; and the times of any given order.
 
 In: a task graph and an order of tasks for each rank. Out: earliest start times, or None where the orders wait for each other.
@@ -114,21 +115,26 @@ def _time_kernel(follows, duration, dep_offset, dep_task, dep_lag, succ_offset, 
     return done
 
 
+def topological_order(graph: TaskGraph) -> NDArray[np.int32]:
+    """[T] all tasks, each behind those it waits for."""
+    line = np.zeros(graph.num_tasks, dtype=np.int32)
+    placed = _line_kernel(graph.dep_offset, *successors(graph), line)
+    assert placed == graph.num_tasks, "the task graph has a cycle"
+    return line
+
+
 def paths_ns(graph: TaskGraph) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """([T] heads, [T] tails): longest chain of dependencies before a task's start, and from its end to the end of all."""
     head, tail = np.zeros(graph.num_tasks, dtype=np.int64), np.zeros(graph.num_tasks, dtype=np.int64)
-    done = _path_kernel(graph.duration_ns, graph.dep_offset, graph.dep_task, graph.dep_lag_ns, *successors(graph), head, tail)
-    assert done == graph.num_tasks, "the task graph has a cycle"
+    _path_kernel(topological_order(graph), graph.duration_ns, graph.dep_offset, graph.dep_task, graph.dep_lag_ns, head, tail)
     return head, tail
 
 
 @numba.njit(nogil=True, cache=True)
-def _path_kernel(duration, dep_offset, dep_task, dep_lag, succ_offset, succ_task, head, tail):  # type: ignore[no-untyped-def]
-    num_tasks = len(duration)
+def _line_kernel(dep_offset, succ_offset, succ_task, line):  # type: ignore[no-untyped-def]
     waits = dep_offset[1:] - dep_offset[:-1]
-    line = np.empty(num_tasks, dtype=np.int32)
     size = 0
-    for task in range(num_tasks):
+    for task in range(len(waits)):
         if waits[task] == 0:
             line[size] = task
             size += 1
@@ -136,16 +142,21 @@ def _path_kernel(duration, dep_offset, dep_task, dep_lag, succ_offset, succ_task
     while done < size:
         task = line[done]
         done += 1
-        for edge in range(dep_offset[task], dep_offset[task + 1]):
-            head[task] = max(head[task], head[dep_task[edge]] + duration[dep_task[edge]] + dep_lag[edge])
         for edge in range(succ_offset[task], succ_offset[task + 1]):
             waits[succ_task[edge]] -= 1
             if waits[succ_task[edge]] == 0:
                 line[size] = succ_task[edge]
                 size += 1
-    for index in range(done - 1, -1, -1):
-        task = line[index]
+    return size
+
+
+@numba.njit(nogil=True, cache=True)
+def _path_kernel(line, duration, dep_offset, dep_task, dep_lag, head, tail):  # type: ignore[no-untyped-def]
+    for task in line:
+        for edge in range(dep_offset[task], dep_offset[task + 1]):
+            before = dep_task[edge]
+            head[task] = max(head[task], head[before] + duration[before] + dep_lag[edge])
+    for task in line[::-1]:
         for edge in range(dep_offset[task], dep_offset[task + 1]):
             before = dep_task[edge]
             tail[before] = max(tail[before], tail[task] + duration[task] + dep_lag[edge])
-    return done

@@ -1,30 +1,71 @@
 """Searches the orders of priority and the memory choice of one iteration.
 
 In: a :class:`~megatron_dip.schedule.graph.StageProblem`, the bytes that each rank may hold, a budget. Out: a :class:`SearchResult`.
+
+How the shipped search (``anneal``) goes:
+
+1. *Portfolio.* Heuristic orders, what a rank prefers, levels of memory saving (every pair takes its candidate number l) and tighter
+   limits on memory in flight than the rank has, are interleaved once each. A schedule under a uniform level is already valid.
+2. *Chains.* The best few are annealed for a short while, then the best of them (one for each thread) in cycles of doubling length,
+   each cooling from a quarter of the gap to the bound. Nothing in it looks at the budget, so a larger one goes through the same states
+   and can only find more.
+3. *Polish.* Every few rounds a chain's best order, if new, gets its own memory choice (:mod:`megatron_dip.schedule.memory`) and is
+   timed with the durations that follow. The search's score is the makespan after that.
+
+The paper's methods (``mcts``, ``dfs``, ``random``; :mod:`megatron_dip.schedule.paper_search`) work on times of the leanest candidates
+and polish what they find; ``fifo`` is the portfolio's first row alone. Source: DIP (arXiv 2504.14145), schedule search.
+
+The same problem, seed, number of evaluations and number of threads give the same result; time budgets are looked at between rounds.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dip.schedule.anneal import AnnealState, anneal_kernel, make_state
 from megatron_dip.schedule.graph import StageProblem
 from megatron_dip.schedule.interleave import (
     ALTERNATE,
-    BACKWARD_FIRST,
+    FORWARD_FIRST,
+    NEVER,
     UNLIMITED,
+    Costs,
+    KernelGraph,
     Policy,
-    interleave,
+    interleave_kernel,
     make_costs,
     make_kernel_graph,
     make_workspace,
+    refresh_costs,
 )
+from megatron_dip.schedule.memory import MemoryTables, apply_choice, choose, make_tables
+from megatron_dip.schedule.paper_search import METHODS as PAPER_METHODS
+from megatron_dip.schedule.paper_search import make_paper_state
 from megatron_dip.schedule.result import Schedule, time_order
 
 SearchMethod = Literal["anneal", "mcts", "dfs", "random", "fifo"]
+
+_ROUND_STAGES = 200_000
+"""Stages interleaved between two looks at the clock: about 20 ms."""
+_FIRST_CHAINS = 4
+"""Chains that start; each thread goes on with one."""
+_TRIAL_STEPS = 64
+"""Steps that every first chain takes before the best go on."""
+_FIRST_CYCLE = 256
+"""Steps of the first cooling cycle; each cycle is twice as long as the one before."""
+_POLISH_ROUNDS = 3
+_HOT, _COLD = 0.25, 0.01
+"""First and last temperature of a cycle as shares of the gap between the chain's best and the bound."""
+_LIMIT_SHARES = (1.0, 0.8, 0.64)
+"""Limits on memory in flight, as shares of what the rank has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +76,7 @@ class SearchOptions:
     time_budget_s: float | None = None
     """Seconds; None = ``evaluations`` alone limit the search."""
     evaluations: int | None = None
-    """Whole schedules that may be tried; the same number gives the same plan on every machine."""
+    """Whole schedules that may be tried (at least one is)."""
     threads: int = 1
     seed: int = 0
 
@@ -60,38 +101,307 @@ class DoesNotFit(Exception):
         super().__init__(f"bytes missing on each rank: {missing.tolist()}")
 
 
-def search(problem: StageProblem, limit: NDArray[np.int64], options: SearchOptions) -> SearchResult:
-    """Best schedule found.
+def search(problem: StageProblem, limit: NDArray[np.int64], options: SearchOptions, bound_ns: int = 0) -> SearchResult:
+    """Best schedule found within the budget.
 
     Args:
         limit: [P] bytes that live stages may hold on each rank, UNLIMITED for no limit.
+        bound_ns: a makespan that no schedule can beat; the search ends when it is reached.
 
     Raises:
         DoesNotFit: no schedule keeps the limit.
     """
-    kernel = make_kernel_graph(problem.fastest)
-    work = make_workspace(kernel)
-    forward = np.arange(kernel.num_forward_groups, dtype=np.int32)
-    backward = np.arange(len(kernel.group_unit) - kernel.num_forward_groups, dtype=np.int32)
-    best: SearchResult | None = None
-    evaluations = 0
-    levels = int(problem.num_candidates.max())
-    for level in range(levels):
-        choice = np.minimum(level, problem.leanest()).astype(np.int32)
-        graph = problem.graph(choice)
-        costs = make_costs(graph, kernel)
-        if (costs.worst > limit).any():
-            if level == levels - 1 and best is None:
-                raise DoesNotFit(costs.worst - limit)
-            continue
-        for both in (ALTERNATE, BACKWARD_FIRST):
-            interleave(kernel, costs, limit, forward, backward, Policy(both), work)
-            evaluations += 1
-            schedule = time_order(graph, work.orders())
-            assert schedule is not None
-            if best is None or schedule.makespan_ns < best.schedule.makespan_ns:
-                best = SearchResult(schedule=schedule, choice=choice, evaluations=evaluations)
-        if (limit >= UNLIMITED).all():
-            break
-    assert best is not None
-    return SearchResult(schedule=best.schedule, choice=best.choice, evaluations=evaluations)
+    searcher = _Searcher(problem, limit, options, bound_ns)
+    searcher.run()
+    return searcher.result()
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """One row of the portfolio with the makespan it gave."""
+
+    makespan_ns: int
+    level: int
+    limit_share: float
+    policy: Policy
+    forward: NDArray[np.int32]
+    backward: NDArray[np.int32]
+
+
+class _Searcher:
+    """State of one search. Threads touch only their own chains; everything else happens between rounds."""
+
+    def __init__(self, problem: StageProblem, limit: NDArray[np.int64], options: SearchOptions, bound_ns: int) -> None:
+        self.began = time.monotonic()
+        self.problem, self.options, self.bound_ns = problem, options, bound_ns
+        self.kernel = make_kernel_graph(problem.fastest)
+        self.tables = make_tables(problem)
+        self.leanest = problem.leanest()
+        costs = make_costs(problem.fastest, self.kernel)
+        # A limit that everything together keeps is none, which spares the interleaver the admission check.
+        everything = costs.need.reshape(-1, self.kernel.num_ranks).sum(axis=0) + costs.extra.max(initial=0)
+        self.limit = np.where(limit >= everything, UNLIMITED, limit).astype(np.int64)
+        self.bounded = bool((self.limit < UNLIMITED).any())
+        self.evaluations = 0
+        self.best_makespan = int(NEVER)
+        self.best_orders: list[NDArray[np.int32]] = []
+        self.best_choice = np.zeros(problem.num_pairs, dtype=np.int32)
+
+    def run(self) -> None:
+        if self.bounded:
+            leanest = self.chain_at(int(self.leanest.max()), 1.0, Policy(), *self.fifo(), 0)
+            if (leanest.costs.worst > self.limit).any():
+                raise DoesNotFit(leanest.costs.worst - self.limit)
+        if self.options.method in PAPER_METHODS:
+            level = int(self.leanest.max()) if self.bounded else 0
+            state = make_paper_state(self.options.method, self.kernel, self.options.seed)
+            paper = _PaperChain(self, level, *self.fifo(), state)
+            self.rounds([paper])
+            return
+        starts = self.portfolio()
+        if self.options.method == "anneal" and not self.spent():
+            chains = [self.chain_from(start, number) for number, start in enumerate(starts[: max(_FIRST_CHAINS, self.options.threads)])]
+            self.rounds(chains)
+
+    def result(self) -> SearchResult:
+        schedule = time_order(self.problem.graph(self.best_choice), self.best_orders)
+        assert schedule is not None
+        assert schedule.makespan_ns == self.best_makespan, (schedule.makespan_ns, self.best_makespan)
+        return SearchResult(schedule=schedule, choice=self.best_choice, evaluations=self.evaluations)
+
+    def fifo(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        kernel = self.kernel
+        num_backward = len(kernel.group_unit) - kernel.num_forward_groups
+        return np.arange(kernel.num_forward_groups, dtype=np.int32), np.arange(num_backward, dtype=np.int32)
+
+    def spent(self) -> bool:
+        """Whether the budget is used up or nothing is left to win."""
+        options = self.options
+        if self.best_makespan <= self.bound_ns:
+            return True
+        if options.evaluations is not None and self.evaluations >= options.evaluations:
+            return True
+        return options.time_budget_s is not None and time.monotonic() - self.began >= options.time_budget_s
+
+    # Portfolio
+
+    def portfolio(self) -> list[_Start]:
+        """Interleaves every row within the budget (the first that fits always); returns them from best to worst, unlike ones only."""
+        starts: list[_Start] = []
+        work = make_workspace(self.kernel)
+        costs = make_costs(self.problem.fastest, self.kernel)
+        policies = [Policy(ALTERNATE), Policy(FORWARD_FIRST)]
+        if (self.problem.pair_weight >= 0).any():
+            policies += [Policy(ALTERNATE, weight_fit=0), Policy(FORWARD_FIRST, weight_fit=0)]
+        if self.options.method == "fifo":
+            policies = policies[:1]
+        levels = range(int(self.leanest.max()) + 1) if self.bounded else range(1)
+        for level in levels:
+            choice = np.minimum(level, self.leanest).astype(np.int32)
+            _set_choice(self.kernel, self.tables, costs, choice)
+            for share in _LIMIT_SHARES if self.bounded and self.options.method != "fifo" else (1.0,):
+                limit = _shared(self.limit, share)
+                if (costs.worst > limit).any():
+                    continue
+                for forward, backward in self.heuristic_orders():
+                    for policy in policies:
+                        if self.spent() and starts:
+                            return self.unlike(starts)
+                        value = int(interleave_kernel(self.kernel, costs, limit, forward, backward, policy.array(), NEVER, work))
+                        self.evaluations += 1
+                        starts.append(_Start(value, level, share, policy, forward, backward))
+                        if value < self.best_makespan:
+                            self.offer(work.orders(), choice)
+        return self.unlike(starts)
+
+    def heuristic_orders(self) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        """Microbatches in the given order; heavy ones first; light ones first; light ones at both ends."""
+        forward, backward = self.fifo()
+        if self.options.method == "fifo":
+            return [(forward, backward)]
+        kernel, graph = self.kernel, self.problem.fastest
+        work = np.zeros(len(kernel.unit_offset) - 1)
+        np.add.at(work, np.repeat(kernel.segment_unit, kernel.num_ranks), graph.duration_ns)
+        forward_unit, backward_unit = kernel.group_unit[: kernel.num_forward_groups], kernel.group_unit[kernel.num_forward_groups :]
+        by_work = np.argsort(work, kind="stable")
+        both_ends = np.concatenate((by_work[::2], by_work[1::2][::-1]))
+        orders = [(forward, backward)]
+        for units in (by_work[::-1], by_work, both_ends):
+            place = np.empty(len(units), dtype=np.int64)
+            place[units] = np.arange(len(units))
+            orders.append((
+                np.argsort(place[forward_unit], kind="stable").astype(np.int32),
+                np.argsort(place[backward_unit], kind="stable").astype(np.int32),
+            ))
+        return orders
+
+    @staticmethod
+    def unlike(starts: list[_Start]) -> list[_Start]:
+        """From best to worst, at most two of one level and share, so that chains do not all start at one place."""
+        taken: dict[tuple[int, float], int] = {}
+        result = []
+        for start in sorted(starts, key=lambda start: start.makespan_ns):
+            key = (start.level, start.limit_share)
+            taken[key] = taken.get(key, 0) + 1
+            if taken[key] <= 2 or len(taken) == 1:
+                result.append(start)
+        return result
+
+    # Chains
+
+    def chain_from(self, start: _Start, number: int) -> _Chain:
+        return self.chain_at(start.level, start.limit_share, start.policy, start.forward, start.backward, number)
+
+    def chain_at(
+        self, level: int, share: float, policy: Policy, forward: NDArray[np.int32], backward: NDArray[np.int32], number: int
+    ) -> _Chain:
+        return _Chain(self, level, share, policy, make_state(forward, backward, self.options.seed * 1009 + number))
+
+    def rounds(self, chains: Sequence[_Chain]) -> None:
+        """Runs chains until the budget is spent: all of them for a trial, then the best, one for each thread."""
+        steps = max(4, _ROUND_STAGES // self.problem.fastest.num_tasks)
+        with ThreadPoolExecutor(self.options.threads) as pool:
+            trial = True
+            while not self.spent():
+                if trial and min(chain.steps for chain in chains) >= _TRIAL_STEPS:
+                    trial = False
+                    chains = sorted(chains, key=lambda chain: chain.score)[: self.options.threads]
+                share = steps
+                if self.options.evaluations is not None:
+                    share = min(steps, max(1, (self.options.evaluations - self.evaluations) // len(chains)))
+                if self.options.threads == 1:
+                    for chain in chains:
+                        chain.advance(share)
+                else:
+                    list(pool.map(_Chain.advance, chains, [share] * len(chains)))
+                for chain in chains:
+                    self.evaluations += chain.taken
+                    for orders, choice, makespan in chain.found:
+                        if makespan < self.best_makespan:
+                            self.offer(orders, choice)
+                    chain.found.clear()
+                if not trial and len(chains) > 1:
+                    self.share_best(chains)
+
+    @staticmethod
+    def share_best(chains: Sequence[_Chain]) -> None:
+        """At the start of a cycle every chain goes on from the best chain's order; their random numbers differ."""
+        if all(chain.at_cycle_start for chain in chains):
+            leader = min(chains, key=lambda chain: chain.score)
+            for chain in chains:
+                if chain is not leader and chain.score > leader.score:
+                    chain.follow(leader)
+
+    def offer(self, orders: list[NDArray[np.int32]], choice: NDArray[np.int32]) -> None:
+        """Takes a schedule as the best if, timed by its orders, it is."""
+        schedule = time_order(self.problem.graph(choice), orders)
+        assert schedule is not None
+        if schedule.makespan_ns < self.best_makespan:
+            self.best_makespan, self.best_orders, self.best_choice = schedule.makespan_ns, orders, choice.copy()
+
+
+class _Chain:
+    """One annealing chain: its own costs, workspace and orders."""
+
+    def __init__(self, searcher: _Searcher, level: int, share: float, policy: Policy, state: AnnealState) -> None:
+        self.searcher, self.state, self.policy = searcher, state, policy.array()
+        self.choice = np.minimum(level, searcher.leanest).astype(np.int32)
+        self.costs = make_costs(searcher.problem.fastest, searcher.kernel)
+        _set_choice(searcher.kernel, searcher.tables, self.costs, self.choice)
+        self.limit = _shared(searcher.limit, share)
+        self.work = make_workspace(searcher.kernel)
+        self.steps = 0
+        """Steps taken in all."""
+        self.taken = 0
+        """Evaluations of the last round."""
+        self.found: list[tuple[list[NDArray[np.int32]], NDArray[np.int32], int]] = []
+        """Schedules worth offering, of the last round: orders, memory choice, makespan."""
+        self.score = int(NEVER)
+        self.cycle_length, self.cycle_done, self.rounds_unpolished = _FIRST_CYCLE, 0, 0
+        self.polished = int(NEVER)
+        """Best makespan before the memory choice that was polished."""
+        self.hot = 1.0
+
+    @property
+    def at_cycle_start(self) -> bool:
+        return self.cycle_done == 0
+
+    def advance(self, steps: int) -> None:
+        """Takes some steps, and polishes a new best every few rounds."""
+        searcher, state = self.searcher, self.state
+        if self.cycle_done == 0:
+            best = int(state.makespan[1])
+            reference = best if best < NEVER else searcher.best_makespan
+            self.hot = max(1.0, _HOT * (reference - searcher.bound_ns))
+            state.forward[:] = state.best_forward
+            state.backward[:] = state.best_backward
+            state.makespan[0] = state.makespan[1]
+        begin, end = self.cycle_done / self.cycle_length, min(1.0, (self.cycle_done + steps) / self.cycle_length)
+        fall = _COLD / _HOT
+        self.taken = int(anneal_kernel(
+            searcher.kernel, self.costs, self.limit, self.policy, self.work, state, steps, self.hot * fall**begin, self.hot * fall**end,
+            searcher.bound_ns,
+        ))
+        self.steps += steps
+        self.cycle_done += steps
+        if self.cycle_done >= self.cycle_length:
+            self.cycle_done, self.cycle_length = 0, 2 * self.cycle_length
+        self.rounds_unpolished += 1
+        if state.makespan[1] < self.polished and (self.rounds_unpolished >= _POLISH_ROUNDS or self.steps <= _TRIAL_STEPS):
+            self.polish()
+
+    def polish(self) -> None:
+        """Gives the best order its own memory choice and offers what comes out."""
+        searcher, state = self.searcher, self.state
+        self.polished, self.rounds_unpolished = int(state.makespan[1]), 0
+        value = interleave_kernel(
+            searcher.kernel, self.costs, self.limit, state.best_forward, state.best_backward, self.policy, NEVER, self.work
+        )
+        assert value == state.makespan[1], (value, state.makespan[1])
+        orders = self.work.orders()
+        self.taken += 1
+        self._offer(orders, self.choice)
+        if searcher.bounded:
+            choice = self.choice.copy()
+            if choose(searcher.tables, orders, searcher.limit, choice):
+                self._offer(orders, choice)
+
+    def _offer(self, orders: list[NDArray[np.int32]], choice: NDArray[np.int32]) -> None:
+        schedule = time_order(self.searcher.problem.graph(choice), orders)
+        assert schedule is not None
+        self.score = min(self.score, schedule.makespan_ns)
+        self.found.append((orders, choice, schedule.makespan_ns))
+
+    def follow(self, leader: _Chain) -> None:
+        """Goes on from another chain's costs and best order."""
+        self.choice, self.limit, self.policy = leader.choice, leader.limit, leader.policy
+        _set_choice(self.searcher.kernel, self.searcher.tables, self.costs, self.choice)
+        for mine, other in ((self.state.best_forward, leader.state.best_forward), (self.state.best_backward, leader.state.best_backward)):
+            mine[:] = other
+        self.state.makespan[:] = leader.state.makespan[1]
+        self.polished, self.score = leader.polished, leader.score
+
+
+class _PaperChain(_Chain):
+    """One of the paper's methods in a chain's clothes: no cycles, another kernel."""
+
+    def __init__(self, searcher: _Searcher, level: int, forward: NDArray[np.int32], backward: NDArray[np.int32], paper: object) -> None:
+        super().__init__(searcher, level, 1.0, Policy(ALTERNATE), make_state(forward, backward, searcher.options.seed))
+        self.paper = paper
+
+    def advance(self, steps: int) -> None:
+        searcher = self.searcher
+        kernel = PAPER_METHODS[searcher.options.method]
+        self.taken = int(kernel(searcher.kernel, self.costs, self.limit, self.policy, self.work, self.state, self.paper, steps))
+        self.steps += steps
+        if self.state.makespan[1] < self.polished:
+            self.polish()
+
+
+def _set_choice(kernel: KernelGraph, tables: MemoryTables, costs: Costs, choice: NDArray[np.int32]) -> None:
+    apply_choice(tables, choice, costs.duration, costs.mem_start, costs.mem_end)
+    refresh_costs(kernel, costs)
+
+
+def _shared(limit: NDArray[np.int64], share: float) -> NDArray[np.int64]:
+    return np.array([value if value >= UNLIMITED else math.floor(value * share) for value in limit.tolist()], dtype=np.int64)
