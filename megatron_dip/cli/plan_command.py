@@ -57,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     partition.add_argument("--sub-microbatch", metavar="vit=6", help="instances in a sub-microbatch of these modules; the rest is chosen")
     partition.add_argument("--partitioner", choices=("joint", "paper"), default="joint",
                            help="joint: least expected time over the sample; paper: the 95 %% and floor rules (default joint)")
-    partition.add_argument("--sample", type=Path, nargs="+", metavar="FILE", default=(),
-                           help="workloads of the same model to choose the partition on (default: the workload itself); 256 or more for a real run")
+    partition.add_argument("--sample", type=Path, nargs="+", metavar="PATH", default=(),
+                           help="workloads of the same model, or directories of them, to choose the partition on (default: the workload "
+                           "itself); 256 or more for a real run")
     partition.add_argument("--save-partition", type=Path, metavar="FILE", help="write the partition too, for --partition")
     parser.add_argument("--replica", type=int, default=0, metavar="N", help="which data-parallel replica to plan: it gets microbatches N, N + data, ... (default 0)")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the schedule as a text grid too")
@@ -181,9 +182,15 @@ def _partition(args: argparse.Namespace, task: _Task, workload: Workload, show: 
 
 
 def _sample(args: argparse.Namespace, workload: Workload) -> list[list[Microbatch]]:
-    """The first replica's batch of each sample file; the model must be the workload's."""
-    batches = []
+    """The first replica's batch of each sample; the model must be the workload's."""
+    paths: list[Path] = []
     for path in args.sample:
+        inside = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not inside:
+            raise InputError("--sample", str(path), "holds no .json file", "name workloads or a directory of them")
+        paths.extend(inside)
+    batches = []
+    for path in paths:
         other = load_workload(path)
         if [module.name for module in other.model_spec.modules] != [module.name for module in workload.model_spec.modules]:
             raise InputError("--sample", str(path), "is of another model", "give workloads of the model that is planned")

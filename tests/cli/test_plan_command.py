@@ -96,10 +96,13 @@ def test_a_replica_gets_its_own_microbatches(workload: Path, capsys: pytest.Capt
 
 
 def test_a_sample_chooses_the_partition(workload: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.json"
+    other = tmp_path / "sample" / "other.json"
+    other.parent.mkdir()
     other.write_text(workload.read_text())
     change(other, microbatches=[{"lm": [10]}, {"vit": [1], "lm": [10]}])
-    assert plan(workload, "--sample", str(other), str(workload), "--no-baselines") == 0
+    assert plan(workload, "--sample", str(other.parent), str(workload), "--no-baselines") == 0
+    other.unlink()
+    assert plan(workload, "--sample", str(other.parent), "--no-baselines") == 2
 
 
 def test_the_papers_partitioner_is_there_too(workload: Path) -> None:
