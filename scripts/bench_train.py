@@ -239,16 +239,13 @@ def _example(seed: int, pipeline: int, iterations: int, images: str) -> tuple[Ex
 
 def _dip_system(example: Example, settings: RunSettings, partition: Partition | None, warmed_by: DipSystem | None = None) -> DipSystem:
     from megatron_dip.hooks.dip_system import DipSystem
-    from megatron_dip.models.vlm import VlmConfig
     from megatron_dip.spec.training import SchedulePlan
 
-    config = VlmConfig(model=example.config.model, parallel=settings.parallel, seed=settings.seed)
-    return DipSystem(SchedulePlan(name="dip", partition=partition), config, example, settings, warmed_by)
+    return DipSystem(SchedulePlan(name="dip", partition=partition), example, settings, warmed_by)
 
 
 def _stock_system(name: str, example: Example, settings: RunSettings, layer_times: dict[str, ChainCost]) -> System:
     from megatron_dip.hooks.systems import StockSystem
-    from megatron_dip.models.vlm import VlmConfig
     from megatron_dip.spec.training import SchedulePlan
 
     class SerialSystem(StockSystem):
@@ -271,7 +268,7 @@ def _stock_system(name: str, example: Example, settings: RunSettings, layer_time
         "serial": SchedulePlan(name="1f1b", layout="parameters"),
     }[name]
     kind = SerialSystem if name == "serial" else StockSystem
-    system = kind(schedule, VlmConfig(model=example.config.model, parallel=settings.parallel, seed=settings.seed), example, settings, layer_times)
+    system = kind(schedule, example, settings, layer_times)
     if name == "serial":
         system.label = "control: the chain, one microbatch at a time"
     return system
@@ -485,7 +482,6 @@ def unlimited(costs: Any) -> CostModel:
 def _plan_of_schedule(schedule: Any) -> Plan:
     """A schedule's order as a plan that the executor runs."""
     from megatron_dip.program.lower import lower
-    from megatron_dip.schedule.bounds import lower_bound_ns
     from megatron_dip.spec.plan import Dep, Plan, PlanStage
     from megatron_dip.spec.tasks import KIND_NAMES
 
@@ -504,7 +500,7 @@ def _plan_of_schedule(schedule: Any) -> Plan:
     ]
     return Plan(
         format="megatron-dip/plan/1", ranks=graph.num_ranks, memory_capacity=None, memory_initial=[0] * graph.num_ranks, stages=stages,
-        order=[tasks.tolist() for tasks in schedule.order], claimed_makespan=schedule.makespan_ns, lower_bound=lower_bound_ns(graph),
+        order=[tasks.tolist() for tasks in schedule.order], claimed_makespan=schedule.makespan_ns, lower_bound=1,
         bubble_fraction=schedule.bubble_fraction, peak_memory=[0] * graph.num_ranks, planning_ns=0, evaluations=0, seed=0, chunks={},
         sub_microbatch_size={}, actions=program.actions(), inputs=program.inputs(), local_inputs=program.local_inputs(), outputs=program.outputs(),
     )

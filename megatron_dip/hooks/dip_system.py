@@ -24,8 +24,7 @@ from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.hooks.forward_backward import DipForwardBackward
 from megatron_dip.hooks.iterators import LookaheadIterator
 from megatron_dip.hooks.setup import build_dip_model
-from megatron_dip.hooks.systems import Example, System, measured_timeline
-from megatron_dip.models.vlm import VlmConfig
+from megatron_dip.hooks.systems import Example, System, measured_timeline, vlm_config
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.runtime.groups import PipelineGroups
@@ -52,17 +51,17 @@ class DipSystem(System):
     """DIP on the example's model, with weights, optimizer and data of its own."""
 
     def __init__(
-        self, schedule: SchedulePlan, vlm_config: VlmConfig, example: Example, settings: RunSettings, warmed_by: DipSystem | None = None
+        self, schedule: SchedulePlan, example: Example, settings: RunSettings, warmed_by: DipSystem | None = None
     ) -> None:
         """Args:
         warmed_by: an earlier system of the same cut, whose measurements this one starts from.
         """
-        spec = vlm_config.model.modules
+        spec = example.config.model.modules
         self.partition = schedule.partition or even_partition(
             spec, settings.parallel.pipeline, example.config.virtual_pipeline, example.config.sub_microbatch_size
         )
         model = build_dip_model(
-            vlm_config, self.partition, overlap_grad_reduce=settings.overlap_grad_reduce,
+            vlm_config(example, settings), self.partition, overlap_grad_reduce=settings.overlap_grad_reduce,
             distributed_optimizer=settings.distributed_optimizer,
         )
         assert model.staged is not None

@@ -52,6 +52,13 @@ class Example:
     """Defines forward_step, and evaluation_step whose report counts ``answers``: (right, asked)."""
 
 
+def vlm_config(example: Example, settings: RunSettings) -> VlmConfig:
+    """The example's model under the run's parallel sizes; weights by the run's seed, the same for every schedule."""
+    return VlmConfig(
+        model=example.config.model, parallel=settings.parallel, seed=settings.seed, init_method_std=example.config.model.init_method_std
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFigures:
     loss: float
@@ -159,12 +166,12 @@ class StockSystem(System):
     """Megatron's own schedule on one of its layouts."""
 
     def __init__(
-        self, schedule: SchedulePlan, vlm_config: VlmConfig, example: Example, settings: RunSettings,
+        self, schedule: SchedulePlan, example: Example, settings: RunSettings,
         layer_times: Mapping[str, ChainCost] | None = None,
     ) -> None:
         virtual = schedule.virtual if schedule.name == "interleaved" else 1
         model = build_stock_model(
-            vlm_config, schedule.layout, virtual=virtual, layer_times=layer_times, overlap_grad_reduce=settings.overlap_grad_reduce,
+            vlm_config(example, settings), schedule.layout, virtual=virtual, layer_times=layer_times,
             distributed_optimizer=settings.distributed_optimizer,
         )
         self.forward_backward = stock_forward_backward(virtual=virtual)

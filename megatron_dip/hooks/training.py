@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megatron_dip.hooks.setup import initialize_parallel
 from megatron_dip.hooks.systems import Example, StockSystem, System
-from megatron_dip.models.vlm import VlmConfig
 from megatron_dip.spec.codec import encode, load_example, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.training import EvaluationFigures, ExampleConfig, IterationFigures, RunRecord, RunSettings, SchedulePlan
@@ -45,12 +44,11 @@ def start_rank(settings: RunSettings) -> None:
 
 
 def build_system(schedule: SchedulePlan, example: Example, settings: RunSettings) -> System:
-    config = VlmConfig(model=example.config.model, parallel=settings.parallel, seed=settings.seed)
     if schedule.name == "dip":
         from megatron_dip.hooks.dip_system import DipSystem
 
-        return DipSystem(schedule, config, example, settings)
-    return StockSystem(schedule, config, example, settings)
+        return DipSystem(schedule, example, settings)
+    return StockSystem(schedule, example, settings)
 
 
 def train(folder: Path, settings: RunSettings, log: Callable[[str], None]) -> None:

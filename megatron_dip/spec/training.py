@@ -59,6 +59,8 @@ class VisionLanguageModel(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     image: ImageSpec
     sequence_length: int
     """Tokens of a packed sequence of the backbone."""
+    init_method_std: float = 0.02
+    """Standard deviation of the matrices at the start; Megatron's word and default."""
 
 
 class OptimizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
