@@ -1,0 +1,133 @@
+"""Operator graphs against the formulas of the papers: FLOPs, activations, parameters."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.cost.memory import bytes_per_parameter, layer_parameters, module_parameters
+from megatron_dip.cost.modules import Kernels
+from megatron_dip.spec.model import ModelSpec, ModuleSpec
+from megatron_dip.spec.named import NAMED_SETUPS, named_model
+from megatron_dip.spec.workload import Parallel, Training
+
+OLD = Kernels(attention="unfused", dropout=True)
+H, A, S, B = 2048, 16, 1024, 2
+
+
+def gpt(**changes: object) -> ModuleSpec:
+    fields = {
+        "name": "lm", "kind": "lm", "role": "backbone", "num_layers": 4, "hidden_size": H, "ffn_hidden_size": 4 * H,
+        "num_attention_heads": A, "vocab_size": 51200, "gated_mlp": False, **changes,
+    }
+    return ModuleSpec(**fields)  # type: ignore[arg-type]
+
+
+def costs(module: ModuleSpec, tensor: int = 1, sequence: bool = False, context: int = 1, kernels: Kernels | None = None, **training: object) -> AnalyticCost:
+    parallel = Parallel(tensor=tensor, context=context, sequence=sequence)
+    return AnalyticCost(ModelSpec(modules=[module]), parallel, Training(**training), "a100", kernels=kernels)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_a_gpt_layers_flops(tensor: int) -> None:
+    detail = costs(gpt(), tensor, kernels=OLD).detail("lm", "layer", [S] * B)
+    products = 24 * B * S * H**2
+    attention = 4 * B * S**2 * H
+    assert detail.forward_flops * tensor == pytest.approx(products + attention)
+    fused = costs(gpt(), tensor).detail("lm", "layer", [S] * B)
+    # Fused causal attention skips half of the pairs.
+    assert fused.forward_flops * tensor == pytest.approx(products + attention / 2)
+    assert fused.backward_flops == pytest.approx(2 * fused.forward_flops)
+
+
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (8, False), (8, True)])
+@pytest.mark.parametrize("selective", [False, True])
+def test_activations_are_korthikantis_formula(tensor: int, sequence: bool, selective: bool) -> None:
+    cost = costs(gpt(), tensor, sequence, kernels=OLD, dtype="fp16")
+    held = cost.part("lm", "layer", [S] * B).activation_bytes
+    if selective:
+        held *= cost.strategies("lm", [S] * B)["selective"].activation
+    scores = 0 if selective else 5 * A * S / H
+    whole = 10 / tensor if sequence else 10
+    assert held == pytest.approx(S * B * H * (whole + 24 / tensor + scores / tensor))
+    full = cost.strategies("lm", [S] * B)["full"].activation
+    assert full * cost.part("lm", "layer", [S] * B).activation_bytes == pytest.approx(2 * S * B * H / (tensor if sequence else 1))
+
+
+def test_fused_attention_offers_no_selective_recompute() -> None:
+    assert "selective" not in costs(gpt()).strategies("lm", [S])
+    assert "selective" in costs(gpt(), kernels=OLD).strategies("lm", [S])
+
+
+def test_grouped_queries_and_gated_mlp_count() -> None:
+    module = gpt(num_query_groups=4, gated_mlp=True)
+    flops = costs(module).detail("lm", "layer", [S]).forward_flops
+    assert flops == pytest.approx(2 * S * (2 * H * H + 2 * H * H // 4 + 3 * H * 4 * H) + 2 * S**2 * H)
+    assert layer_parameters(module) == 2 * H * H + 2 * H * H // 4 + 3 * H * 4 * H
+
+
+def test_packed_instances_attend_within_themselves() -> None:
+    cost = costs(gpt())
+    packed, whole = cost.detail("lm", "layer", [S] * 4), cost.detail("lm", "layer", [4 * S])
+    assert whole.forward_flops - packed.forward_flops == pytest.approx(2 * H * ((4 * S) ** 2 - 4 * S**2))
+    assert packed.cost.activation_bytes == pytest.approx(whole.cost.activation_bytes)
+    assert packed.cost.forward_ns < whole.cost.forward_ns
+
+
+def test_context_parallel_shares_the_work() -> None:
+    alone, shared = costs(gpt()).detail("lm", "layer", [8 * S]), costs(gpt(), context=2).detail("lm", "layer", [8 * S])
+    assert shared.forward_flops == pytest.approx(alone.forward_flops / 2)
+    assert shared.cost.activation_bytes == pytest.approx(alone.cost.activation_bytes / 2)
+    assert shared.cost.forward_ns > alone.cost.forward_ns / 2
+
+
+def test_head_and_embedding_stand_where_the_vocabulary_is() -> None:
+    cost = costs(gpt())
+    assert cost.detail("lm", "last", [S]).forward_flops == pytest.approx(2 * S * H * 51200)
+    assert cost.detail("lm", "first", [S]).forward_flops == 0
+    assert cost.part("lm", "first", [S]).forward_ns > 0
+    bare = costs(gpt(vocab_size=None))
+    assert bare.part("lm", "first", [S]).forward_ns == bare.part("lm", "last", [S]).forward_ns == 0
+
+
+def test_a_feeding_language_model_has_a_projector_and_no_head() -> None:
+    setup = NAMED_SETUPS["t2v-s"]
+    cost = AnalyticCost(setup.model, Parallel(tensor=4, pipeline=4), Training(), "h800")
+    width = setup.model.module("dit").hidden_size
+    assert cost.detail("lm", "last", [128]).forward_flops * 4 == pytest.approx(2 * 128 * 4096 * width)
+    assert cost.part("lm", "last", [128]).boundary_bytes == pytest.approx(128 * width * 2 / 4)
+    assert cost.part("dit", "last", [1024]).boundary_bytes == 0
+
+
+def test_an_images_message_to_the_language_model_is_merged() -> None:
+    cost = AnalyticCost(named_model("vlm-s"), Parallel(tensor=4, pipeline=4), Training(), "h800")
+    assert cost.part("vit", "last", [2704] * 3).boundary_bytes == pytest.approx(3 * 169 * 4096 * 2 / 4)
+
+
+def test_cross_attention_sees_the_microbatches_context() -> None:
+    model = named_model("t2v-s")
+    parallel = Parallel(tensor=4, pipeline=4)
+    short = AnalyticCost(model, parallel, Training(), "h800", microbatches=[{"lm": [64], "dit": [1024]}])
+    long = AnalyticCost(model, parallel, Training(), "h800", microbatches=[{"lm": [512], "dit": [1024]}])
+    extra = long.detail("dit", "layer", [1024]).forward_flops - short.detail("dit", "layer", [1024]).forward_flops
+    hidden = model.module("dit").hidden_size
+    assert extra * 4 == pytest.approx((512 - 64) * (2 * 2 * hidden**2 + 4 * 1024 * hidden))
+
+
+@pytest.mark.parametrize(("setup", "module", "billions"), [
+    ("vlm-s", "lm", 8.0), ("vlm-m", "lm", 32.5), ("vlm-l", "lm", 72.7), ("vlm-l", "vit", 22.6), ("vlm-xl-8k", "lm", 175), ("t2v-s", "dit", 4.9),
+    ("t2v-l", "dit", 29.0),
+])
+def test_named_models_have_their_sizes(setup: str, module: str, billions: float) -> None:
+    model = named_model(setup)
+    spec = model.module(module)
+    consumers = model.consumers_of(module)
+    found = module_parameters(spec, model.module(consumers[0]) if consumers else None)
+    assert found / 1e9 == pytest.approx(billions, rel=0.03)
+
+
+def test_bytes_of_a_parameter() -> None:
+    assert bytes_per_parameter(Training(distributed_optimizer=False), trainable=True, replicas=8) == 18
+    assert bytes_per_parameter(Training(), trainable=True, replicas=8) == 6 + 12 / 8
+    assert bytes_per_parameter(Training(dtype="fp32"), trainable=True, replicas=1) == 16
+    assert bytes_per_parameter(Training(), trainable=False, replicas=8) == 2
