@@ -459,7 +459,7 @@ class _MegatronCompute(AutogradCompute):
     """Stages inside Megatron's timers and autocast."""
 
     def __init__(self, model: StagedModel, loss: _Loss, deferral: LinearWeightDeferral | None, config: Any) -> None:
-        super().__init__(model, loss, deferral)
+        super().__init__(model, loss, deferral, free_outputs=config.deallocate_pipeline_outputs)
         self._timers = config.timers
         self._autocast_dtype = config.autocast_dtype if config.enable_autocast else None
 

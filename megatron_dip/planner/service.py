@@ -8,6 +8,7 @@ no processes: who plans and how a plan reaches the other ranks is the caller's b
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -74,10 +75,12 @@ class PlanService:
         self._fallbacks: Counter[str] = Counter()
         self._logged: set[str] = set()
         self._taken = self._ahead = self._waited_ns = 0
+        self._closed = False
         # Daemons: a plan under way must not keep a finished or failed training process alive.
         self._threads = [threading.Thread(target=self._work, name=f"dip-planner-{i}", daemon=True) for i in range(num_threads)]
         for thread in self._threads:
             thread.start()
+        atexit.register(self.close)
 
     def submit(self, microbatches: Sequence[Microbatch], *, forward_only: bool = False) -> None:
         """Starts planning a batch in the background, unless it is being planned already."""
@@ -110,12 +113,14 @@ class PlanService:
         return PlanCounts(taken=self._taken, ahead=self._ahead, waited_ns=self._waited_ns, fallbacks=dict(self._fallbacks))
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Ends the threads once they are through with what was submitted, and waits for them up to ``timeout_s``: a thread that still
-        plans while the interpreter is taken down can keep the process from ending."""
+        """Ends the threads once they are through with the batch in hand, and waits for them up to ``timeout_s``: a thread that still
+        plans while the interpreter is taken down can keep the process from ending. Called at the interpreter's exit, if not before."""
+        self._closed = True
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
             thread.join(timeout_s)
+        atexit.unregister(self.close)
 
     def _request(self, microbatches: Sequence[Microbatch], forward_only: bool) -> _Request:
         key = msgspec.json.encode((microbatches, forward_only), order="sorted")
@@ -133,7 +138,7 @@ class PlanService:
             return request
 
     def _work(self) -> None:
-        while (request := self._queue.get()) is not None:
+        while (request := self._queue.get()) is not None and not self._closed:
             try:
                 request.plan = self._plan_function(request.microbatches, request.forward_only)
             except Exception as error:

@@ -12,7 +12,7 @@ B does all of it and W nothing, which gives the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -32,7 +32,17 @@ class _Kept:
 
 
 class AutogradCompute:
-    def __init__(self, model: StagedModel, loss_function: LossFunction, deferral: WeightDeferral | None = None) -> None:
+    """
+    Args:
+        deferral: how weight gradients are put off where the plan splits backwards.
+        free_outputs: a stage's outputs are only needed by who takes them: their memory goes as soon as they are sent
+            (Megatron's ``deallocate_pipeline_outputs``).
+    """
+
+    def __init__(
+        self, model: StagedModel, loss_function: LossFunction, deferral: WeightDeferral | None = None, *, free_outputs: bool = False
+    ) -> None:
+        self._free_outputs = free_outputs
         self._model = model
         self._loss_function = loss_function
         self._deferral = deferral
@@ -50,7 +60,11 @@ class AutogradCompute:
         if links.backward is not None:
             grad_inputs = {producer: inputs[producer] for producer in links.grad_inputs}
             self._kept[links.forward.id] = _Kept(grad_inputs, output.payloads, loss)
-        return {consumer: payload.detach().contiguous() for consumer, payload in output.payloads.items()}
+        payloads = {consumer: payload.detach().contiguous() for consumer, payload in output.payloads.items()}
+        if self._free_outputs and links.backward is not None:
+            for payload in output.payloads.values():
+                _free(payload)
+        return payloads
 
     def backward(self, links: StageLinks, grads: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         kept = self._kept.pop(links.forward.id)
@@ -65,7 +79,7 @@ class AutogradCompute:
             root_grads.append(None)
         if roots:
             with self._collecting(links):
-                torch.autograd.backward(roots, root_grads)
+                _run_backward(roots, root_grads)
         return {
             producer: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.contiguous() for producer, leaf in kept.inputs.items()
         }
@@ -83,6 +97,20 @@ class AutogradCompute:
         if self._deferral is None or links.weight is None:
             return nullcontext()
         return self._deferral.collecting(links.forward.id)
+
+
+def _free(payload: torch.Tensor) -> None:
+    """Takes an output's memory from it and leaves its place in the graph; who holds a detached alias keeps the memory."""
+    if payload.grad_fn is not None and payload._base is None:
+        payload.data = torch.empty((1,), dtype=payload.dtype, device=payload.device)
+
+
+def _run_backward(roots: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
+    """torch.autograd.backward without its check of shapes, which roots without their memory would not pass."""
+    whole = tuple(torch.ones_like(root) if grad is None else grad for root, grad in zip(roots, grads, strict=True))
+    torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+        tuple(roots), whole, False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 class SleepCompute:

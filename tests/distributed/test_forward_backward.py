@@ -23,6 +23,12 @@ CASE = Case(parallel=Parallel(pipeline=2), chunks=(1, 2), num_layers=(4, 4))
 Item = dict[str, torch.Tensor]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """Fills the kernels' cache on disk: time limits of the tests below are for ranks that wait, not for a first compilation."""
+    dip_runs.PlanMaker(CASE, dip_runs.even_cut(CASE))([{"vit": [16, 16, 16], "lm": [48]}], False)
+
+
 def _model(case: Case = CASE) -> Any:
     from megatron_dip.hooks.setup import initialize_parallel
     from megatron_dip.models.vlm import VlmConfig
@@ -190,6 +196,37 @@ def test_every_form_of_loss_function_is_scaled_as_megatron_does() -> None:
         assert seen["triples"] == pytest.approx(seen["plain"], rel=1e-5)
     assert last["outputs"] == last["non_loss"] == [(1, 48), (1, 48)]
     assert first["outputs"] == first["non_loss"] == []
+
+
+def _order_of_reductions(rank: int, num_ranks: int, seed: int) -> tuple[list[tuple[int, int]], list[int]]:
+    from megatron_dip.hooks.setup import initialize_parallel
+    from megatron_dip.models.vlm import VlmConfig
+    from tests.distributed.vlm_plans import make_random_plan
+
+    case = Case(parallel=Parallel(pipeline=2), chunks=(2, 2), num_layers=(8, 8), image_counts=((3, 0, 1, 2),), overlap_grad_reduce=True)
+    initialize_parallel(case.parallel, device="cpu", seed=1, timeout_s=60)
+    config = VlmConfig(model=tiny_model(case), parallel=case.parallel, init_method_std=0.2)
+    model = dip_runs.build(case, config)
+    plan = make_random_plan(case, 0, 0, seed)
+    dip = dip_runs.dip_of(case, model, plan_function=lambda microbatches, forward_only: plan)
+    started: list[tuple[int, int]] = []
+    for index, chunk in enumerate(model.chunks):
+        start = chunk.start_grad_sync
+        chunk.start_grad_sync = lambda index=index, start=start: (started.append((index, len(dip.records()))), start())
+    _call(model, dip, iter(_items(0, (3, 0, 1, 2))), 4)
+    keys = dip.groups.rank, [model.staged.chunk_keys.index((plan.stages[s].module, plan.stages[s].vp_stage)) if plan.stages[s].kind == "bw" else -1
+                             for s in plan.order[dip.groups.rank]]
+    return started, keys[1]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_gradients_are_reduced_in_one_order_whatever_the_plan(seed: int) -> None:
+    for started, backward_of in launch(_order_of_reductions, 2, seed):
+        assert [index for index, _ in started] == [0, 1, 2, 3]
+        for index, stages_run in started:
+            # Right behind the last backward of this chunk and of those before it.
+            last = max(position for position, chunk in enumerate(backward_of) if 0 <= chunk <= index)
+            assert stages_run == last + 1
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------------------------
