@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(msgspec.json.encode(result).decode())
         return 0
-    _print_result(Console(), result)
+    _print_result(_console(), result)
     return 0
 
 
@@ -119,7 +120,7 @@ def _run_compare(args: argparse.Namespace, workload: Workload, partition: Partit
     if args.json:
         print(msgspec.json.encode({"results": results, "problems": problems}).decode())
         return 0
-    console = Console()
+    console = _console()
     table = Table("schedule", "s", "MFU", "HFU", "bubbles", "peak GB", "compute", "TP", "DP", "P2P", "bubble", "optimizer")
     for result in sorted(results, key=lambda result: result.iteration_time_s):
         table.add_row(result.schedule, *_cells(result))
@@ -127,6 +128,11 @@ def _run_compare(args: argparse.Namespace, workload: Workload, partition: Partit
     for failed, problem in problems.items():
         console.print(f"{failed}: {problem}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _console() -> Console:
+    """Standard output; wide enough for whole tables where no terminal says how wide it is."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 
 def _cells(result: SimulationResult) -> list[str]:
@@ -220,7 +226,7 @@ def _run_grid(args: argparse.Namespace, workload: Workload, options: SimulateOpt
         skipped = [{"parallel": _sizes(point.parallel), "problem": point.problem} for point in points if point.result is None]
         print(msgspec.json.encode({"gpus": gpus, "plans": rows, "infeasible": skipped}).decode())
         return 0
-    _print_grid(Console(), feasible[: args.top])
+    _print_grid(_console(), feasible[: args.top])
     console.print(f"{len(points)} ways to share {gpus} GPUs, {len(points) - len(feasible)} do not fit; {time.perf_counter() - began:.1f} s")
     return 0
 
