@@ -212,9 +212,10 @@ def balanced_partition(model: ModelSpec, num_ranks: int, cut: Cut, work: Sequenc
         totals = _fill(module.num_layers, [value / unit for value in below], least)
         table = [[0] * num_ranks for _ in range(num_chunks)]
         for rank, total in enumerate(totals):
+            # Whole layers' worth only: a stem of a tenth of a layer is no reason for a chunk that is shorter than its segment's others.
             inner = [0.0] * num_chunks
-            inner[0] += own.first / unit if rank == 0 else 0.0
-            inner[-1] += own.last / unit if rank == num_ranks - 1 else 0.0
+            inner[0] += round(own.first / unit) if rank == 0 else 0.0
+            inner[-1] += round(own.last / unit) if rank == num_ranks - 1 else 0.0
             for vp_stage, layers in enumerate(_fill(total, inner, min(1, least))):
                 table[vp_stage][rank] = layers
             load[rank] += total * own.layer + extras[rank]
@@ -247,7 +248,7 @@ class PartitionChoice:
     expected_ns: float
     """Mean over the judged batches of the scheduled time"""
     candidates: int
-    """Partitions that were judged"""
+    """Evaluations of a partition, short and thorough ones"""
 
 
 def choose_partition(
@@ -255,22 +256,25 @@ def choose_partition(
     num_ranks: int,
     batches: Sequence[Batch],
     costs: CostModel,
-    evaluate: Callable[[Partition, Batch], float],
+    evaluate: Callable[[Partition, Batch, bool], float],
     *,
     num_judged: int = 3,
-    max_candidates: int = 120,
+    max_candidates: int = 90,
+    max_refined: int = 16,
     chunks: Mapping[str, int] | None = None,
     sizes: Mapping[str, int] | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> PartitionChoice:
     """Our own joint choice of B, K and uneven layers: least expected iteration time over the sample. Deterministic if ``evaluate`` is.
 
+    First a descent with short evaluations, then the best few and the neighbourhood of the best with thorough ones.
+
     Args:
         batches: the sample; work is levelled over all of it, and ``num_judged`` of them, evenly spaced, are scheduled.
-        evaluate: ns that a batch takes on a partition; math.inf where it does not fit.
-        max_candidates: partitions judged at most.
+        evaluate: ns that a batch takes on a partition, found out thoroughly (True) or shortly (False); math.inf where it does not fit.
+        max_candidates, max_refined: partitions evaluated shortly and thoroughly at most.
         chunks, sizes: K and B that are given and not varied.
-        progress: called after each candidate with their number and the best expectation so far.
+        progress: called after each evaluation with their number and the best expectation so far.
 
     Raises:
         InputError: no candidate fits.
@@ -297,48 +301,56 @@ def choose_partition(
         given = None if chunks is None else chunks.get(module.name)
         chunk_options.append([given] if given is not None else list(range(1, max(1, min(MAX_CHUNKS, module.num_layers // num_ranks)) + 1)))
 
-    scores: dict[Cut, float] = {}
-    tried: dict[str, float] = {}
+    def build(cut: Cut) -> Partition:
+        return balanced_partition(model, num_ranks, cut, [work_of(index, size) for index, size in enumerate(cut.sizes)])
 
-    def score(cut: Cut) -> float:
-        if cut not in scores:
-            partition = balanced_partition(model, num_ranks, cut, [work_of(index, size) for index, size in enumerate(cut.sizes)])
-            key = repr(partition)  # another levelling may change nothing
-            if key not in tried:
-                tried[key] = sum(evaluate(partition, batch) for batch in judged) / len(judged)
-                if progress is not None:
-                    progress(len(tried), min(tried.values()))
-            scores[cut] = tried[key]
-        return scores[cut]
+    scores: dict[tuple[str, bool], float] = {}
 
-    def middle(options: Sequence[int], share: float) -> int:
-        return options[min(len(options) - 1, int(share * len(options)))]
+    def score(cut: Cut, fine: bool) -> float:
+        partition = build(cut)
+        key = (repr(partition), fine)  # another levelling may change nothing
+        if key not in scores:
+            scores[key] = sum(evaluate(partition, batch, fine) for batch in judged) / len(judged)
+            if progress is not None:
+                progress(len(scores), min(scores.values()))
+        return scores[key]
 
-    starts = [
-        Cut(
-            chunks=tuple(middle(options, chunk_share) for options in chunk_options),
-            sizes=tuple(middle(options, size_share) for options in size_options),
+    def descend(cut: Cut, fine: bool, limit: int) -> Cut:
+        improved = True
+        while improved:
+            improved = False
+            for neighbour in _neighbours(cut, chunk_options, size_options):
+                if sum(key[1] == fine for key in scores) >= limit:
+                    return cut
+                if score(neighbour, fine) < score(cut, fine):
+                    cut, improved = neighbour, True
+                    break
+        return cut
+
+    def start(chunk_share: float, size_share: float) -> Cut:
+        def at(options: Sequence[int], share: float) -> int:
+            return options[min(len(options) - 1, int(share * len(options)))]
+
+        return Cut(
+            chunks=tuple(at(options, chunk_share) for options in chunk_options),
+            sizes=tuple(at(options, size_share) for options in size_options),
             level="work",
         )
-        for chunk_share, size_share in ((0.0, 0.5), (0.3, 0.3), (0.6, 0.6), (0.3, 0.0), (0.6, 0.2))
-    ]
-    best = min(starts, key=score)
-    improved = True
-    while improved and len(tried) < max_candidates:
-        improved = False
-        for neighbour in _neighbours(best, chunk_options, size_options):
-            if len(tried) >= max_candidates:
-                break
-            if score(neighbour) < score(best):
-                best, improved = neighbour, True
-                break
-    if math.isinf(score(best)):
+
+    starts = [start(*shares) for shares in ((0.0, 0.5), (0.3, 0.3), (0.9, 0.6), (0.3, 0.0), (0.6, 0.2))]
+    ranked = sorted(dict.fromkeys(starts), key=lambda cut: score(cut, False))
+    # Two descents: the better of two valleys, and a wider choice for the thorough look.
+    ends = [descend(cut, False, max_candidates * (number + 1) // 2) for number, cut in enumerate(ranked[:2])]
+    near = [neighbour for end in ends for neighbour in [end, *_neighbours(end, chunk_options, size_options)]]
+    known = [cut for cut in dict.fromkeys([*ends, *near, *starts]) if (repr(build(cut)), False) in scores]
+    finalists = sorted(known, key=lambda cut: score(cut, False))[: max(1, max_refined // 3)]
+    best = descend(min(finalists, key=lambda cut: score(cut, True)), True, max_refined)
+    if math.isinf(score(best, True)):
         raise InputError(
-            "memory_capacity_bytes", costs.memory_capacity_bytes(), f"none of {len(tried)} partitions fits the sample's batches",
+            "memory_capacity_bytes", costs.memory_capacity_bytes(), f"none of {len(scores)} partitions fits the sample's batches",
             "use more pipeline or tensor ranks, smaller microbatches, or a memory strategy that keeps less",
         )
-    partition = balanced_partition(model, num_ranks, best, [work_of(index, size) for index, size in enumerate(best.sizes)])
-    return PartitionChoice(partition=partition, expected_ns=score(best), candidates=len(tried))
+    return PartitionChoice(partition=build(best), expected_ns=score(best, True), candidates=len(scores))
 
 
 def _neighbours(cut: Cut, chunk_options: Sequence[Sequence[int]], size_options: Sequence[Sequence[int]]) -> list[Cut]:

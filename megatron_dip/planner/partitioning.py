@@ -20,7 +20,7 @@ from megatron_dip.schedule.search import DoesNotFit, SearchOptions, search
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
 
-_EVALUATIONS = 60
+_SHORT, _THOROUGH = 60, 400
 """Schedules tried for each judged batch: enough to rank partitions, not to find the best plan."""
 
 
@@ -44,7 +44,7 @@ def joint_partition(
     """
     capacity = costs.memory_capacity_bytes()
 
-    def evaluate(partition: Partition, batch: Batch) -> float:
+    def evaluate(partition: Partition, batch: Batch, fine: bool) -> float:
         limit = np.full(num_ranks, UNLIMITED, dtype=np.int64)
         if capacity is not None:
             limit = capacity - np.array(static_bytes(model, partition, costs), dtype=np.int64)
@@ -52,7 +52,7 @@ def joint_partition(
             model, partition, split(batch, model, partition, costs), costs, split_backward=split_backward, only_strategy=strategy
         )
         try:
-            return float(search(problem, limit, SearchOptions(evaluations=_EVALUATIONS)).schedule.makespan_ns)
+            return float(search(problem, limit, SearchOptions(evaluations=_THOROUGH if fine else _SHORT)).schedule.makespan_ns)
         except DoesNotFit:
             return math.inf
 

@@ -115,16 +115,16 @@ def test_the_papers_rules() -> None:
 
 def test_the_joint_choice_finds_the_best_cut_of_a_plain_function() -> None:
     case = vlm_case(num_microbatches=8)
-    asked: list[Partition] = []
+    asked: list[tuple[str, bool]] = []
 
-    def evaluate(partition: Partition, batch: object) -> float:
-        asked.append(partition)
+    def evaluate(partition: Partition, batch: object, fine: bool) -> float:
+        asked.append((repr(partition), fine))
         return abs(len(partition.chunks["vit"]) - 2) + abs(len(partition.chunks["lm"]) - 1) + abs(partition.sub_microbatch_size["vit"] - 3)
 
     choice = choose_partition(case.model, 2, [case.microbatches], case.costs(), evaluate)
     assert choice.expected_ns == 0
     assert (len(choice.partition.chunks["vit"]), len(choice.partition.chunks["lm"]), choice.partition.sub_microbatch_size["vit"]) == (2, 1, 3)
-    assert choice.candidates == len(asked) == len({repr(partition) for partition in asked})
+    assert choice.candidates == len(asked) == len(set(asked))
 
 
 def test_given_choices_are_kept() -> None:
@@ -144,7 +144,7 @@ def test_the_joint_choice_is_the_same_again() -> None:
 def test_a_sample_that_never_fits_says_so() -> None:
     case = vlm_case(num_microbatches=4)
     with pytest.raises(InputError, match=r"none of .* partitions fits"):
-        choose_partition(case.model, 2, [case.microbatches], case.costs(), lambda partition, batch: math.inf)
+        choose_partition(case.model, 2, [case.microbatches], case.costs(), lambda partition, batch, fine: math.inf)
 
 
 @given(case=cases())
