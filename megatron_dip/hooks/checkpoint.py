@@ -47,6 +47,10 @@ def save_checkpoint(
         except OSError as error:
             raise InputError("--save", str(folder), f"cannot be written ({error.strerror})", "name a folder that can be written") from error
     dist.barrier()
+    for chunk in model.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            # The last step's weights are not gathered yet; the next forward pass would do it.
+            chunk.start_param_sync(force_sync=True)
     state = _sharded_state(model, optimizer, is_loading=False)
     state.update(iteration=iteration, checkpoint_version=3.0, extra=extra or {})
     dist_checkpointing.save(state, str(target), content_metadata=_content_metadata())

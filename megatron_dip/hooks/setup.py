@@ -94,9 +94,14 @@ def initialize_parallel(parallel: Parallel, *, device: str, seed: int, timeout_s
 
 
 def build_dip_model(
-    config: VlmConfig, partition: Partition, *, overlap_grad_reduce: bool = False, distributed_optimizer: bool = False,
+    config: VlmConfig, partition: Partition, *, overlap_grad_reduce: bool = False, overlap_param_gather: bool = False,
+    distributed_optimizer: bool = False,
 ) -> TrainingModel:
-    """This rank's chunks of every module of ``partition``, each inside Megatron's DDP."""
+    """This rank's chunks of every module of ``partition``, each inside Megatron's DDP.
+
+    Args:
+        overlap_param_gather: gathers updated weights during the next forward pass; needs the two others.
+    """
     spec, ranks = config.model.modules, parallel_state.get_pipeline_model_parallel_world_size()
     partition.validate({module.name: module.num_layers for module in spec.modules}, ranks)
     check_enough_layers(partition)
@@ -109,7 +114,7 @@ def build_dip_model(
         _tie_within_rank(stages)
     model = wrap_stages(
         config, stages, cut.config(config.transformer_config(config.language)), overlap_grad_reduce=overlap_grad_reduce,
-        distributed_optimizer=distributed_optimizer,
+        overlap_param_gather=overlap_param_gather, distributed_optimizer=distributed_optimizer,
     )
     return TrainingModel(
         chunks=model.chunks, config=model.config, vlm_config=config,
@@ -147,14 +152,20 @@ def _tied_weights(stages: Sequence[VlmStage]) -> tuple[torch.nn.Parameter, torch
 
 
 def wrap_stages(
-    config: VlmConfig, stages: Sequence[VlmStage], training_config: TransformerConfig, *, overlap_grad_reduce: bool, distributed_optimizer: bool,
+    config: VlmConfig, stages: Sequence[VlmStage], training_config: TransformerConfig, *, overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False, distributed_optimizer: bool = False,
 ) -> TrainingModel:
     """Puts each stage into DDP; all DDPs carry ``training_config``, on which Megatron's training functions are set."""
+    if overlap_param_gather and not (overlap_grad_reduce and distributed_optimizer):
+        raise InputError(
+            "overlap_param_gather", True, "needs the distributed optimizer and overlapped gradient reduction", "switch both on, or this off"
+        )
     ddp_config = DistributedDataParallelConfig(
-        overlap_grad_reduce=overlap_grad_reduce, use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap_grad_reduce, overlap_param_gather=overlap_param_gather,
+        use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=True,
     )
     chunks = [
-        DistributedDataParallel(training_config, ddp_config, stage, disable_bucketing=index > 0) for index, stage in enumerate(stages)
+        DistributedDataParallel(training_config, ddp_config, stage.cuda(), disable_bucketing=index > 0) for index, stage in enumerate(stages)
     ]
     for chunk in chunks:
         chunk.broadcast_params()
@@ -182,6 +193,7 @@ def build_optimizer(model: TrainingModel, spec: OptimizerSpec, *, distributed_op
         OptimizerConfig(
             optimizer="adam", lr=spec.lr, min_lr=spec.min_lr, weight_decay=spec.weight_decay, adam_beta1=spec.adam_beta1,
             adam_beta2=spec.adam_beta2, clip_grad=spec.clip_grad, use_distributed_optimizer=distributed_optimizer,
+            overlap_param_gather=model.chunks[0].ddp_config.overlap_param_gather,
             bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, params_dtype=dtype,
         ),
         list(model.chunks),

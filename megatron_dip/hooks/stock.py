@@ -153,9 +153,13 @@ def _chain_cuts(sizes: Sequence[int], vision_layers: int, ranks: int) -> dict[st
 
 def build_stock_model(
     config: VlmConfig, layout: StockLayout, *, virtual: int = 1, layer_times: Mapping[str, ChainCost] | None = None,
-    overlap_grad_reduce: bool = False, distributed_optimizer: bool = False,
+    distributed_optimizer: bool = False,
 ) -> TrainingModel:
-    """This rank's stages, for :func:`stock_forward_backward`; ``layer_times`` are those of the layout ``measured``."""
+    """This rank's stages, for :func:`stock_forward_backward`; ``layer_times`` are those of the layout ``measured``.
+
+    Gradients are reduced at the end of the iteration: Megatron's overlapped reduction waits for a gradient of every weight in the last
+    microbatch and fails where that one has no image.
+    """
     ranks, rank = parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_rank()
     if ranks == 1 and virtual > 1:
         raise InputError("virtual", virtual, "Megatron interleaves only with more than one pipeline rank", "use 1")
@@ -180,9 +184,7 @@ def build_stock_model(
         # Deallocation frees tensors that gloo may still be sending.
         deallocate_pipeline_outputs=False,
     )
-    return wrap_stages(
-        config, stages, training_config, overlap_grad_reduce=overlap_grad_reduce, distributed_optimizer=distributed_optimizer
-    )
+    return wrap_stages(config, stages, training_config, distributed_optimizer=distributed_optimizer)
 
 
 def stock_forward_backward(*, virtual: int = 1) -> Callable[..., Any]:

@@ -216,7 +216,9 @@ class VisionTransformer(MegatronModule):
         if self.pre_process:
             assert images is not None
             hidden = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).permute(2, 0, 1)
-            hidden = (hidden + self.position_embeddings.weight[:, None]).contiguous()
+            # Through the module's forward, where Megatron's DDP waits for gathered weights.
+            positions = self.position_embeddings(torch.arange(hidden.shape[0], device=hidden.device))
+            hidden = (hidden + positions[:, None]).contiguous()
         return self.decoder(hidden_states=hidden, attention_mask=None)
 
 
@@ -450,7 +452,9 @@ class VlmDescription:
         return microbatch
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return _FORWARD_SIGNATURE.bind(None, *args, **kwargs).arguments
+        arguments = _FORWARD_SIGNATURE.bind(None, *args, **kwargs).arguments
+        del arguments["self"]
+        return arguments
 
     def num_instances(self, batch: dict[str, Any]) -> dict[str, int]:
         images = batch.get("images")
@@ -485,7 +489,7 @@ class VlmDescription:
         else:
             embeddings = inputs.get(VISION, ())
             model.set_input_tensor(torch.cat(list(embeddings)) if len(embeddings) > 1 else embeddings[0] if embeddings else None)
-        return chunk(**{name: value for name, value in batch.items() if name not in ("self", "images")})
+        return chunk(**{name: value for name, value in batch.items() if name != "images"})
 
 
 def unwrap(chunk: torch.nn.Module) -> VlmStage:

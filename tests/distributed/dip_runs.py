@@ -67,7 +67,8 @@ def build(case: Case, config: Any) -> Any:
     from megatron_dip.hooks.setup import build_dip_model
 
     return build_dip_model(
-        config, even_cut(case), overlap_grad_reduce=case.overlap_grad_reduce, distributed_optimizer=case.distributed_optimizer
+        config, even_cut(case), overlap_grad_reduce=case.overlap_grad_reduce, distributed_optimizer=case.distributed_optimizer,
+        overlap_param_gather=case.option("overlap_param_gather", False),
     )
 
 

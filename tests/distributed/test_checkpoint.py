@@ -12,8 +12,8 @@ import pytest
 
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.workload import Parallel
+from tests.distributed.dip_runs import build as build_dip
 from tests.distributed.launcher import launch, launch_all
-from tests.distributed.test_parity_dip import build as build_dip
 from tests.distributed.test_parity_dip import dip_forward_backward
 from tests.distributed.test_parity_stock import build as build_stock
 from tests.distributed.test_parity_stock import forward_backward as stock_forward_backward

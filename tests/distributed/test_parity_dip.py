@@ -12,39 +12,23 @@ import torch
 
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.workload import Parallel
+from tests.distributed.dip_runs import build, dip_of, forward_backward
 from tests.distributed.launcher import launch
-from tests.distributed.tiny_vlm import Case, Result, forward_step, losses_of, merge_ranks, references, run_case, worst_difference
-from tests.distributed.vlm_plans import make_plan, partition_of, plans_of
+from tests.distributed.tiny_vlm import Case, Result, losses_of, merge_ranks, references, run_case, worst_difference
+from tests.distributed.vlm_plans import make_plan, plans_of
 
 pytestmark = pytest.mark.distributed
 
 
-def build(case: Case, config: Any) -> Any:
-    from megatron_dip.hooks.setup import build_dip_model
-
-    return build_dip_model(
-        config, partition_of(case), overlap_grad_reduce=case.overlap_grad_reduce, distributed_optimizer=case.distributed_optimizer
-    )
-
-
 def dip_forward_backward(plans: list[list[Plan]]) -> Callable[..., list[dict[str, Any]]]:
     """Runs the case's steps, each by the plan made for it, through the callable that Megatron's training loop would call."""
-    state: dict[str, Any] = {}
 
-    def forward_backward(case: Case, model: Any, items: Sequence[dict[str, torch.Tensor]], replica: int) -> list[dict[str, Any]]:
-        from megatron_dip.hooks.forward_backward import DipForwardBackward
+    def run(case: Case, model: Any, items: Sequence[dict[str, torch.Tensor]], replica: int) -> list[dict[str, Any]]:
+        steps = plans[replica]
+        dip_of(case, model, plan_function=lambda microbatches, forward_only: steps.pop(0), plan_deadline_s=30.0)
+        return forward_backward(case, model, items, replica)
 
-        if not state:
-            steps = iter(plans[replica])
-            state["function"] = DipForwardBackward(
-                staged_model=model.staged, chunks=model.chunks, partition=partition_of(case), metadata=model.staged.description.metadata,
-                plan_function=lambda microbatches, forward_only: next(steps), device=torch.device("cpu"), timeout_s=30, plan_deadline_s=30,
-            )
-        return state["function"](
-            forward_step_func=forward_step, data_iterator=iter(items), model=model.chunks, num_microbatches=len(items), forward_only=False
-        )
-
-    return forward_backward
+    return run
 
 
 def run_dip(rank: int, num_ranks: int, cases: Sequence[Case], plans: Sequence[list[list[Plan]]]) -> list[Result]:
@@ -146,6 +130,7 @@ def test_data_parallel() -> None:
                 (True, False, True, counts, (("random", 1),)),
                 (True, True, False, counts, (("random", 2),)),
                 (True, True, True, ((0, 0, 0, 0), (1, 2, 0, 4)), ()),
+                (True, True, False, counts, (("random", 3), ("overlap_param_gather", True))),
             )
         ],
         5e-6,

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from megatron_dip.spec.workload import Parallel
+from tests.distributed.dip_runs import build, even_cut
 from tests.distributed.launcher import launch, launch_all
-from tests.distributed.test_parity_dip import build
 from tests.distributed.tiny_vlm import Case, tiny_model
-from tests.distributed.vlm_plans import partition_of
 
 pytestmark = pytest.mark.distributed
 
@@ -90,7 +89,7 @@ def test_the_cpu_module_answers_for_cuda() -> None:
 
 def test_partition_for_other_ranks_is_refused() -> None:
     case = Case(parallel=Parallel(pipeline=2))
-    for result in launch_all(set_up_with_partition, 2, case, partition_of(Case(parallel=Parallel(pipeline=4)))):
+    for result in launch_all(set_up_with_partition, 2, case, even_cut(Case(parallel=Parallel(pipeline=4)))):
         assert result.error_message is not None
         assert "has 4 entries for 2 pipeline ranks" in result.error_message
 

@@ -21,7 +21,7 @@ from tests.distributed.launcher import launch
 IMAGE_TOKEN = 2
 IMAGE_COUNTS = (3, 0, 5, 1, 0, 2)
 """Images in each microbatch, where a test says nothing else."""
-OPTIMIZER = OptimizerSpec(lr=1e-2, weight_decay=0.01, clip_grad=0.5)
+OPTIMIZER = OptimizerSpec(lr=1e-3, weight_decay=0.01, clip_grad=0.5)
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,9 @@ def run_case(case: Case, build: Callable[[Case, Any], Any], forward_backward: Ca
             success, norm, _ = optimizer.step()
             assert success
             norms.append(float(norm))
+    for chunk in model.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
     return result_of(model, losses, norms)
 
 

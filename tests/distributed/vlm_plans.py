@@ -5,16 +5,15 @@ from __future__ import annotations
 import msgspec
 
 from megatron_dip.cost.profile import ProfileCost
-from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
 from megatron_dip.schedule.graph import build_task_graph
-from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint, Strategy
 from megatron_dip.spec.workload import Microbatch
+from tests.distributed.dip_runs import even_cut
 from tests.distributed.tiny_vlm import Case, tiny_model
 from tests.program.graphs import random_order
 
@@ -39,13 +38,6 @@ def costs_of(case: Case, memory_capacity_bytes: int | None = None) -> ProfileCos
     return ProfileCost(profile, memory_capacity_bytes)
 
 
-def partition_of(case: Case) -> Partition:
-    return even_partition(
-        tiny_model(case).modules, case.parallel.pipeline, dict(zip(("vit", "lm"), case.chunks, strict=True)),
-        {"vit": case.sub_microbatch_size},
-    )
-
-
 def metadata_of(case: Case, replica: int, step: int = 0) -> list[Microbatch]:
     counts = case.image_counts[replica]
     counts = counts[step % len(counts) :] + counts[: step % len(counts)]
@@ -58,13 +50,13 @@ def make_plan(case: Case, replica: int = 0, step: int = 0, *, forward_only: bool
         evaluations=30, seed=case.seed, split_backward=case.option("split_backward", False), forward_only=forward_only
     )
     return plan_iteration(
-        tiny_model(case).modules, partition_of(case), metadata_of(case, replica, step), costs_of(case, case.option("memory")), options
+        tiny_model(case).modules, even_cut(case), metadata_of(case, replica, step), costs_of(case, case.option("memory")), options
     )
 
 
 def make_random_plan(case: Case, replica: int, step: int, seed: int) -> Plan:
     """A random order that keeps every dependency, lowered and dry-run."""
-    model, partition, costs = tiny_model(case).modules, partition_of(case), costs_of(case)
+    model, partition, costs = tiny_model(case).modules, even_cut(case), costs_of(case)
     plan = make_plan(case, replica, step)
     split_backward = case.option("split_backward", False)
     graph = build_task_graph(model, partition, split(metadata_of(case, replica, step), model, partition, costs), costs,
