@@ -6,8 +6,7 @@
 * stands a stub in for Triton, which Megatron-LM imports at its top although only GPU kernels use it;
 * leaves out the compilation of fused kernels, and takes the index helpers of data sets from an installed megatron-core where the
   checkout has not compiled its own;
-* gives the CLIP vision model a norm that works without Transformer Engine and Apex (Megatron-Core 0.16 hands LayerNorm the
-  configuration, which torch's refuses).
+* mends what Megatron-Core 0.16 does only right with Transformer Engine (the CLIP vision model's norm, the experts' router).
 
 Limits: as in :mod:`megatron_dip.hooks.cpu`; tried with the scripts of 0.16.1.
 """
@@ -39,7 +38,7 @@ def prepare_scripts() -> None:
     prepare_imports()
     _answer_for_cuda()
     _leave_out_kernels()
-    _mend_clip_norm()
+    mend_without_transformer_engine()
     # The training loop says device="cuda" in dozens of places; in a script that is only tried out the mode's cost does not matter.
     CpuDeviceMode().__enter__()
 
@@ -168,8 +167,13 @@ def _compile_index_helpers() -> None:
     torch.distributed.barrier()
 
 
-def _mend_clip_norm() -> None:
+def mend_without_transformer_engine() -> None:
+    """What Megatron-Core 0.16 does only right with Transformer Engine: CLIPViTModel's default norm is torch's, which does not take
+    Megatron's arguments, and the experts' router asks for a name that it has not imported."""
     clip = importlib.import_module("megatron.core.models.vision.clip_vit_model")
     defaults = clip.CLIPViTModel.__init__.__defaults__
     wrapped = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     clip.CLIPViTModel.__init__.__defaults__ = tuple(wrapped if value is torch.nn.LayerNorm else value for value in defaults)
+    router = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(router, "te_general_gemm"):
+        router.te_general_gemm = None  # type: ignore[attr-defined]

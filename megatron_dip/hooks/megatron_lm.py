@@ -72,19 +72,29 @@ _built: dict[int, _BuiltModel] = {}
 
 def install_schedule() -> None:
     """Makes ``get_forward_backward_func`` give DIP's schedule, in front of the stock one."""
-    schedules._forward_backward_func_override = _schedule  # type: ignore[attr-defined]
+    schedules._forward_backward_func_override = dip_schedule  # type: ignore[attr-defined]
 
 
 def build_model_chunks(
     model_provider: Callable[..., MegatronModule], model_type: Any, config: Any, pg_collection: Any
 ) -> list[torch.nn.Module]:
-    """This rank's chunks of the model that a script's provider describes, in the order that Megatron's functions need.
-
-    Raises InputError for models that cannot be cut, and for cuts that do not fit the model.
-    """
+    """What Megatron's ``get_model`` builds instead of one model; see :func:`build_chunks`."""
     from megatron.training import get_args
 
-    args = get_args()
+    return build_chunks(get_args(), model_provider, model_type, config, pg_collection)
+
+
+def build_chunks(
+    args: Any, model_provider: Callable[..., MegatronModule], model_type: Any = None, config: Any = None, pg_collection: Any = None
+) -> list[torch.nn.Module]:
+    """This rank's chunks of the model that a script's provider describes, in the order that Megatron's functions need.
+
+    Args:
+        args: Megatron's namespace.
+
+    Raises:
+        InputError: for models that cannot be cut, and for cuts that do not fit the model.
+    """
     options = options_from_args(args)
     arguments = {"config": config, "pg_collection": pg_collection}
     sketch = sketch_model(model_provider, **arguments)
@@ -207,7 +217,7 @@ def build_data_iterators(build: Callable[..., tuple[Any, Any, Any]], dataset_pro
     return iterators
 
 
-def _schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """What ``get_forward_backward_func`` gives: DIP for a model that was cut here, else the stock function."""
 
     def forward_backward(**arguments: Any) -> list[Any]:

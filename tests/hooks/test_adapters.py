@@ -1,0 +1,275 @@
+"""Chunks of the models that Megatron-LM's scripts build give the losses and gradients of the whole model.
+
+Needs an installed megatron-core and no checkout: the providers here do what pretrain_vlm.py and pretrain_gpt.py do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dip.hooks.arguments import add_dip_args
+from tests.distributed.launcher import launch
+
+pytestmark = pytest.mark.distributed
+
+IMAGE, TEXT_LENGTH, VOCABULARY = -200, 12, 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    model: str
+    """Vision model type, or "gpt"."""
+    flags: tuple[str, ...] = ()
+    images: tuple[int, ...] = (2, 0, 3, 1)
+    """Of each microbatch, spread over its sequences."""
+    sequences: int = 1
+    drop_class_token: bool = False
+    pixel_shuffle: bool = False
+    tags: bool = False
+    frozen: tuple[str, ...] = ()
+    experts: int | None = None
+
+
+def config_of(layers: int, ranks: int, **others: Any) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=layers, hidden_size=32, num_attention_heads=4, use_cpu_initialization=True, hidden_dropout=0.0, attention_dropout=0.0,
+        pipeline_model_parallel_size=ranks, pipeline_dtype=torch.float32, **others,
+    )
+
+
+def provide_llava(case: Case, ranks: int, pre_process: bool = True, post_process: bool = True) -> Any:
+    from megatron.core.models.multimodal.llava_model import LLaVAModel
+    from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
+    from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+
+    language, vision = config_of(4, ranks), config_of(4, 1)
+    vision.vision_model_type = case.model
+    projection = deepcopy(language)
+    projection.pipeline_model_parallel_size = 1
+    spec = decoder_model_with_local_default_spec(None, False)
+    model = LLaVAModel(
+        language_transformer_config=language, language_transformer_layer_spec=spec, language_vocab_size=VOCABULARY,
+        language_max_sequence_length=64, vision_transformer_config=vision, vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
+        drop_vision_class_token=case.drop_class_token, vision_projection_config=projection,
+        vision_projection_layer_spec=deepcopy(spec.submodules.mlp.submodules), img_h=28, img_w=28, patch_dim=14,
+        language_position_embedding_type="rope", pixel_shuffle=case.pixel_shuffle, image_token_index=IMAGE,
+        tile_tags=[[1, 2, 3, 4, tag] for tag in range(5, 9)] if case.tags else None, tokenizer_type="qwen2p5" if case.tags else "",
+        max_num_tiles=3 if case.tags else 0,
+        # A stock script builds the vision model on the first pipeline rank alone.
+        add_encoder=pre_process and post_process, pre_process=pre_process, post_process=post_process,
+    )
+    model.freeze(
+        freeze_language_model="language" in case.frozen, freeze_vision_model="vision" in case.frozen,
+        freeze_vision_projection="projection" in case.frozen,
+    )
+    return model
+
+
+def provide_gpt(
+    case: Case, ranks: int, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, config: Any = None,
+) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+
+    moe = {} if case.experts is None else {
+        "num_moe_experts": case.experts, "moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "aux_loss", "add_bias_linear": False,
+    }
+    config = config or config_of(8, ranks, **moe)
+    spec = get_gpt_layer_local_spec() if case.experts is None else get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
+    return GPTModel(
+        config=config, transformer_layer_spec=spec, vocab_size=VOCABULARY, max_sequence_length=TEXT_LENGTH, pre_process=pre_process,
+        post_process=post_process, share_embeddings_and_output_weights=False, position_embedding_type="rope", vp_stage=vp_stage,
+    )
+
+
+def batches(case: Case) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    result = []
+    for count in case.images:
+        tokens = torch.randint(9, VOCABULARY, (case.sequences, TEXT_LENGTH), generator=generator)
+        tiles = torch.ones(count, dtype=torch.int)
+        if case.model != "gpt":
+            if case.tags:
+                tokens[0, 3] = IMAGE  # one image of ``count`` tiles
+                tiles = torch.tensor([count], dtype=torch.int)
+            else:
+                for image in range(count):
+                    tokens[image % case.sequences, 2 + 3 * (image // case.sequences)] = IMAGE
+        result.append({
+            "tokens": tokens, "labels": tokens.roll(-1, 1).clamp(min=0), "loss_mask": torch.ones(tokens.shape), "tiles": tiles,
+            "position_ids": torch.arange(TEXT_LENGTH).expand(case.sequences, -1),
+            "images": torch.rand(count, 3, 28, 28, generator=generator),
+        })
+    return result
+
+
+def loss_function(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    loss = (losses * mask).sum() / mask.sum()
+    return loss, {"loss": loss.item()}
+
+
+def forward_step_llava(data_iterator: Iterator[Any], model: Callable[..., Any]) -> tuple[Any, Any]:
+    batch = next(data_iterator)
+    output, mask = model(
+        batch["images"], batch["tokens"], batch["position_ids"], None, batch["labels"], batch["loss_mask"], num_image_tiles=batch["tiles"]
+    )
+    return output, partial(loss_function, mask)
+
+
+def forward_step_gpt(data_iterator: Iterator[Any], model: Callable[..., Any]) -> tuple[Any, Any]:
+    batch = next(data_iterator)
+    return model(batch["tokens"], batch["position_ids"], causal_mask(), labels=batch["labels"]), partial(loss_function, batch["loss_mask"])
+
+
+def causal_mask() -> torch.Tensor:
+    return torch.ones(TEXT_LENGTH, TEXT_LENGTH, dtype=torch.bool).triu_(1)[None, None]
+
+
+def whole_names(chunk: Any) -> dict[str, torch.nn.Parameter]:
+    """Parameters by their names in the whole model."""
+    names = {}
+    for name, parameter in chunk.named_parameters():
+        part, found, rest = f".{name}".partition(".decoder.layers.")
+        if found:
+            index, _, tail = rest.partition(".")
+            layer = chunk.get_submodule(f"{part}.decoder".lstrip(".")).layers[int(index)]
+            name = f"{part}.decoder.layers.{layer.layer_number - 1}.{tail}".lstrip(".")
+        names[name] = parameter
+    return names
+
+
+Outcome = tuple[list[float], list[float], dict[str, Any], dict[str, Any], Any]
+
+
+def run_cases(rank: int, ranks: int, cases: list[Case]) -> list[Outcome]:
+    from megatron.core import parallel_state
+
+    from megatron_dip.hooks.cpu import CpuDeviceMode, enable_cpu
+    from megatron_dip.hooks.cpu_scripts import mend_without_transformer_engine
+
+    enable_cpu()
+    mend_without_transformer_engine()
+    parallel_state.initialize_model_parallel(1, ranks)
+    with CpuDeviceMode():  # without a mask, as the scripts run them, local layers make one on "cuda"
+        return [run_case(rank, ranks, case) for case in cases]
+
+
+def run_case(rank: int, ranks: int, case: Case) -> Outcome:
+    """Losses and gradients of the whole model and of this rank's chunks."""
+    from megatron.core import tensor_parallel
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from megatron_dip.hooks.megatron_lm import build_chunks, dip_schedule
+
+    torch.manual_seed(1)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    provide, forward_step = (provide_gpt, forward_step_gpt) if case.model == "gpt" else (provide_llava, forward_step_llava)
+    items = batches(case)
+
+    whole = provide(case, 1)
+    whole.train(case.model != "radio")  # in training RADIO draws a random crop of its position embeddings for every call
+    expected = []
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1 / len(items)]))
+    for item in items:
+        output, loss = forward_step(iter([item]), whole)
+        value, report = loss(output)
+        expected.append(report["loss"])
+        if value.requires_grad:  # not for text alone before a frozen language model
+            (value / len(items)).backward()
+
+    parser = argparse.ArgumentParser()
+    args = add_dip_args(parser).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", *case.flags])
+    for name, value in {
+        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": ranks, "data_parallel_size": 1, "sequence_parallel": False,
+        "bf16": False, "fp16": False, "use_distributed_optimizer": False,
+    }.items():
+        setattr(args, name, value)
+    chunks = build_chunks(args, partial(provide, case, ranks))
+    for chunk in chunks:
+        chunk.train(whole.training)
+    mine = {name: parameter for chunk in chunks for name, parameter in whole_names(chunk).items()}
+    wanted = whole_names(whole)
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            assert parameter.requires_grad == wanted[name].requires_grad, name
+            parameter.copy_(wanted[name])
+
+    def stock(**arguments: Any) -> None:
+        raise AssertionError("the stock schedule was chosen for a model that DIP has cut")
+
+    reports = dip_schedule(stock)(
+        forward_step_func=forward_step, data_iterator=iter(items), model=chunks, num_microbatches=len(items), seq_length=TEXT_LENGTH,
+        micro_batch_size=case.sequences, forward_only=False,
+    )
+    gradients = {name: parameter.grad for name, parameter in mine.items() if parameter.requires_grad}
+    wholes = {name: wanted[name].grad for name in gradients}
+    everything = sorted(wanted) if rank == 0 else None
+    return expected, [report["loss"] for report in reports], gradients, wholes, everything
+
+
+def check(cases: list[Case], ranks: int) -> None:
+    by_rank = launch(run_cases, ranks, cases, timeout_s=240)
+    for index, case in enumerate(cases):
+        check_case(case, [outcomes[index] for outcomes in by_rank])
+
+
+def check_case(case: Case, results: list[Outcome]) -> None:
+    expected, losses = results[0][0], results[-1][1]
+    np.testing.assert_allclose(losses, expected, rtol=1e-6, err_msg=str(case))
+    names: list[str] = []
+    for _, _, gradients, wholes, _ in results:
+        for name, gradient in gradients.items():
+            names.append(name)
+            if wholes[name] is None:
+                assert gradient is None or not gradient.any(), (case, name)
+            else:
+                scale = wholes[name].abs().max().clamp(min=1e-3)
+                assert gradient is not None, (case, name)
+                assert ((gradient - wholes[name]).abs().max() / scale).item() < 1e-5, (case, name)
+    assert len(set(names)) == len(names), (case, "a weight lies in two chunks")
+    if not case.frozen:
+        assert sorted(names) == results[0][4], (case, "weights of the whole model are missing from the chunks")
+
+
+LLAVA = [
+    Case(model="clip", flags=("--dip-chunks", "vit=2", "lm=2", "--dip-sub-microbatch-size", "vit=1")),
+    Case(model="clip", drop_class_token=True, sequences=2, images=(3, 4, 0), flags=("--dip-sub-microbatch-size", "vit=2")),
+    Case(model="siglip", flags=("--dip-chunks", "vit=2")),
+    Case(model="internvit", drop_class_token=True, pixel_shuffle=True, flags=("--dip-chunks", "lm=2")),
+    Case(model="radio", drop_class_token=True, flags=("--dip-chunks", "vit=2", "--dip-sub-microbatch-size", "vit=2")),
+    Case(model="internvit300M", drop_class_token=True, tags=True, images=(1, 3, 2)),
+    Case(model="clip", frozen=("vision",)),
+    Case(model="clip", frozen=("language",), flags=("--dip-chunks", "vit=2", "lm=2")),
+    Case(model="clip", frozen=("vision", "projection")),
+    Case(model="clip", images=(0, 0, 0)),
+]
+
+
+def test_llava_chunks_equal_the_whole_model() -> None:
+    check(LLAVA, 1)
+
+
+def test_llava_chunks_over_two_ranks() -> None:
+    check([LLAVA[0], LLAVA[4], LLAVA[6]], 2)
+
+
+GPT = Case(model="gpt", sequences=2, flags=("--dip-chunks", "lm=2"))
+
+
+def test_gpt_chunks_equal_the_whole_model() -> None:
+    check([GPT], 1)
+
+
+def test_gpt_and_mixture_of_experts_over_two_ranks() -> None:
+    check([GPT, replace(GPT, experts=4)], 2)
