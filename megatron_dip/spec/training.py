@@ -188,6 +188,12 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise InputError("--timeout", self.timeout_s, "not a positive number of seconds", "give for example 600")
         if not 0 <= self.schedule.plan_s <= 60:
             raise InputError("--plan-time", self.schedule.plan_s, "outside [0, 60] seconds", "give for example 0.1")
+        if self.overlap_grad_reduce and self.schedule.name != "dip":
+            raise InputError(
+                "--overlap-grad-reduce", True,
+                "Megatron's own schedules wait for a gradient of every weight, which a microbatch without images does not give",
+                "leave it out, or use --pipeline-schedule dip",
+            )
         replica = self.num_microbatches // self.parallel.data
         if self.schedule.name == "interleaved":
             if self.parallel.pipeline < 2:

@@ -31,6 +31,7 @@ COMMAND = [sys.executable, "-m", "megatron_dip.cli.main", "train"]
         (["--pipeline-schedule", "interleaved", "--stock-layout", "scripts"], "--stock-layout = 'scripts'", "interleave"),
         (["--pipeline-schedule", "interleaved", "--pipeline", "1"], "--pipeline = 1", "several ranks"),
         (["--pipeline-schedule", "interleaved", "--num-microbatches", "7"], "--num-microbatches = 7", "multiple"),
+        (["--pipeline-schedule", "1f1b", "--overlap-grad-reduce"], "--overlap-grad-reduce = True", "without images"),
         (["--partition", "absent.json"], "absent.json", "cannot be read"),
         (["--record", "absent/record.json"], "--record", "directory does not exist"),
     ],
