@@ -16,6 +16,9 @@ from collections.abc import Sequence
 
 from megatron_dip.spec.errors import EXIT_CODE
 
+EXPECTED_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated")
+"""What Megatron-Core says of every import without its optional packages."""
+
 GRACE_S = 5.0
 """After a rank ended badly: time for the others to end by themselves."""
 
@@ -36,7 +39,7 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, threads: int) -> int:
         "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
         # Host names do not resolve everywhere; these ranks talk over the loopback device.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore:Transformer Engine and Apex are not installed"),
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", ",".join(f"ignore:{start}" for start in EXPECTED_WARNINGS)),
     }
     ranks = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdin=subprocess.DEVNULL)
