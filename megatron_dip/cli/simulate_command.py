@@ -27,8 +27,8 @@ from megatron_dip.cost.analytic import check_parallel
 from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.device import load_device
 from megatron_dip.planner.partitioning import joint_partition
-from megatron_dip.planner.simulation import SCHEDULES, SimulateOptions, make_costs, simulate
-from megatron_dip.spec.codec import load_partition, load_workload
+from megatron_dip.planner.simulation import SCHEDULES, SimulateOptions, Simulation, make_costs, simulate_whole
+from megatron_dip.spec.codec import check_writable, load_partition, load_workload, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.profile import Profile
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--grid", action="store_true", help="search data, tensor and pipeline sizes, chunks and sub-microbatch sizes")
     parser.add_argument("--device", metavar="NAME|FILE.json", help="device instead of the workload's")
     parser.add_argument("--partition", type=Path, metavar="FILE", help="how 'dip' cuts the modules (default: chosen by search)")
+    parser.add_argument("--memory-timeline", type=Path, metavar="FILE.csv", help="write what each rank holds over time (rank, seconds, bytes)")
     parser.add_argument("--evaluations", type=int, default=500, metavar="N", help="schedules that 'dip' tries (default 500)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default 0)")
     grid = parser.add_argument_group("grid")
@@ -68,6 +69,10 @@ def run(args: argparse.Namespace) -> int:
     for field, value in (("--evaluations", args.evaluations), ("--top", args.top), ("--gpus", args.gpus), ("--workers", args.workers)):
         if value is not None and value < 1:
             raise InputError(field, value, "must be at least 1", "give a positive whole number")
+    if args.memory_timeline is not None:
+        if args.grid or args.compare:
+            raise InputError("--memory-timeline", str(args.memory_timeline), "is for one schedule", "leave --grid and --compare out")
+        check_writable(args.memory_timeline, "--memory-timeline")
     workload = load_workload(args.workload)
     if args.device is not None:
         # A profile stands for measured costs on its own device: figures given by hand would silently not be used.
@@ -82,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
     if args.compare:
         return _run_compare(args, workload, partition, options)
     chosen: ScheduleName = args.schedule or workload.training.schedule
-    result = simulate_one(workload, chosen, partition, options)
+    simulation = simulate_one(workload, chosen, partition, options)
+    result = simulation.result
+    if args.memory_timeline is not None:
+        _write_timeline(args.memory_timeline, simulation)
     if args.json:
         print(msgspec.json.encode(result).decode())
         return 0
@@ -90,10 +98,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def simulate_one(workload: Workload, name: ScheduleName, partition: Partition | None, options: SimulateOptions) -> SimulationResult:
+def simulate_one(workload: Workload, name: ScheduleName, partition: Partition | None, options: SimulateOptions) -> Simulation:
     """Simulates under one schedule; ``dip`` without a partition gets the joint choice. Warns about what the profile did not measure."""
     if name == "fsdp2":
-        return simulate(workload, name, options=options)
+        return simulate_whole(workload, name, options=options)
     costs = make_costs(workload, options)
     if name == "dip" and partition is None:
         partition = joint_partition(
@@ -104,7 +112,7 @@ def simulate_one(workload: Workload, name: ScheduleName, partition: Partition | 
         sizes = partition.sub_microbatch_size if partition is not None and name == "dip" else None
         for sentence in outside_profile(workload.profile, workload.microbatches, sizes):
             Console(stderr=True).print(f"warning: {sentence}", soft_wrap=True, highlight=False)
-    return simulate(workload, name, partition=partition, options=options, costs=costs)
+    return simulate_whole(workload, name, partition=partition, options=options, costs=costs)
 
 
 def _run_compare(args: argparse.Namespace, workload: Workload, partition: Partition | None, options: SimulateOptions) -> int:
@@ -112,7 +120,7 @@ def _run_compare(args: argparse.Namespace, workload: Workload, partition: Partit
     problems: dict[str, str] = {}
     for name in SCHEDULES:
         try:
-            results.append(simulate_one(workload, name, partition, options))
+            results.append(simulate_one(workload, name, partition, options).result)
         except InputError as error:
             problems[name] = str(error)
     if not results:
@@ -128,6 +136,15 @@ def _run_compare(args: argparse.Namespace, workload: Workload, partition: Partit
     for failed, problem in problems.items():
         console.print(f"{failed}: {problem}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _write_timeline(path: Path, simulation: Simulation) -> None:
+    if simulation.schedule is None:
+        raise InputError("--memory-timeline", str(path), "schedule 'fsdp2' has no pipeline, hence no timeline", "choose another schedule")
+    lines = ["rank,seconds,bytes"]
+    for rank in range(simulation.schedule.graph.num_ranks):
+        lines += [f"{rank},{instant / 1e9:.9f},{held}" for instant, held in simulation.memory_timeline(rank)]
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
 def _console() -> Console:
@@ -185,7 +202,7 @@ def grid_parallels(workload: Workload, gpus: int) -> list[Parallel]:
 
 def _grid_point(workload: Workload, parallel: Parallel, options: SimulateOptions) -> GridPoint:
     try:
-        result = simulate_one(msgspec.structs.replace(workload, parallel=parallel), "dip", None, options)
+        result = simulate_one(msgspec.structs.replace(workload, parallel=parallel), "dip", None, options).result
     except InputError as error:
         return GridPoint(parallel=parallel, result=None, problem=error.problem)
     return GridPoint(parallel=parallel, result=result)

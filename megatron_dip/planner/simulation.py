@@ -73,6 +73,31 @@ class SimulateOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """A result with what it was made of."""
+
+    result: SimulationResult
+    schedule: Schedule | None
+    """Of the slowest replica; None without a pipeline (fsdp2)."""
+    initial_bytes: tuple[int, ...]
+    """What each rank holds all the time."""
+
+    def memory_timeline(self, rank: int) -> list[tuple[int, int]]:
+        """(ns, bytes that the rank holds) after each instant at which that changes, ends before starts; working sets are not in it."""
+        assert self.schedule is not None
+        graph, tasks = self.schedule.graph, self.schedule.order[rank]
+        changes: dict[int, int] = {0: self.initial_bytes[rank]}
+        for instants, deltas in ((self.schedule.start_ns, graph.mem_start_bytes), (self.schedule.end_ns, graph.mem_end_bytes)):
+            for instant, delta in zip(instants[tasks].tolist(), deltas[tasks].tolist(), strict=True):
+                changes[instant] = changes.get(instant, 0) + delta
+        held, timeline = 0, []
+        for instant in sorted(changes):
+            held += changes[instant]
+            timeline.append((instant, held))
+        return timeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Pipeline:
     """One replica's pipeline part, whichever scheduler made it."""
 
@@ -104,6 +129,14 @@ def simulate(
     workload: Workload, schedule: ScheduleName | None = None, *, partition: Partition | None = None, options: SimulateOptions | None = None,
     costs: CostModel | None = None,
 ) -> SimulationResult:
+    """The result of :func:`simulate_whole` alone."""
+    return simulate_whole(workload, schedule, partition=partition, options=options, costs=costs).result
+
+
+def simulate_whole(
+    workload: Workload, schedule: ScheduleName | None = None, *, partition: Partition | None = None, options: SimulateOptions | None = None,
+    costs: CostModel | None = None,
+) -> Simulation:
     """Simulates one iteration of a resolved workload.
 
     Args:
@@ -119,10 +152,10 @@ def simulate(
     if name not in SCHEDULES:
         raise InputError("training.schedule", name, "cannot be simulated", f"use one of {', '.join(SCHEDULES)}")
     if name == "fsdp2":
-        return _simulate_fsdp(workload, options)
+        return Simulation(result=_simulate_fsdp(workload, options), schedule=None, initial_bytes=())
     costs = make_costs(workload, options) if costs is None else costs
     counting = _counting_costs(workload, options, costs)
-    slowest: tuple[float, SimulationResult] | None = None
+    slowest: tuple[SimulationResult, _Pipeline] | None = None
     for microbatches in _heaviest_replicas(workload, costs, options.replicas):
         if name == "dip":
             if partition is None:
@@ -135,11 +168,16 @@ def simulate(
         if options.blocking_messages:
             pipeline = dataclasses.replace(pipeline, schedule=_block_on_messages(pipeline.schedule))
         result = _assemble(workload, name, pipeline, costs, counting, options)
-        if slowest is None or result.iteration_time_s > slowest[0]:
-            slowest = (result.iteration_time_s, result)
+        if slowest is None or result.iteration_time_s > slowest[0].iteration_time_s:
+            slowest = (result, pipeline)
     assert slowest is not None
-    # Utilisation counts the whole global batch, not the slowest replica's share of it.
-    return _with_utilisation(slowest[1], workload, counting)
+    result, pipeline = slowest
+    live = pipeline.schedule.peak_memory([0] * pipeline.schedule.graph.num_ranks)
+    return Simulation(
+        # Utilisation counts the whole global batch, not the slowest replica's share of it.
+        result=_with_utilisation(result, workload, counting), schedule=pipeline.schedule,
+        initial_bytes=tuple(peak - own for peak, own in zip(pipeline.peak_bytes, live, strict=True)),
+    )
 
 
 # --- the pipeline part -------------------------------------------------------------------------------------------------------------
@@ -284,7 +322,7 @@ def _assemble(
     instant = time_order(dataclasses.replace(graph, dep_lag_ns=np.zeros_like(graph.dep_lag_ns)), schedule.order)
     assert instant is not None
     busy = int(graph.duration_ns.sum()) / 1e9 / num_ranks
-    waiting = min(makespan - instant.makespan_ns / 1e9, makespan - busy)
+    waiting = max(0.0, min(makespan - instant.makespan_ns / 1e9, makespan - busy))
     tensor_parallel = _tensor_parallel_seconds(workload, pipeline, counting) / num_ranks if isinstance(_base(costs), AnalyticCost) else 0.0
     chunks = _chunks(workload, pipeline, counting)
     before, after = _data_parallel_seconds(workload, schedule, chunks, counting, options)
@@ -296,13 +334,13 @@ def _assemble(
     if options.blocking_messages:
         # Message times stand in the durations: take them back out of the busy time.
         compute_only = _busy_without_messages(pipeline, schedule, workload, counting) / num_ranks
-        blocked, busy = busy - compute_only, compute_only
+        blocked, busy = max(0.0, busy - compute_only), min(busy, compute_only)
     return SimulationResult(
         iteration_time_s=before + makespan + after + optimizer, mfu=None, hfu=_recomputed_flops(pipeline, counting),
         bubble_fraction=schedule.bubble_fraction, peak_memory_bytes=_peaks(workload, pipeline, costs),
         breakdown_s=Breakdown(
             compute=busy - tensor_parallel, tensor_parallel=tensor_parallel, data_parallel=before + after, p2p=waiting + blocked,
-            bubble=makespan - busy - waiting - blocked, optimizer=optimizer,
+            bubble=max(0.0, makespan - busy - waiting - blocked), optimizer=optimizer,
         ),
         schedule=name, chunks=pipeline.chunks, sub_microbatch_size=pipeline.sub_microbatch_size,
     )

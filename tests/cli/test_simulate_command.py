@@ -65,6 +65,24 @@ def test_a_schedule_can_be_asked_for(workload: Path, capsys: pytest.CaptureFixtu
         assert word in text
 
 
+def test_the_memory_timeline_peaks_where_the_result_does(workload: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "memory.csv"
+    assert simulate(workload, "--json", "--schedule", "nnscaler", "--memory-timeline", str(path)) == 0
+    result = json.loads(capsys.readouterr().out)
+    header, *lines = path.read_text().splitlines()
+    assert header == "rank,seconds,bytes"
+    rows = [(int(rank), float(seconds), int(held)) for rank, seconds, held in (line.split(",") for line in lines)]
+    for rank, peak in enumerate(result["peak_memory_bytes"]):
+        own = [row for row in rows if row[0] == rank]
+        assert own[0][1] == 0
+        assert max(seconds for _, seconds, _ in own) <= result["iteration_time_s"]
+        # The peak adds working sets and message buffers.
+        assert 0.8 * peak < max(held for *_, held in own) <= peak
+        # All activations are given back: what is left is what the rank holds all the time.
+        assert own[-1][2] == min(held for *_, held in own)
+    assert simulate(workload, "--compare", "--memory-timeline", str(path)) == 2
+
+
 def test_all_schedules_side_by_side(workload: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate(workload, "--compare", "--json") == 0
     found = json.loads(capsys.readouterr().out)
