@@ -14,7 +14,7 @@ from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.workload import Parallel
 from tests.distributed.dip_runs import build, dip_of, forward_backward
 from tests.distributed.launcher import launch
-from tests.distributed.tiny_vlm import Case, Result, losses_of, merge_ranks, references, run_case, worst_difference
+from tests.distributed.tiny_vlm import Case, Result, largest_move, losses_of, merge_ranks, references, run_case, worst_difference
 from tests.distributed.vlm_plans import make_plan, plans_of
 
 pytestmark = pytest.mark.distributed
@@ -36,19 +36,15 @@ def run_dip(rank: int, num_ranks: int, cases: Sequence[Case], plans: Sequence[li
 
 
 def check(cases: Sequence[Case], tolerance: float) -> None:
-    """Runs all cases in one spawn, on as many ranks as the first one needs, and compares each with one process.
-
-    After optimizer steps weights, norms and losses are compared, without the attention biases: a key's bias has no gradient but
-    rounding, and Adam makes a whole step of that.
-    """
+    """Runs all cases in one spawn, on as many ranks as the first one needs, and compares each with one process: losses and gradients,
+    or after optimizer steps losses, gradient norms and weights."""
     expected = references(cases)
     by_rank = launch(run_dip, cases[0].parallel.num_gpus, cases, [plans_of(case) for case in cases])
     for index, case in enumerate(cases):
         results, alone = [results[index] for results in by_rank], [expected[index]]
         np.testing.assert_allclose(losses_of(results), losses_of(alone), rtol=tolerance, err_msg=str(case))
         if case.steps:
-            weights, wanted = merge_ranks(results, "weights"), merge_ranks(alone, "weights")
-            assert worst_difference(weights, wanted, without="linear_qkv.bias") <= tolerance, case
+            assert largest_move(merge_ranks(results, "weights"), merge_ranks(alone, "weights")) <= 1e-3, case
             for result in results:
                 np.testing.assert_allclose(result.grad_norms, alone[0].grad_norms, rtol=tolerance, err_msg=str(case))
         else:
@@ -119,19 +115,22 @@ def test_tensor_parallel() -> None:
 
 def test_data_parallel() -> None:
     counts = ((3, 0, 5, 1), (0, 2, 0, 4))
+    base = Case(parallel=Parallel(pipeline=2, data=2), chunks=(1, 2), image_counts=counts, steps=3)
+    overlapped = replace(base, overlap_grad_reduce=True, distributed_optimizer=True)
     check(
         [
-            Case(
-                parallel=Parallel(pipeline=2, data=2), chunks=(1, 2), image_counts=image_counts, steps=3, tied=tied,
-                overlap_grad_reduce=overlap, distributed_optimizer=distributed, options=options,
-            )
-            for overlap, distributed, tied, image_counts, options in (
-                (False, False, False, counts, ()),
-                (True, False, True, counts, (("random", 1),)),
-                (True, True, False, counts, (("random", 2),)),
-                (True, True, True, ((0, 0, 0, 0), (1, 2, 0, 4)), ()),
-                (True, True, False, counts, (("random", 3), ("overlap_param_gather", True))),
-            )
+            base,
+            replace(base, overlap_grad_reduce=True, tied=True, options=(("random", 1),)),
+            replace(overlapped, options=(("random", 2),)),
+            replace(overlapped, tied=True, image_counts=((0, 0, 0, 0), (1, 2, 0, 4))),
+            replace(overlapped, options=(("random", 3), ("overlap_param_gather", True))),
+            replace(overlapped, trainable=(False, True)),
+            replace(overlapped, trainable=(True, False)),
         ],
         5e-6,
     )
+
+
+def test_tied_embeddings_in_two_chunks_of_one_rank() -> None:
+    base = Case(parallel=Parallel(data=2), chunks=(1, 2), tied=True, image_counts=((3, 0, 5, 1), (0, 2, 0, 4)), steps=3)
+    check([base, replace(base, overlap_grad_reduce=True, distributed_optimizer=True)], 5e-6)

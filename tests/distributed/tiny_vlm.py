@@ -258,20 +258,29 @@ def merge_ranks(results: Sequence[Result], what: str) -> dict[str, np.ndarray]:
     return whole
 
 
-def worst_difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], *, without: str | None = None) -> float:
-    """Largest max|difference| / max|expected| over all tensors; the names must be the same, but for a tied head's own copy.
-
-    Args:
-        without: end of names that are left out.
-    """
-    names = {name for name in set(found) & set(expected) if without is None or not name.endswith(without)}
+def _same_names(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[str]:
+    """The names of both, which must be the same but for a tied head's own copy."""
     assert set(found) ^ set(expected) <= {"language_model.output_layer.weight"}, sorted(set(found) ^ set(expected))
+    return sorted(set(found) & set(expected))
+
+
+def worst_difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Largest max|difference| / max|expected| over all tensors."""
     worst = 0.0
-    for name in names:
+    for name in _same_names(found, expected):
         scale = float(np.abs(expected[name]).max())
         difference = float(np.abs(found[name] - expected[name]).max())
         worst = max(worst, difference / scale if scale > 0 else (0.0 if difference == 0 else np.inf))
     return worst
+
+
+def largest_move(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Largest |difference| of weights after optimizer steps, in units of the learning rate: what one wrong step would be is about 1.
+
+    Without the attention biases: a key's bias has no gradient but rounding, and Adam makes a whole step of that.
+    """
+    names = [name for name in _same_names(found, expected) if not name.endswith("linear_qkv.bias")]
+    return max(float(np.abs(found[name] - expected[name]).max()) for name in names) / OPTIMIZER.lr
 
 
 def losses_of(results: Sequence[Result]) -> list[list[float]]:
