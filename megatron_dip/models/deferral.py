@@ -58,14 +58,14 @@ class LinearWeightDeferral:
             whole = product.input
             if product.sequence_parallel_group is not None:
                 whole = gather_from_sequence_parallel_region(whole, group=product.sequence_parallel_group)
-            gradient = product.grad_output.flatten(0, -2).t() @ whole.flatten(0, -2)
-            weight = product.weight
-            if hasattr(weight, "main_grad"):
-                weight.main_grad.add_(gradient)  # type: ignore[operator]
-            elif weight.grad is None:
-                weight.grad = gradient
-            else:
-                weight.grad.add_(gradient)
+            grad_output, whole = product.grad_output.flatten(0, -2), whole.flatten(0, -2)
+            total = getattr(product.weight, "main_grad", product.weight.grad)
+            if total is None:
+                product.weight.grad = grad_output.t() @ whole
+            elif total.dtype == whole.dtype:
+                total.addmm_(grad_output.t(), whole)
+            else:  # sums in fp32 over products in the training's number format, as Megatron has them
+                total.add_(grad_output.t() @ whole)
 
     def assert_empty(self) -> None:
         assert not self._collected, f"W of stages {sorted(self._collected)} never ran"
