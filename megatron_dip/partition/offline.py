@@ -9,7 +9,7 @@ In: the model, the ranks, a sample of batches, costs. Out: a :class:`~megatron_d
   candidate by what it is told: the caller's ``evaluate``, the time of a scheduled batch. It starts from several corners, since the
   choices interact.
 
-Not modelled: choices that differ between batches (weights never move), and K beyond :data:`MAX_CHUNKS`.
+Not modelled: choices that differ between batches (weights never move), and K other than :data:`CHUNKS`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from megatron_dip.spec.workload import Microbatch
 Batch = Sequence[Microbatch]
 """One replica's microbatches of one iteration."""
 
-MAX_CHUNKS = 4
-"""K at most: every further chunk a rank adds messages and checkpoints' pieces, and gained nothing where it was tried."""
+CHUNKS = (1, 2, 3, 4, 6, 8)
+"""K that are tried, as far as a chunk has a layer."""
 EFFICIENCY = 0.95
 """Of the paper's rule for B_i."""
 _SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64)
@@ -170,6 +170,10 @@ def paper_partition(model: ModelSpec, num_ranks: int, batches: Sequence[Batch], 
     return even_partition(model, num_ranks, chunks, sizes)
 
 
+_LEADS = (1.0, 2 / 3, 1 / 3, 0.0)
+"""First chunk's layers as a share of an even chunk's (at least one layer). A rank waits for its predecessors' first chunks when an
+iteration begins, and they run when it ends: a short first chunk cuts that time without more chunks."""
+
 Level = Literal["module", "work", "end"]
 """What the layers level over the ranks: each module's work by itself; all modules' work together; or when a rank's work ends, which
 lies a hop later from rank to rank, since later ranks start later and wait longer for what follows them."""
@@ -184,6 +188,8 @@ class Cut:
     """K by module, in the model's order"""
     sizes: tuple[int, ...]
     """B by module"""
+    lead: tuple[int, ...]
+    """Index into :data:`_LEADS` by module"""
     level: Level
 
 
@@ -216,6 +222,7 @@ def balanced_partition(model: ModelSpec, num_ranks: int, cut: Cut, work: Sequenc
             inner = [0.0] * num_chunks
             inner[0] += round(own.first / unit) if rank == 0 else 0.0
             inner[-1] += round(own.last / unit) if rank == num_ranks - 1 else 0.0
+            inner[0] += (1.0 - _LEADS[cut.lead[index]]) * total / num_chunks
             for vp_stage, layers in enumerate(_fill(total, inner, min(1, least))):
                 table[vp_stage][rank] = layers
             load[rank] += total * own.layer + extras[rank]
@@ -295,11 +302,13 @@ def choose_partition(
             size_options.append([sizes[module.name]])
         else:
             most = max(1, largest_count(module.name, batches))
-            options = _sizes_up_to(most)
-            cheapest = min(work_of(index, size).layer for size in options)
-            size_options.append([size for size in options if work_of(index, size).layer <= _WASTE * cheapest])
+            tried = _sizes_up_to(most)
+            cheapest = min(work_of(index, size).layer for size in tried)
+            size_options.append([size for size in tried if work_of(index, size).layer <= _WASTE * cheapest])
         given = None if chunks is None else chunks.get(module.name)
-        chunk_options.append([given] if given is not None else list(range(1, max(1, min(MAX_CHUNKS, module.num_layers // num_ranks)) + 1)))
+        chunk_options.append([given] if given is not None else [count for count in CHUNKS if count == 1 or count * num_ranks <= module.num_layers])
+
+    options = {"chunks": chunk_options, "sizes": size_options, "lead": [list(range(len(_LEADS)))] * len(model.modules)}
 
     def build(cut: Cut) -> Partition:
         return balanced_partition(model, num_ranks, cut, [work_of(index, size) for index, size in enumerate(cut.sizes)])
@@ -319,7 +328,7 @@ def choose_partition(
         improved = True
         while improved:
             improved = False
-            for neighbour in _neighbours(cut, chunk_options, size_options):
+            for neighbour in _neighbours(cut, options):
                 if sum(key[1] == fine for key in scores) >= limit:
                     return cut
                 if score(neighbour, fine) < score(cut, fine):
@@ -328,12 +337,13 @@ def choose_partition(
         return cut
 
     def start(chunk_share: float, size_share: float) -> Cut:
-        def at(options: Sequence[int], share: float) -> int:
-            return options[min(len(options) - 1, int(share * len(options)))]
+        def at(values: Sequence[int], share: float) -> int:
+            return values[min(len(values) - 1, int(share * len(values)))]
 
         return Cut(
-            chunks=tuple(at(options, chunk_share) for options in chunk_options),
-            sizes=tuple(at(options, size_share) for options in size_options),
+            chunks=tuple(at(values, chunk_share) for values in chunk_options),
+            sizes=tuple(at(values, size_share) for values in size_options),
+            lead=(0,) * len(model.modules),
             level="work",
         )
 
@@ -341,7 +351,7 @@ def choose_partition(
     ranked = sorted(dict.fromkeys(starts), key=lambda cut: score(cut, False))
     # Two descents: the better of two valleys, and a wider choice for the thorough look.
     ends = [descend(cut, False, max_candidates * (number + 1) // 2) for number, cut in enumerate(ranked[:2])]
-    near = [neighbour for end in ends for neighbour in [end, *_neighbours(end, chunk_options, size_options)]]
+    near = [neighbour for end in ends for neighbour in [end, *_neighbours(end, options)]]
     known = [cut for cut in dict.fromkeys([*ends, *near, *starts]) if (repr(build(cut)), False) in scores]
     finalists = sorted(known, key=lambda cut: score(cut, False))[: max(1, max_refined // 3)]
     best = descend(min(finalists, key=lambda cut: score(cut, True)), True, max_refined)
@@ -353,14 +363,18 @@ def choose_partition(
     return PartitionChoice(partition=build(best), expected_ns=score(best, True), candidates=len(scores))
 
 
-def _neighbours(cut: Cut, chunk_options: Sequence[Sequence[int]], size_options: Sequence[Sequence[int]]) -> list[Cut]:
-    """Cuts that differ in one choice by one step, and those that change all K together."""
+def _neighbours(cut: Cut, options: Mapping[str, Sequence[Sequence[int]]]) -> list[Cut]:
+    """Cuts that differ in one choice by one step, and those that change it for all modules together.
+
+    Args:
+        options: field of a cut -> for each module its values in order.
+    """
     found = [replace(cut, level=level) for level in _LEVELS if level != cut.level]
-    for field, options in (("chunks", chunk_options), ("sizes", size_options)):
+    for field, by_module in options.items():
         values: tuple[int, ...] = getattr(cut, field)
         for step in (1, -1):
             moved = []
-            for index, own in enumerate(options):
+            for index, own in enumerate(by_module):
                 at = own.index(values[index]) + step
                 if 0 <= at < len(own):
                     moved.append((index, own[at]))

@@ -57,14 +57,14 @@ works = st.builds(
 
 @given(
     layers=st.lists(st.integers(1, 60), min_size=1, max_size=3), num_ranks=st.integers(1, 6), chunks=st.integers(1, 4), work=st.data(),
-    level=st.sampled_from(["module", "work", "end"]),
+    level=st.sampled_from(["module", "work", "end"]), lead=st.integers(0, 3),
 )
 def test_balanced_layers_are_complete_and_level(
-    layers: list[int], num_ranks: int, chunks: int, work: st.DataObject, level: Level
+    layers: list[int], num_ranks: int, chunks: int, work: st.DataObject, level: Level, lead: int
 ) -> None:
     model = ModelSpec(modules=[module(f"m{index}", count) for index, count in enumerate(layers)])
     own = [work.draw(works) for _ in layers]
-    cut = Cut(chunks=(chunks,) * len(layers), sizes=(2,) * len(layers), level=level)
+    cut = Cut(chunks=(chunks,) * len(layers), sizes=(2,) * len(layers), lead=(lead,) * len(layers), level=level)
     partition = balanced_partition(model, num_ranks, cut, own)
     partition.validate({f"m{index}": count for index, count in enumerate(layers)}, num_ranks)
     if level == "module":
@@ -86,9 +86,19 @@ def test_balanced_layers_are_complete_and_level(
 def test_a_heavy_head_takes_layers_off_the_last_rank() -> None:
     model = ModelSpec(modules=[module("lm", 32)])
     partition = balanced_partition(
-        model, 4, Cut(chunks=(2,), sizes=(1,), level="module"), [ModuleWork(layer=10.0, first=0.0, last=25.0, parts=1)]
+        model, 4, Cut(chunks=(2,), sizes=(1,), lead=(0,), level="module"), [ModuleWork(layer=10.0, first=0.0, last=25.0, parts=1)]
     )
     assert partition.chunks["lm"] == [[5, 5, 4, 4], [4, 4, 4, 2]]
+
+
+def test_a_short_first_chunk_keeps_one_layer_and_the_ranks_level() -> None:
+    model = ModelSpec(modules=[module("vit", 32)])
+    rows = [
+        balanced_partition(model, 2, Cut(chunks=(4,), sizes=(1,), lead=(lead,), level="work"), [ModuleWork(10.0, 0.0, 0.0, 1)]).chunks["vit"]
+        for lead in range(4)
+    ]
+    assert [row[0] for row in rows] == [[4, 4], [3, 3], [2, 2], [1, 1]]
+    assert all([sum(column) for column in zip(*row, strict=True)] == [16, 16] for row in rows)
 
 
 def sublinear(num_layers: int, per_instance: float, fixed: float) -> ModuleProfile:
