@@ -110,8 +110,6 @@ def build_dip_model(
     keys = _canonical_order(partition, rank, ranks)
     stages = [description.build_chunk(partition, module, vp_stage, rank) for module, vp_stage in keys]
     cut = ModuleCut.of_partition(partition, LANGUAGE)
-    if ranks == 1 and cut.num_chunks > 1:
-        _tie_within_rank(stages)
     model = wrap_stages(
         config, stages, cut.config(config.transformer_config(config.language)), overlap_grad_reduce=overlap_grad_reduce,
         overlap_param_gather=overlap_param_gather, distributed_optimizer=distributed_optimizer,
@@ -129,14 +127,6 @@ def _canonical_order(partition: Partition, rank: int, ranks: int) -> list[ChunkK
     if len(language) == 1:
         return [*others, *language] if ranks > 1 and rank == ranks - 1 else [*language, *others]
     return [language[0], *others, *language[1:]]
-
-
-def _tie_within_rank(stages: Sequence[VlmStage]) -> None:
-    """Gives the head the embedding's weights where both are on one rank but in two chunks, as Megatron's all-reduce would."""
-    tied = _tied_weights(stages)
-    if tied is not None:
-        embedding, head = tied
-        head.data.copy_(embedding.data)
 
 
 def _tied_weights(stages: Sequence[VlmStage]) -> tuple[torch.nn.Parameter, torch.nn.Parameter] | None:

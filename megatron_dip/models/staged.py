@@ -27,8 +27,9 @@ class DescribedStagedModel:
     """Runs the chunks of one rank by their description. Not for use from several threads."""
 
     def __init__(self, description: ModelDescription, chunks: Mapping[ChunkKey, torch.nn.Module]) -> None:
-        """Args:
-        chunks: this rank's chunks, perhaps inside DDP, in the order of the list that Megatron gets.
+        """
+        Args:
+            chunks: this rank's chunks, perhaps inside DDP, in the order of the list that Megatron gets.
         """
         self.description = description
         self.chunks = dict(chunks)

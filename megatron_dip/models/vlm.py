@@ -230,10 +230,12 @@ class VlmStage(MegatronModule):
     """
 
     def __init__(self, config: VlmConfig, cuts: dict[str, ModuleCut], vp_stage: int, rank: int) -> None:
-        """Args:
-        cuts: of the modules that this stage may hold; see :class:`ModuleCut`.
-        vp_stage: the stage's number on its rank, in every module of ``cuts``.
-        rank: pipeline rank.
+        """Builds what ``cuts`` put on this place.
+
+        Args:
+            cuts: of the modules that this stage may hold; see :class:`ModuleCut`.
+            vp_stage: the stage's number on its rank, in every module of ``cuts``.
+            rank: pipeline rank.
         """
         place = (vp_stage, rank)
         language_config = config.transformer_config(config.language)

@@ -97,7 +97,7 @@ def go_on_elsewhere(saver: Case, loaders: Sequence[Case], folder: Path) -> None:
 
 
 def test_any_cut_loads_any_other(tmp_path: Path) -> None:
-    saver = Case(parallel=Parallel(pipeline=2), chunks=(2, 2), steps=2 * SAVED_AT)
+    saver = Case(parallel=Parallel(pipeline=2), chunks=(2, 2), steps=2 * SAVED_AT, gated=True)
     loaders = [
         replace(saver, parallel=Parallel(), chunks=(1, 1)),
         replace(saver, parallel=Parallel(), chunks=(2, 4)),

@@ -105,7 +105,7 @@ def test_random_plans_on_four_ranks() -> None:
 def test_tensor_parallel() -> None:
     check(
         [
-            Case(parallel=Parallel(pipeline=2, tensor=2, sequence=sequence), chunks=chunks, tied=tied, options=options)
+            Case(parallel=Parallel(pipeline=2, tensor=2, sequence=sequence), chunks=chunks, tied=tied, gated=not tied, options=options)
             for sequence in (False, True)
             for chunks, tied, options in (((1, 1), False, ()), ((1, 2), True, (("random", 3),)))
         ],

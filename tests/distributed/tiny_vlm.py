@@ -111,6 +111,8 @@ class Shard:
     values: np.ndarray
     dimension: int
     """Along which the parts of the tensor-parallel ranks stand; -1 = every rank has all of it."""
+    stacked: int = 1
+    """Tensors that lie behind each other along the dimension, each spread by itself (the two halves of a gated MLP's first layer)."""
 
 
 @dataclass
@@ -182,7 +184,8 @@ def _shards(model: Any, value: Callable[[Any], torch.Tensor | None]) -> dict[str
             tensor = value(parameter)
             if tensor is not None:
                 dimension = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else -1
-                shards[global_name(stage, name)] = Shard(tensor.detach().float().numpy().copy(), dimension)
+                gated = ".mlp.linear_fc1." in name and stage.get_submodule(name.split(".mlp.")[0]).config.gated_linear_unit
+                shards[global_name(stage, name)] = Shard(tensor.detach().float().numpy().copy(), dimension, 2 if gated else 1)
     return shards
 
 
@@ -254,7 +257,9 @@ def merge_ranks(results: Sequence[Result], what: str) -> dict[str, np.ndarray]:
                 assert float(np.abs(shard.values - shards[0].values).max()) <= 5e-6 * scale, f"{what} of {name} differ between ranks"
             whole[name] = shards[0].values
         else:
-            whole[name] = np.concatenate([shard.values for shard in shards], axis=shards[0].dimension)
+            axis, stacked = shards[0].dimension, shards[0].stacked
+            parts_of_rank = [np.split(shard.values, stacked, axis=axis) for shard in shards]
+            whole[name] = np.concatenate([parts[i] for i in range(stacked) for parts in parts_of_rank], axis=axis)
     return whole
 
 
