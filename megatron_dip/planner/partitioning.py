@@ -22,6 +22,8 @@ from megatron_dip.spec.partition import Partition
 
 _SHORT, _THOROUGH = 60, 400
 """Schedules tried for each judged batch: enough to rank partitions, not to find the best plan."""
+_SHORT_STAGES, _THOROUGH_STAGES = 300_000, 1_500_000
+"""Stages placed for each judged batch at most, so that the choice takes no longer for large setups."""
 
 
 def joint_partition(
@@ -51,8 +53,10 @@ def joint_partition(
         problem = build_problem(
             model, partition, split(batch, model, partition, costs), costs, split_backward=split_backward, only_strategy=strategy
         )
+        tries, stages = (_THOROUGH, _THOROUGH_STAGES) if fine else (_SHORT, _SHORT_STAGES)
+        options = SearchOptions(evaluations=max(1, min(tries, stages // problem.fastest.num_tasks)))
         try:
-            return float(search(problem, limit, SearchOptions(evaluations=_THOROUGH if fine else _SHORT)).schedule.makespan_ns)
+            return float(search(problem, limit, options).schedule.makespan_ns)
         except DoesNotFit:
             return math.inf
 
