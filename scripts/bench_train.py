@@ -67,7 +67,7 @@ def main() -> int:
     sleep.add_argument("--pipeline", type=int, default=4)
     sleep.add_argument("--setup", default="vlm-s", help="one of the named setups (default vlm-s)")
     sleep.add_argument("--num-microbatches", type=int, default=16)
-    sleep.add_argument("--seconds", type=float, default=3.0, help="length of DIP's iteration, to which all times are scaled (default 3)")
+    sleep.add_argument("--seconds", type=float, default=6.0, help="length of DIP's iteration, to which all times are scaled (default 6)")
     sleep.add_argument("--turns", type=int, default=3)
     sleep.add_argument("--seed", type=int, default=1)
     for mode in (schedules, overhead, sleep):
