@@ -280,6 +280,9 @@ class _Searcher:
                         if makespan < self.best_makespan:
                             self.offer(orders, choice)
                     chain.found.clear()
+                if not any(chain.taken for chain in chains):
+                    # A single group has one order: there is nothing to try, and no budget would ever be used up.
+                    break
                 if not trial and len(chains) > 1:
                     self.share_best(chains)
 
