@@ -312,13 +312,19 @@ class DipForwardBackward:
             dist.all_gather(rows, mine, group=self.groups.control)
         except RuntimeError as failure:
             raise self._lost(failure) from failure
-        if error is not None:
-            raise error
-        told = [bytes(other.numpy()) for other in rows]
+        verdict = error or self._judge([bytes(other.numpy()) for other in rows])
+        if verdict is not None:
+            # All ranks raise now. A process that ends at once would cut off those that have not read what it told them.
+            with contextlib.suppress(RuntimeError):
+                dist.barrier(group=self.groups.control)
+            raise verdict
+
+    def _judge(self, told: Sequence[bytes]) -> Exception | None:
+        """What is wrong with the rows that the ranks told each other; None: nothing."""
         for rank, other in zip(self.groups.control_ranks, told, strict=True):
             if other[3 * _DIGEST]:
                 message = other[4 * _DIGEST :].rstrip(b"\0").decode(errors="replace")
-                raise PeerError(f"rank {rank} could not prepare the iteration, so no rank runs it: {message}")
+                return PeerError(f"rank {rank} could not prepare the iteration, so no rank runs it: {message}")
         reference = told[0]
         fields = (
             ("plan", 0, "the ranks hold different plans for this iteration", "run the same version of megatron_dip on all ranks"),
@@ -334,7 +340,8 @@ class DipForwardBackward:
                 if other[part] != reference[part] and any(other[part])
             ]
             if differing:
-                raise InputError(field, {"ranks": differing, "differ from rank": self.groups.control_ranks[0]}, problem, remedy)
+                return InputError(field, {"ranks": differing, "differ from rank": self.groups.control_ranks[0]}, problem, remedy)
+        return None
 
     def _plan_next(self, iterator: Iterator[Any] | None, num_microbatches: int, forward_only: bool) -> None:
         lookahead = find_lookahead(iterator)

@@ -5,7 +5,8 @@ sends of what it made, and the receives to be posted at this point.
 
 Why it cannot deadlock. All tasks are put on one line (`sequence`): the order in which they start when every rank follows its order.
 Each action gets a place on that line, and each wait stands behind both posts of its message, so running the actions along the line
-blocks nowhere, even when a send ends only once its receive is posted.
+blocks nowhere, even when a send ends only once its receive is posted. As a wait holds up all that stands behind it on its rank, this
+also covers devices that start work strictly in the order of launch (``CUDA_DEVICE_MAX_CONNECTIONS=1``).
 
 * A send is posted right behind its task.
 * Receives from one rank are posted in the order of that rank's sends, since a channel (one for each directed pair of ranks) is first

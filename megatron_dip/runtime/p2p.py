@@ -37,6 +37,8 @@ class Post:
 
 
 class PointToPoint:
+    """Messages of one pipeline rank. Making it is collective over the pipeline group, of at least two ranks."""
+
     def __init__(self, groups: PipelineGroups, device: torch.device) -> None:
         self.groups = groups
         self.device = device
@@ -45,6 +47,21 @@ class PointToPoint:
         self._through_host = device.type == "cuda" and backend == "gloo"
         self._on_host = backend == "gloo"
         self._receive_stream = torch.cuda.Stream(device) if device.type == "cuda" and not self._on_host else None
+        self._connect()
+
+    def _connect(self) -> None:
+        """Sends one message along every channel of the ring.
+
+        NCCL sets a pair's communicator up at its first message and holds both ranks until then. In the order of a plan these first
+        messages could wait for each other in a circle; here all ranks go through the channels in one order.
+        """
+        count = self.groups.num_ranks
+        channels = sorted({channel for rank in range(count) for channel in ((rank, (rank + 1) % count), ((rank + 1) % count, rank))})
+        for sender, receiver in channels:
+            if self.groups.rank == sender:
+                self.wait_send(self.isend(torch.zeros(1, device=self.device), receiver))
+            elif self.groups.rank == receiver:
+                self.wait_recv(self.irecv(PayloadSpec((1,), torch.float32), sender))
 
     def isend(self, tensor: torch.Tensor, peer: int) -> Post:
         """Posts the send of a contiguous tensor to pipeline rank ``peer``; the tensor must not change until the send is waited for."""

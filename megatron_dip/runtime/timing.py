@@ -1,6 +1,6 @@
 """Measured start and end of every compute action, on one clock for all ranks.
 
-Times are ns of the host's monotonic clock; on CUDA they come from events and are put on that clock by one event of the iteration's start.
+Times are ns of the host's monotonic clock; on CUDA they come from events, which are put on that clock when they are read.
 :func:`clock_offset` aligns hosts; :func:`gather_records` brings an iteration's records together for the Gantt chart and the profile.
 """
 
@@ -61,8 +61,6 @@ class CudaTimer:
     """Times of stages on the current CUDA stream; costs two event records a stage and no synchronisation until read."""
 
     def __init__(self) -> None:
-        torch.cuda.synchronize()
-        self._zero_ns = time.perf_counter_ns()
         self._zero = torch.cuda.Event(enable_timing=True)
         self._zero.record()
         self._begin: torch.cuda.Event | None = None
@@ -79,10 +77,13 @@ class CudaTimer:
         self._records.append((stage, self._begin, end))
 
     def records(self) -> list[StageRecord]:
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()
         torch.cuda.synchronize()
+        zero_ns = time.perf_counter_ns() - round(self._zero.elapsed_time(now) * 1e6)
 
         def at(event: torch.cuda.Event) -> int:
-            return self._zero_ns + round(self._zero.elapsed_time(event) * 1e6)
+            return zero_ns + round(self._zero.elapsed_time(event) * 1e6)
 
         return [StageRecord(stage, at(begin), at(end)) for stage, begin, end in self._records]
 
