@@ -5,8 +5,8 @@ the CPU's answers there, once a process, before the model is built. Three kinds 
 
 * ``torch.cuda`` functions and ``Tensor.cuda``, asked for while building, running and checkpointing a model. Megatron-Core uses the
   answer of ``torch.cuda.current_device()`` only as ``device=``.
-* ``device="cuda"`` literals and ``Tensor.type()`` strings in the optimizers and gradient clipping: their methods run inside
-  :class:`CpuDeviceMode`, which rewrites both. The mode costs microseconds for every torch call, so models never run inside it.
+* ``device="cuda"`` literals and ``Tensor.type()`` strings in the optimizers and gradient clipping: the functions that hold them run
+  inside :class:`CpuDeviceMode`, which rewrites both. The mode costs microseconds for every torch call, so models never run inside it.
 * ``torch.zeros(device="cuda")`` in Megatron's own schedules, around which models do run: that module sees a ``torch`` of which only
   ``zeros`` is another.
 
@@ -29,10 +29,9 @@ from megatron_dip.spec.errors import InputError
 _CPU = torch.device("cpu")
 _enabled = False
 
-_OPTIMIZER_METHODS = (
-    "__init__", "step", "prepare_grads", "step_with_ready_grads", "get_grad_norm", "clip_grad_norm", "count_zeros", "zero_grad",
-    "state_dict", "load_state_dict", "sharded_state_dict", "reload_model_params",
-)
+# Only what names a device or a type: a step also runs thousands of small torch calls, and the mode costs microseconds for each.
+_OPTIMIZER_METHODS = ("__init__", "state_dict", "load_state_dict", "sharded_state_dict", "reload_model_params")
+_CLIPPING_FUNCTIONS = ("clip_grad_by_total_norm_fp32", "count_zeros_fp32", "get_grad_norm_fp32")
 
 
 class CpuDeviceMode(TorchFunctionMode):
@@ -106,6 +105,8 @@ def _wrap_optimizers() -> None:
         for name in _OPTIMIZER_METHODS:
             if name in vars(cls):
                 setattr(cls, name, _in_cpu_device_mode(vars(cls)[name]))
+    for name in _CLIPPING_FUNCTIONS:
+        setattr(optimizer, name, _in_cpu_device_mode(getattr(optimizer, name)))
 
 
 def _in_cpu_device_mode(function: Callable[..., Any]) -> Callable[..., Any]:
