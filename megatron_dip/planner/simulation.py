@@ -37,6 +37,7 @@ from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.step import gradient_seconds, optimizer_seconds, parameter_seconds
 from megatron_dip.partition.online import split
 from megatron_dip.planner.baselines import BASELINES, run_baseline
+from megatron_dip.schedule.bounds import problem_bound_ns
 from megatron_dip.schedule.graph import build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.result import Schedule, time_order
@@ -196,7 +197,8 @@ def _dip_pipeline(
     if capacity is not None:
         limit = np.array([capacity - held for held in initial], dtype=np.int64)
     try:
-        found = search(problem, limit, SearchOptions(evaluations=options.evaluations, threads=options.threads, seed=options.seed))
+        settings = SearchOptions(evaluations=options.evaluations, threads=options.threads, seed=options.seed)
+        found = search(problem, limit, settings, problem_bound_ns(problem, limit))
     except DoesNotFit as error:
         rank = int(np.argmax(error.missing))
         raise _does_not_fit("dip", rank, int(error.missing[rank]), capacity) from error
