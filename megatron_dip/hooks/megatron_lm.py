@@ -21,7 +21,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_dip.cost.analytic import AnalyticCost
-from megatron_dip.cost.device import device_names
+from megatron_dip.cost.device import device_names, load_device
 from megatron_dip.cost.interface import CostModel, Part, PartCost
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.hooks.arguments import DipOptions, options_from_args
@@ -163,7 +163,8 @@ def make_costs(spec: ModelSpec, args: Any, options: DipOptions) -> CostModel:
             dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32", distributed_optimizer=bool(args.use_distributed_optimizer),
             split_backward=options.split_backward,
         )
-        costs = AnalyticCost(spec, parallel, training, options.device or detect_device(), memory_capacity_bytes=options.memory_limit_bytes)
+        device = load_device(options.device or detect_device(), "--dip-device")
+        costs = AnalyticCost(spec, parallel, training, device, memory_capacity_bytes=options.memory_limit_bytes)
     return _RunnableCosts(costs)
 
 

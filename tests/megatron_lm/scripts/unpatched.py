@@ -1,0 +1,16 @@
+"""Runs a script of an unpatched checkout on the CPU as it is: ``python -m unpatched CHECKOUT SCRIPT
+arguments...``."""
+
+import sys
+from pathlib import Path
+
+from megatron_dip.hooks.cpu_scripts import prepare_imports, prepare_scripts
+from megatron_dip.hooks.launching import run_script
+
+if __name__ == "__main__":
+    checkout, script, *arguments = sys.argv[1:]
+    sys.path.insert(0, checkout)
+    prepare_scripts()
+    run_script(Path(script), arguments)
+else:
+    prepare_imports()  # in a process that Megatron-LM has spawned
