@@ -36,12 +36,14 @@ from megatron_dip.models.staged import DescribedStagedModel
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.runtime.interface import ChunkKey
-from megatron_dip.spec.codec import load_partition, load_profile
+from megatron_dip.runtime.timing import StageRecord
+from megatron_dip.spec.codec import load_partition, load_profile, save
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.profile import Strategy
+from megatron_dip.spec.timeline import Bar, Timeline
 from megatron_dip.spec.workload import Microbatch, Parallel, Training
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ class _BuiltModel:
     costs: CostModel
     keys: tuple[ChunkKey, ...]
     forward_backward: DipForwardBackward | None = None
+    iterations: int = 0
+    """Trained since the start of this process."""
 
 
 _built: dict[int, _BuiltModel] = {}
@@ -229,9 +233,50 @@ def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
             return stock(**arguments)
         if built.forward_backward is None:
             built.forward_backward = _start(built, chunks)
-        return built.forward_backward(**arguments)
+        losses = built.forward_backward(**arguments)
+        if not arguments["forward_only"]:
+            built.iterations += 1
+            _report(built, built.forward_backward)
+        return losses
 
     return forward_backward
+
+
+def _report(built: _BuiltModel, forward_backward: DipForwardBackward) -> None:
+    """Writes the iteration's traces and its log line, as the flags ask for. The first replica speaks."""
+    options, plan = built.options, forward_backward.plan
+    due = options.log_interval > 0 and built.iterations % options.log_interval == 0
+    if plan is None or not (due or options.trace_dir is not None):
+        return
+    records = forward_backward.gather_records()
+    if records is None or parallel_state.get_data_parallel_rank() or parallel_state.get_tensor_model_parallel_rank():
+        return
+    measured = _measured(plan, records, f"iteration {built.iterations}, measured")
+    if options.trace_dir is not None:
+        options.trace_dir.mkdir(parents=True, exist_ok=True)
+        save(options.trace_dir / f"iteration_{built.iterations:06d}_plan.json", plan)
+        save(options.trace_dir / f"iteration_{built.iterations:06d}_measured.json", measured)
+    if due:
+        counts = forward_backward.counts()
+        late = 0 if counts is None else sum(counts.fallbacks.values())
+        print(
+            f" [DIP] iteration {built.iterations:8d} | planned (ms): {plan.claimed_makespan / 1e6:.1f} | measured (ms): "
+            f"{measured.makespan / 1e6:.1f} | bubbles planned: {plan.bubble_fraction:.1%} measured: {measured.bubble_fraction:.1%} | "
+            f"planning (ms): {plan.planning_ns / 1e6:.1f} | plans replaced so far: {late}",
+            flush=True,
+        )
+
+
+def _measured(plan: Plan, records: Sequence[Sequence[StageRecord]], title: str) -> Timeline:
+    stages = [(plan.stages[record.stage], record) for of_rank in records for record in of_rank]
+    origin = min(record.start_ns for _, record in stages)
+    return Timeline(title=title, ranks=plan.ranks, bars=[
+        Bar(
+            rank=stage.rank, kind=stage.kind, module=stage.module, vp_stage=stage.vp_stage, microbatch=stage.microbatch,
+            sub_microbatch=stage.sub_microbatch, start=record.start_ns - origin, end=record.end_ns - origin,
+        )
+        for stage, record in stages
+    ])
 
 
 def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:

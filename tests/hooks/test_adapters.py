@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from megatron_dip.hooks.arguments import add_dip_args
+from megatron_dip.spec.codec import load_plan, load_timeline
 from tests.distributed.launcher import launch
 
 pytestmark = pytest.mark.distributed
@@ -267,8 +269,12 @@ def test_llava_chunks_over_two_ranks() -> None:
 GPT = Case(model="gpt", sequences=2, flags=("--dip-chunks", "lm=2"))
 
 
-def test_gpt_chunks_equal_the_whole_model() -> None:
-    check([GPT], 1)
+def test_gpt_chunks_equal_the_whole_model(tmp_path: Path) -> None:
+    check([replace(GPT, flags=(*GPT.flags, "--dip-trace-dir", str(tmp_path / "traces"), "--dip-log-interval", "1"))], 1)
+    plan = load_plan(tmp_path / "traces/iteration_000001_plan.json")
+    measured = load_timeline(tmp_path / "traces/iteration_000001_measured.json")
+    assert len(measured.bars) == len(plan.stages)
+    assert measured.bars[0].start == 0
 
 
 def test_gpt_and_mixture_of_experts_over_two_ranks() -> None:
