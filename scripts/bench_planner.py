@@ -13,12 +13,14 @@ threads      schedules tried a second with 1 and 2 threads
 startup      seconds from the command's start to a plan of a small batch, kernels cached
 
 Two bounds: the plan's own (its partition's work, heads and tails) and one free of the partition (the batch's cheapest work / ranks),
-so that an uneven or inefficient cut cannot hide. The partition is chosen on other seeds than those measured.
+so that an uneven or inefficient cut cannot hide; neither counts recomputation. The partition is chosen once, on other seeds than those
+measured and batches of the first number of --microbatches.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -34,9 +36,12 @@ from typing import Any
 
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.partition.offline import PartitionChoice, cheapest_work_ns
+from megatron_dip.partition.online import split
 from megatron_dip.planner.baselines import BASELINES, run_baseline
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.planner.partitioning import joint_partition
+from megatron_dip.schedule.bounds import lower_bound_ns
+from megatron_dip.schedule.graph import build_task_graph
 from megatron_dip.spec.codec import save, write_atomically
 from megatron_dip.spec.named import FIVE_SETUPS, named_setup
 from megatron_dip.spec.plan import Plan
@@ -70,11 +75,18 @@ class Scenario:
         options = PlanOptions(time_budget_s=time_budget_s, threads=threads, split_backward=self.split_backward)
         return plan_iteration(setup.model, self.choice.partition, batch, self.costs, options)
 
+    def own_bound_ns(self, batch: list[Microbatch]) -> int:
+        """Of the partition, without any recomputation: chains, and each rank's work between heads and tails."""
+        model = named_setup(self.name).model
+        parts = split(batch, model, self.choice.partition, self.costs)
+        return lower_bound_ns(build_task_graph(model, self.choice.partition, parts, self.costs, split_backward=self.split_backward))
+
     def free_bound_ns(self, batch: list[Microbatch]) -> float:
         setup = named_setup(self.name)
         return cheapest_work_ns(setup.model, batch, self.costs) / setup.pipeline
 
 
+@functools.cache
 def scenario(name: str, num_microbatches: int, *, split_backward: bool, with_memory: bool) -> Scenario:
     setup = named_setup(name)
     workload = make_workload(name, seed=SAMPLE_SEED, num_microbatches=num_microbatches)
@@ -93,11 +105,12 @@ def scenario(name: str, num_microbatches: int, *, split_backward: bool, with_mem
 def plan_row(section: str, given: Scenario, seed: int, num_microbatches: int, time_budget_s: float) -> Row:
     batch = given.batch(seed, num_microbatches)
     plan = given.plan(batch, time_budget_s)
+    bound, free_bound = given.own_bound_ns(batch), given.free_bound_ns(batch)
     return {
         "section": section, "setup": given.name, "split_backward": given.split_backward, "microbatches": num_microbatches, "seed": seed,
-        "time_budget_s": time_budget_s, "stages": len(plan.stages), "makespan_ns": plan.claimed_makespan, "bound_ns": plan.lower_bound,
-        "free_bound_ns": given.free_bound_ns(batch), "gap": plan.claimed_makespan / plan.lower_bound,
-        "free_gap": plan.claimed_makespan / given.free_bound_ns(batch), "bubbles": plan.bubble_fraction, "evaluations": plan.evaluations,
+        "time_budget_s": time_budget_s, "stages": len(plan.stages), "makespan_ns": plan.claimed_makespan, "bound_ns": bound,
+        "free_bound_ns": free_bound, "plan_bound_ns": plan.lower_bound, "gap": plan.claimed_makespan / bound,
+        "free_gap": plan.claimed_makespan / free_bound, "bubbles": plan.bubble_fraction, "evaluations": plan.evaluations,
         "planning_s": plan.planning_ns / 1e9, "partition_s": given.partition_s, "partition_candidates": given.choice.candidates,
         "chunks": {module: len(rows) for module, rows in plan.chunks.items()}, "sub_microbatch": plan.sub_microbatch_size,
     }
@@ -105,17 +118,17 @@ def plan_row(section: str, given: Scenario, seed: int, num_microbatches: int, ti
 
 def gaps(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
     for name in args.setups:
-        for split in (False, True):
+        for split_backward in (False, True):
+            given = scenario(name, args.microbatches[0], split_backward=split_backward, with_memory=False)
             for count in args.microbatches:
-                given = scenario(name, count, split_backward=split, with_memory=False)
                 for seed in range(args.seeds):
                     emit(plan_row("gaps", given, seed, count, args.time_budget))
 
 
 def memory(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
     for name in args.setups:
+        given = scenario(name, args.microbatches[0], split_backward=False, with_memory=True)
         for count in args.microbatches:
-            given = scenario(name, count, split_backward=False, with_memory=True)
             for seed in range(args.seeds):
                 emit(plan_row("memory", given, seed, count, 3.0))
 
@@ -123,8 +136,8 @@ def memory(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
 def _against_baselines(args: argparse.Namespace, emit: Callable[[Row], None], section: str, *, with_memory: bool, budget_s: float) -> None:
     for name in args.setups:
         setup = named_setup(name)
+        given = scenario(name, args.microbatches[0], split_backward=False, with_memory=with_memory)
         for count in args.microbatches:
-            given = scenario(name, count, split_backward=False, with_memory=with_memory)
             for seed in range(args.seeds):
                 row = plan_row(section, given, seed, count, budget_s)
                 batch = given.batch(seed, count)
@@ -193,15 +206,15 @@ def spread(values: list[float], digits: int = 4) -> str:
 
 def gap_table(rows: list[Row], setups: list[str]) -> str:
     lines = []
-    for split in (False, True):
+    for split_backward in (False, True):
         for count in sorted({row["microbatches"] for row in rows}):
             for field, label in (("gap", "own bound"), ("free_gap", "free bound")):
                 cells = []
                 for name in setups:
-                    own = [row[field] for row in rows if (row["setup"], row["split_backward"], row["microbatches"]) == (name, split, count)]
+                    own = [row[field] for row in rows if (row["setup"], row["split_backward"], row["microbatches"]) == (name, split_backward, count)]
                     cells.append(spread(own) if own else "-")
                 if any(cell != "-" for cell in cells):
-                    lines.append([f"{'split' if split else 'whole'} backward, {count} microbatches, {label}", *cells])
+                    lines.append([f"{'split' if split_backward else 'whole'} backward, {count} microbatches, {label}", *cells])
     return table(["makespan / bound: mean (least to most)", *setups], lines)
 
 

@@ -35,6 +35,8 @@ EFFICIENCY = 0.95
 """Of the paper's rule for B_i."""
 _SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 """Sub-microbatch sizes that are tried."""
+_TOLL = 0.0005
+"""Share by which every further chunk a rank must shorten the iteration: more stages leave the online search fewer tries."""
 _WASTE = 1.25
 """Sizes whose work exceeds the best size's by more than this are not tried."""
 _WORK_SAMPLE = 256
@@ -319,7 +321,8 @@ def choose_partition(
         partition = build(cut)
         key = (repr(partition), fine)  # another levelling may change nothing
         if key not in scores:
-            scores[key] = sum(evaluate(partition, batch, fine) for batch in judged) / len(judged)
+            expected = sum(evaluate(partition, batch, fine) for batch in judged) / len(judged)
+            scores[key] = expected * (1.0 + _TOLL * sum(cut.chunks))
             if progress is not None:
                 progress(len(scores), min(scores.values()))
         return scores[key]
@@ -360,7 +363,8 @@ def choose_partition(
             "memory_capacity_bytes", costs.memory_capacity_bytes(), f"none of {len(scores)} partitions fits the sample's batches",
             "use more pipeline or tensor ranks, smaller microbatches, or a memory strategy that keeps less",
         )
-    return PartitionChoice(partition=build(best), expected_ns=score(best, True), candidates=len(scores))
+    expected_ns = score(best, True) / (1.0 + _TOLL * sum(best.chunks))
+    return PartitionChoice(partition=build(best), expected_ns=expected_ns, candidates=len(scores))
 
 
 def _neighbours(cut: Cut, options: Mapping[str, Sequence[Sequence[int]]]) -> list[Cut]:
