@@ -288,7 +288,7 @@ def _heaviest_replicas(workload: Workload, costs: CostModel, count: int) -> list
     work: dict[tuple[str, tuple[int, ...]], float] = {}
 
     def of(name: str, lengths: Sequence[int]) -> float:
-        key = (name, tuple(sorted(lengths)))
+        key = (name, tuple(lengths))
         if key not in work:
             cost = costs.part(name, "layer", lengths)
             work[key] = model.module(name).num_layers * (cost.forward_ns + cost.backward_input_ns + cost.backward_weight_ns)
@@ -425,10 +425,9 @@ def _with_utilisation(result: SimulationResult, workload: Workload, counting: An
 def model_flops(workload: Workload, counting: AnalyticCost) -> float:
     """FLOPs of the global batch, forward and backward, all ranks together, nothing recomputed."""
     total = 0.0
-    for microbatch in workload.microbatches:
-        for module, lengths in microbatch.items():
-            if lengths:
-                total += sum(n * (d.forward_flops + d.backward_flops) for d, n in _parts(counting, workload, module, lengths))
+    passes = Counter((name, tuple(lengths)) for microbatch in workload.microbatches for name, lengths in microbatch.items() if lengths)
+    for (name, lengths), times in passes.items():
+        total += times * sum(n * (d.forward_flops + d.backward_flops) for d, n in _parts(counting, workload, name, lengths))
     return total * counting.parallel.tensor * counting.parallel.context
 
 
