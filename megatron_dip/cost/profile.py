@@ -18,6 +18,8 @@ from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.profile import Profile, ProfileGrid, ProfilePoint, Strategy
 
 _FIELDS = ("forward_ns", "backward_input_ns", "backward_weight_ns", "activation_bytes", "boundary_bytes")
+_LARGEST = {"forward_ns": 1e13, "backward_input_ns": 1e13, "backward_weight_ns": 1e13, "activation_bytes": 1e14, "boundary_bytes": 1e14}
+"""Of one part of one stage: hours, and more than a rank's memory many times over. Sums of such numbers stay within 64 bits."""
 _CACHE_LIMIT = 1 << 16
 """Distinct stages remembered; a fresh start beyond it keeps a long training run's memory bounded."""
 
@@ -30,7 +32,7 @@ class ProfileCost:
         field: how messages name the profile.
 
     Raises:
-        InputError: points that form no grid, or numbers that cannot be.
+        InputError: points that form no grid, or numbers that cannot be (also from :meth:`part`, far outside the grid).
     """
 
     def __init__(self, profile: Profile, memory_capacity_bytes: int | None = None, field: str = "profile") -> None:
@@ -55,6 +57,13 @@ class ProfileCost:
             self._check_module(module)
             grid = self._grids[module, part]
             cost = PartCost() if grid is None or not lengths else grid.mean(lengths)
+            for name, limit in _LARGEST.items():
+                if getattr(cost, name) > limit:
+                    raise InputError(
+                        f"{self._field}.modules.{module}.{part}", getattr(cost, name),
+                        f"{name} of a stage with {len(lengths)} instances of up to {max(lengths)} tokens is absurd (over {limit:g})",
+                        "check the unit (nanoseconds, bytes), and whether the measured shapes reach that far",
+                    )
             if len(self._cache) >= _CACHE_LIMIT:
                 self._cache.clear()
             self._cache[key] = cost

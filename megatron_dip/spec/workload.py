@@ -138,7 +138,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 _MAX_PARALLEL = 1 << 16
 _MAX_BYTES = 10**15
-_MAX_TOKENS = 10**8
+_MAX_TOKENS = 10**7
 _MAX_DEVICE_FIGURE = 1e9
 
 

@@ -107,3 +107,10 @@ def test_absent_parts_and_absent_instances_cost_nothing() -> None:
     assert costs.strategies("m", (3,)) == {"none": Strategy()}
     with pytest.raises(InputError, match="module 'other' is missing"):
         costs.part("other", "layer", (1,))
+
+
+def test_absurd_stages_far_outside_the_grid_are_refused() -> None:
+    costs = costs_of([point(1, 10, 1e9)])
+    assert forward(costs, 10_000) == 1e12
+    with pytest.raises(InputError, match=r"profile\.modules\.m\.layer.*forward_ns of a stage with 2 instances of up to 1000000 tokens is absurd"):
+        forward(costs, 1_000_000, 1_000_000)
