@@ -277,8 +277,8 @@ def interleave(
         backward_order: permutation of the backward groups, counted from 0.
     """
     num_backward_groups = len(kernel.group_unit) - kernel.num_forward_groups
-    assert (np.sort(forward_order) == np.arange(kernel.num_forward_groups)).all(), forward_order
-    assert (np.sort(backward_order) == np.arange(num_backward_groups)).all(), backward_order
+    assert np.array_equal(np.sort(forward_order), np.arange(kernel.num_forward_groups)), forward_order
+    assert np.array_equal(np.sort(backward_order), np.arange(num_backward_groups)), backward_order
     assert (limit >= costs.worst).all(), (limit, costs.worst)
     return int(interleave_kernel(kernel, costs, limit, forward_order, backward_order, policy.array(), NEVER, workspace))
 

@@ -1,0 +1,225 @@
+"""Slow, obvious twins of the compiled kernels: plain lists, no bitmaps, no heaps, no incremental sums."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_dip.schedule.interleave import ALTERNATE, FORWARD_FIRST, MAX_TESTS, UNLIMITED, Policy
+from megatron_dip.spec.tasks import BACKWARD, FORWARD, WEIGHT, TaskGraph
+
+
+def groups(graph: TaskGraph, kind: int) -> list[list[int]]:
+    """Segments (named by their task on rank 0) of each group of one direction, groups by (microbatch, module)."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for task in range(0, graph.num_tasks, graph.num_ranks):
+        if graph.kind[task] == kind:
+            found.setdefault((int(graph.microbatch[task]), int(graph.module[task])), []).append(task)
+    sign = -1 if kind == FORWARD else 1
+    return [sorted(found[key], key=lambda task: (sign * graph.vp_stage[task], graph.sub_microbatch[task])) for key in sorted(found)]
+
+
+def edges(graph: TaskGraph, task: int) -> list[tuple[int, int]]:
+    """(task waited for, lag)"""
+    begin, end = int(graph.dep_offset[task]), int(graph.dep_offset[task + 1])
+    return [(int(graph.dep_task[edge]), int(graph.dep_lag_ns[edge])) for edge in range(begin, end)]
+
+
+@dataclass
+class Interleaved:
+    start: list[int]
+    order: list[list[int]]
+    makespan: int
+
+
+def interleave(
+    graph: TaskGraph, limit: Sequence[int], forward_order: Sequence[int], backward_order: Sequence[int], policy: Policy
+) -> Interleaved:
+    """Twin of :func:`megatron_dip.schedule.interleave.interleave`."""
+    num_ranks, num_tasks = graph.num_ranks, graph.num_tasks
+    place: dict[int, int] = {}
+    for order, kind in ((forward_order, FORWARD), (backward_order, BACKWARD)):
+        segments = itertools.chain.from_iterable(groups(graph, kind)[number] for number in order)
+        for position, first in enumerate(segments):
+            for rank in range(num_ranks):
+                place[first + rank] = position
+    start, end = [-1] * num_tasks, [-1] * num_tasks
+    orders: list[list[int]] = [[] for _ in range(num_ranks)]
+    free, last = [0] * num_ranks, [BACKWARD] * num_ranks
+    admitted: list[int] = []
+    ready_at: dict[int, int] = {task: 0 for task in range(num_tasks) if not edges(graph, task)}
+    arrived: dict[int, int] = dict.fromkeys(ready_at, 0)
+    arrivals = itertools.count(1)
+
+    def waiting(rank: int, kind: int) -> list[int]:
+        return [task for task in ready_at if graph.rank[task] == rank and graph.kind[task] == kind and start[task] < 0]
+
+    def held(unit: int, rank: int) -> int:
+        done = [t for t in orders[rank] if graph.microbatch[t] == unit]
+        return sum(int(graph.mem_start_bytes[t] + graph.mem_end_bytes[t]) for t in done)
+
+    def unfinished(unit: int, rank: int) -> bool:
+        return any(start[t] < 0 for t in range(num_tasks) if graph.microbatch[t] == unit and graph.rank[t] == rank)
+
+    def need(unit: int, rank: int) -> int:
+        """Bytes that the unit's forwards on the rank still keep, plus what one of all its forwards takes for a moment."""
+        mine = [t for t in range(num_tasks) if graph.microbatch[t] == unit and graph.rank[t] == rank and graph.kind[t] == FORWARD]
+        kept = {t: int(graph.mem_start_bytes[t] + graph.mem_end_bytes[t]) for t in mine}
+        keep = sum(max(0, kept[t]) for t in mine if start[t] < 0)
+        return keep + max(max(int(graph.mem_start_bytes[t]), kept[t]) - max(0, kept[t]) for t in mine) if keep else 0
+
+    def admissible(task: int, rank: int) -> bool:
+        if all(value >= UNLIMITED for value in limit):
+            return True
+        kept = int(graph.mem_start_bytes[task] + graph.mem_end_bytes[task])
+        units = [unit for unit in admitted if unfinished(unit, rank)]
+        everything = sum(held(unit, rank) for unit in set(graph.microbatch.tolist()))
+        if everything + max(int(graph.mem_start_bytes[task]), kept) > limit[rank]:
+            return False
+        unit = int(graph.microbatch[task])
+        before = admitted[: admitted.index(unit)] if unit in admitted else admitted
+        older = [other for other in units if other in before]
+        for index, other in enumerate(older):
+            still = everything - sum(held(done, rank) for done in older[:index])
+            if still + need(other, rank) + max(0, kept) > limit[rank]:
+                return False
+        return True
+
+    def pick_forward(rank: int, tasks: list[int]) -> int | None:
+        tasks = sorted(tasks, key=lambda task: place[task])
+        for task in tasks[:MAX_TESTS]:
+            if admissible(task, rank):
+                return task
+        units = [unit for unit in admitted if unfinished(unit, rank)]
+        if len(tasks) >= MAX_TESTS and units:
+            return next((task for task in tasks if graph.microbatch[task] == units[0]), None)
+        return None
+
+    # When a rank looks again: it falls free, or, if it found nothing then, something new arrives.
+    looks = [0] * num_ranks
+    idle = [False] * num_ranks
+    while sum(map(len, orders)) < num_tasks:
+        times = []
+        for rank in range(num_ranks):
+            tasks = [task for kind in (FORWARD, BACKWARD, WEIGHT) for task in waiting(rank, kind)]
+            moments = [max(free[rank], ready_at[task]) for task in tasks]
+            if idle[rank]:
+                # Looked at looks[rank] in vain: only what comes later helps.
+                moments = [moment for moment in moments if moment > looks[rank]]
+            times.append(min(moments, default=UNLIMITED))
+        now = min(times)
+        assert now < UNLIMITED, "deadlock"
+        rank = times.index(now)
+        looks[rank], idle[rank] = now, False
+        forwards = [task for task in waiting(rank, FORWARD) if ready_at[task] <= now]
+        backwards = [task for task in waiting(rank, BACKWARD) if ready_at[task] <= now]
+        weights = sorted((task for task in waiting(rank, WEIGHT) if ready_at[task] <= now), key=lambda task: arrived[task])
+        backward = min(backwards, key=lambda task: place[task]) if backwards else None
+        task, blocked = None, False
+        if backward is None or policy.both == FORWARD_FIRST or (policy.both == ALTERNATE and last[rank] == BACKWARD):
+            task = pick_forward(rank, forwards)
+            blocked = bool(forwards) and task is None
+        if task is None:
+            task = backward
+        if task is None and weights:
+            later = [ready_at[t] for kind in (FORWARD, BACKWARD) for t in waiting(rank, kind) if ready_at[t] > now]
+            if blocked or not later or (min(later) - now) * 1000 >= policy.weight_fit * int(graph.duration_ns[weights[0]]):
+                task = weights[0]
+        if task is None:
+            idle[rank] = True
+            continue
+        start[task], end[task] = now, now + int(graph.duration_ns[task])
+        free[rank] = end[task]
+        orders[rank].append(task)
+        if graph.kind[task] != WEIGHT:
+            last[rank] = int(graph.kind[task])
+        if int(graph.microbatch[task]) not in admitted:
+            admitted.append(int(graph.microbatch[task]))
+        for other in range(num_tasks):
+            if other not in ready_at and all(end[before] >= 0 for before, _ in edges(graph, other)):
+                ready_at[other] = max(end[before] + lag for before, lag in edges(graph, other))
+                arrived[other] = next(arrivals)
+    return Interleaved(start=start, order=orders, makespan=max(end))
+
+
+def earliest_times(graph: TaskGraph, order: Sequence[Sequence[int]]) -> list[int] | None:
+    """Twin of :func:`megatron_dip.schedule.result.time_order`: start times by repeated sweeps; None where the orders deadlock."""
+    start: dict[int, int] = {}
+    while len(start) < graph.num_tasks:
+        before = len(start)
+        for tasks in order:
+            free = 0
+            for task in tasks:
+                if task not in start:
+                    if any(other not in start for other, _ in edges(graph, task)):
+                        break
+                    ends = [start[other] + int(graph.duration_ns[other]) + lag for other, lag in edges(graph, task)]
+                    start[task] = max([free, *ends])
+                free = start[task] + int(graph.duration_ns[task])
+        if len(start) == before:
+            return None
+    return [start[task] for task in range(graph.num_tasks)]
+
+
+def peak_memory(graph: TaskGraph, order: Sequence[Sequence[int]]) -> list[int]:
+    """Most bytes that live stages hold on each rank."""
+    peaks = []
+    for tasks in order:
+        level = peak = 0
+        for task in tasks:
+            level += int(graph.mem_start_bytes[task])
+            peak = max(peak, level)
+            level += int(graph.mem_end_bytes[task])
+            peak = max(peak, level)
+        assert level == 0, level
+        peaks.append(peak)
+    return peaks
+
+
+def best_makespan(graph: TaskGraph, limit: Sequence[int]) -> int:
+    """The optimum, by trying every order of every rank (a handful of tasks only)."""
+    best = UNLIMITED
+    start: dict[int, int] = {}
+
+    def extend(free: list[int], level: list[int]) -> None:
+        nonlocal best
+        if max(free) >= best:
+            return
+        if len(start) == graph.num_tasks:
+            best = max(free)
+            return
+        for task in range(graph.num_tasks):
+            if task in start or any(other not in start for other, _ in edges(graph, task)):
+                continue
+            rank = int(graph.rank[task])
+            if level[rank] + int(graph.mem_start_bytes[task]) > limit[rank]:
+                continue
+            ready = max([free[rank]] + [start[other] + int(graph.duration_ns[other]) + lag for other, lag in edges(graph, task)])
+            new_free, new_level = list(free), list(level)
+            new_free[rank] = ready + int(graph.duration_ns[task])
+            new_level[rank] += int(graph.mem_start_bytes[task] + graph.mem_end_bytes[task])
+            start[task] = ready
+            extend(new_free, new_level)
+            del start[task]
+
+    extend([0] * graph.num_ranks, [0] * graph.num_ranks)
+    return int(best)
+
+
+def longest_paths(graph: TaskGraph) -> tuple[np.ndarray, np.ndarray]:
+    """Twin of :func:`megatron_dip.schedule.result.paths_ns` by relaxing until nothing changes."""
+    head, tail = np.zeros(graph.num_tasks, dtype=np.int64), np.zeros(graph.num_tasks, dtype=np.int64)
+    changed = True
+    while changed:
+        changed = False
+        for task in range(graph.num_tasks):
+            for other, lag in edges(graph, task):
+                through = head[other] + graph.duration_ns[other] + lag
+                back = tail[task] + graph.duration_ns[task] + lag
+                if through > head[task] or back > tail[other]:
+                    head[task], tail[other] = max(head[task], through), max(tail[other], back)
+                    changed = True
+    return head, tail
