@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 EXAMPLE = Path(__file__).parents[1] / "examples" / "vlm" / "digits"
 IMAGE_COUNTS: dict[str, list[tuple[int, int]] | None] = {"uniform": [(0, 12)], "heavy": [(5, 12)], "light": [(0, 4)], "changing": None}
 """Bounds of the images in a microbatch; None = as config.json has them, changing from iteration to iteration."""
-SYSTEMS = ("dip", "1f1b", "chain", "interleaved", "measured", "serial")
+SYSTEMS = ("dip", "dip-split", "1f1b", "chain", "interleaved", "measured", "serial")
 STOCK_LAYOUTS = ("1f1b", "chain", "interleaved")
 """Megatron's layouts that need no measurement."""
 
@@ -131,7 +131,13 @@ def bench_schedules(args: argparse.Namespace) -> None:
     # DIP starts again from the first weights and batch, as everyone does, knowing what it measured.
     dip = _dip_system(example, settings, dip.partition, warmed_by=dip)
     systems: dict[str, System] = {"dip": dip}
-    systems |= {name: _stock_system(name, example, settings, layer_times[0]) for name in wanted if name != "dip"}
+    if "dip-split" in wanted:
+        say(f"warming up: {args.warmup} iterations of DIP with backwards split")
+        split = _dip_system(example, settings, dip.partition, split_backward=True)
+        for _ in range(args.warmup):
+            split.train_step()
+        systems["dip-split"] = _dip_system(example, settings, dip.partition, warmed_by=split, split_backward=True)
+    systems |= {name: _stock_system(name, example, settings, layer_times[0]) for name in wanted if name not in systems}
     for system in systems.values():
         for _ in range(2):
             system.train_step()
@@ -237,11 +243,13 @@ def _example(seed: int, pipeline: int, iterations: int, images: str) -> tuple[Ex
     return load_example_module(EXAMPLE, config, settings), settings
 
 
-def _dip_system(example: Example, settings: RunSettings, partition: Partition | None, warmed_by: DipSystem | None = None) -> DipSystem:
+def _dip_system(
+    example: Example, settings: RunSettings, partition: Partition | None, warmed_by: DipSystem | None = None, split_backward: bool = False
+) -> DipSystem:
     from megatron_dip.hooks.dip_system import DipSystem
     from megatron_dip.spec.training import SchedulePlan
 
-    return DipSystem(SchedulePlan(name="dip", partition=partition), example, settings, warmed_by)
+    return DipSystem(SchedulePlan(name="dip", partition=partition, split_backward=split_backward), example, settings, warmed_by)
 
 
 def _stock_system(name: str, example: Example, settings: RunSettings, layer_times: dict[str, ChainCost]) -> System:

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda; cpu is refused where CUDA is present")
     pipeline.add_argument("--partition", type=Path, metavar="FILE", help="dip: how the modules are cut (JSON); default: config.json's K, even layers")
     pipeline.add_argument("--plan-time", type=float, default=0.02, metavar="S", help="dip: seconds of search for each plan (default 0.02)")
+    pipeline.add_argument("--split-backward", action="store_true", help="dip: plan weight gradients apart, to fill bubbles with them")
     pipeline.add_argument(
         "--stock-layout", choices=("scripts", "parameters"),
         help="1f1b: whole encoder on the first rank as Megatron's scripts have it (default), or one chain cut by parameters; "
@@ -69,7 +70,7 @@ def make_settings(args: argparse.Namespace, config: ExampleConfig) -> RunSetting
     schedule = SchedulePlan(
         name=args.pipeline_schedule, layout=args.stock_layout or ("parameters" if interleaved else "scripts"),
         virtual=args.virtual_pipeline if interleaved else 1, partition=None if args.partition is None else load_partition(args.partition),
-        plan_s=args.plan_time,
+        plan_s=args.plan_time, split_backward=args.split_backward,
     )
     if args.record is not None:
         check_writable(args.record, "--record")

@@ -97,12 +97,16 @@ class DipSystem(System):
 
     def _plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
         options = PlanOptions(
-            time_budget_s=self._schedule.plan_s, seed=self.settings.seed, strategy="none", forward_only=forward_only
+            time_budget_s=self._schedule.plan_s, seed=self.settings.seed, strategy="none", forward_only=forward_only,
+            split_backward=self._schedule.split_backward and not forward_only,
         )
         return plan_iteration(self._model_spec, self.partition, microbatches, self._costs, options)
 
     def _quick_plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
-        options = PlanOptions(evaluations=1, search="fifo", strategy="none", forward_only=forward_only)
+        options = PlanOptions(
+            evaluations=1, search="fifo", strategy="none", forward_only=forward_only,
+            split_backward=self._schedule.split_backward and not forward_only,
+        )
         return plan_iteration(self._model_spec, self.partition, microbatches, self._costs, options)
 
     def start_data(self, iteration: int) -> None:

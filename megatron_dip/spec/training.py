@@ -135,11 +135,13 @@ class SchedulePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Of ``dip``; absent = even layers by the example's ``virtual_pipeline``."""
     plan_s: float = 0.02
     """Seconds of search for each plan of ``dip``."""
+    split_backward: bool = False
+    """Of ``dip``: weight gradients are stages of their own, which fill bubbles."""
 
     @property
     def label(self) -> str:
         if self.name == "dip":
-            return "DIP"
+            return "DIP, backward split" if self.split_backward else "DIP"
         where = {"scripts": "ViT on rank 0", "parameters": "split by parameters", "measured": "split by measured time"}[self.layout]
         how = "1F1B" if self.name == "1f1b" else f"interleaved x{self.virtual}"
         return f"Megatron {how}, {where}"
