@@ -67,18 +67,16 @@ def losses(record: RunRecord) -> list[float]:
 
 
 def test_schedules_train_alike(folder: Path, tmp_path: Path) -> None:
-    """Same weights, data and optimizer: four steps under DIP, 1F1B, interleaving, and DIP on two replicas."""
+    """Same weights, data and optimizer: four steps under DIP, 1F1B, interleaving, and DIP on two replicas and on two tensor ranks."""
     records = {name: run(folder, tmp_path / f"{name}.json", schedule, Parallel(pipeline=2)) for name, schedule in SCHEDULES.items()}
     records["replicas"] = run(
         folder, tmp_path / "replicas.json", SCHEDULES["dip"], Parallel(pipeline=1, data=2), distributed_optimizer=True, overlap_grad_reduce=True
     )
+    records["tensor"] = run(folder, tmp_path / "tensor.json", SCHEDULES["dip"], Parallel(pipeline=1, tensor=2))
     for name, record in records.items():
-        if name == "replicas":
-            # The mean over all tokens is the same; gradients are means over replicas of means over microbatches, the same too.
-            assert losses(record) == pytest.approx(losses(records["1f1b"]), rel=2e-4), name
-        else:
-            assert losses(record) == pytest.approx(losses(records["1f1b"]), rel=1e-4), name
+        assert losses(record) == pytest.approx(losses(records["1f1b"]), rel=2e-4), name
         assert [figures.asked for figures in record.evaluations] == [12]
+        assert abs(record.evaluations[0].right - records["1f1b"].evaluations[0].right) <= 1, name
         assert losses(record)[-1] < losses(record)[0]
     assert records["dip"].iterations[-1].planned_ns is not None
     assert records["1f1b"].iterations[-1].planned_ns is None
