@@ -1,0 +1,62 @@
+"""The recipes' run scripts: what --dry-run calls and prints, and what they refuse. The planner behind is tested on its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_dip.spec.named import named_setup
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = ["vlm/vlm_s", "vlm/vlm_m", "vlm/vlm_l", "t2v/t2v_s", "t2v/t2v_l"]
+
+STANDIN = """#!/bin/sh
+echo "megatron-dip $*" >> "$CALLS"
+echo "summary of $1"
+"""
+
+
+def run(recipe: str, folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a recipe with a stand-in for megatron-dip that notes its calls in folder/calls."""
+    command = folder / "bin/megatron-dip"
+    command.parent.mkdir(exist_ok=True)
+    command.write_text(STANDIN)
+    command.chmod(0o755)
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MEGATRON_LM", "TRAIN_SCRIPT")}
+    paths = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", str(EXAMPLES / recipe / "run.sh"), *words], cwd=folder, capture_output=True, text=True, check=False, timeout=60,
+        env={**inherited, "PATH": paths, "CALLS": str(folder / "calls"), **environment},
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_dry_run_plans_simulates_and_says_what_would_run(recipe: str, tmp_path: Path) -> None:
+    result = run(recipe, tmp_path, "--dry-run", "--train-iters", "7")
+    assert result.returncode == 0, result.stderr
+    name = recipe.split("/")[1].replace("_", "-")
+    setup = named_setup(name, "name")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split()[1] for call in calls] == ["workload", "plan", "simulate"]
+    assert f"workload {name} --tensor {setup.tensor} --pipeline {setup.pipeline}" in calls[0]
+    if recipe.startswith("vlm"):
+        language = setup.model.module("lm")
+        command = result.stdout.splitlines()[-1]
+        assert f"--num-layers {language.num_layers} --hidden-size {language.hidden_size} --ffn-hidden-size {language.ffn_hidden_size} " in command
+        assert f"--num-attention-heads {language.num_attention_heads}" in command
+        assert f"--num-query-groups {language.num_query_groups}" in command
+        assert f"--pipeline-model-parallel-size {setup.pipeline}" in command
+        assert "--pipeline-schedule dip" in command
+        assert command.endswith("--train-iters 7")
+    else:
+        assert "plans and simulates" in result.stdout
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_training_without_its_surroundings_is_refused(recipe: str, tmp_path: Path) -> None:
+    result = run(recipe, tmp_path)
+    assert result.returncode == 2
+    assert "Remedy" in result.stderr
