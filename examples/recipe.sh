@@ -42,7 +42,7 @@ recipe() {
         else
             command_line "$@"
             echo "A training run would start on every node:"
-            printf '  %q' "${COMMAND[@]}"
+            printf '%q ' "${COMMAND[@]}"
             echo
         fi
         return

@@ -44,7 +44,7 @@ def test_dry_run_plans_simulates_and_says_what_would_run(recipe: str, tmp_path: 
     assert f"workload {name} --tensor {setup.tensor} --pipeline {setup.pipeline}" in calls[0]
     if recipe.startswith("vlm"):
         language = setup.model.module("lm")
-        command = result.stdout.splitlines()[-1]
+        command = result.stdout.splitlines()[-1].strip()
         assert f"--num-layers {language.num_layers} --hidden-size {language.hidden_size} --ffn-hidden-size {language.ffn_hidden_size} " in command
         assert f"--num-attention-heads {language.num_attention_heads}" in command
         assert f"--num-query-groups {language.num_query_groups}" in command
