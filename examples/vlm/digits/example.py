@@ -257,9 +257,14 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tens
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
 
 
+def next_item(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The next microbatch, on the device that Megatron computes on."""
+    return {name: value.to(torch.cuda.current_device(), non_blocking=True) for name, value in next(data_iterator).items()}
+
+
 def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
     """Megatron's forward_step: one microbatch through the model."""
-    item = next(data_iterator)
+    item = next_item(data_iterator)
     output = model(
         images=item["images"], tokens=item["tokens"], position_ids=item["position_ids"], cu_lengths=item["cu_lengths"],
         labels=item["labels"],
@@ -283,7 +288,7 @@ def score_func(labels: torch.Tensor, loss_mask: torch.Tensor, logits: torch.Tens
 
 def evaluation_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
     """forward_step of the scoring: no labels, so that the model gives logits."""
-    item = next(data_iterator)
+    item = next_item(data_iterator)
     logits = model(
         images=item["images"], tokens=item["tokens"], position_ids=item["position_ids"], cu_lengths=item["cu_lengths"], labels=None
     )
