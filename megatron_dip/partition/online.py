@@ -79,17 +79,25 @@ def equal_parts(weights: NDArray[np.float64], num_parts: int, power: float = 2.0
 
 @numba.njit(nogil=True, cache=True)
 def _least_power_cut(weights, num_parts, power, bounds):  # type: ignore[no-untyped-def]
-    """Dynamic programme over (parts used, instances used): O(num_parts * N^2). Writes ``bounds`` [num_parts + 1]."""
+    """Dynamic programme over (parts used, instances used). Writes ``bounds`` [num_parts + 1].
+
+    The best start of a part moves on with its end and with the number of parts before it (the power of a sum fulfils the quadrangle
+    inequality), so that only starts between the two neighbours' need a look: O(N * (N + num_parts)) in all (Knuth 1971, Yao 1980).
+    """
     count = len(weights)
     prefix = np.zeros(count + 1)
     for index in range(count):
         prefix[index + 1] = prefix[index] + weights[index]
     best = np.full((num_parts + 1, count + 1), np.inf)
-    came_from = np.zeros((num_parts + 1, count + 1), dtype=np.int64)
+    came_from = np.zeros((num_parts + 1, count + 1), dtype=np.int32)
     best[0, 0] = 0.0
     for part in range(1, num_parts + 1):
-        for end in range(part, count - (num_parts - part) + 1):
-            for start in range(part - 1, end):
+        for end in range(count, part - 1, -1):
+            low = max(part - 1, came_from[part - 1, end])
+            high = end - 1
+            if end < count:
+                high = min(high, came_from[part, end + 1])
+            for start in range(low, high + 1):
                 total = prefix[end] - prefix[start]
                 value = best[part - 1, start] + total**power
                 # "<=" prefers the later start: larger parts come first, as in the cut by count.
