@@ -83,11 +83,14 @@ def make_microbatch(seed: int, num_images: int) -> dict[str, torch.Tensor]:
     }
 
 
-def microbatches(case: Case, replica: int, step: int = 0) -> list[dict[str, torch.Tensor]]:
+def counts_of(case: Case, replica: int, step: int) -> tuple[int, ...]:
+    """Images in each microbatch of a step: other steps have others, so that nothing can be remembered from one to the next."""
     counts = case.image_counts[replica]
-    # Other steps have other image counts, so that nothing can be remembered from one to the next.
-    counts = counts[step % len(counts) :] + counts[: step % len(counts)]
-    return [make_microbatch(1000 * replica + 100 * step + index, count) for index, count in enumerate(counts)]
+    return counts[step % len(counts) :] + counts[: step % len(counts)]
+
+
+def microbatches(case: Case, replica: int, step: int = 0) -> list[dict[str, torch.Tensor]]:
+    return [make_microbatch(1000 * replica + 100 * step + index, count) for index, count in enumerate(counts_of(case, replica, step))]
 
 
 def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
