@@ -251,6 +251,10 @@ def _fill(items: int, below: Sequence[float], least: int) -> list[int]:
     return counts
 
 
+class NothingFits(Exception):
+    """Every partition that was judged exceeds a rank's memory on the sample."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionChoice:
     partition: Partition
@@ -286,7 +290,7 @@ def choose_partition(
         progress: called after each evaluation with their number and the best expectation so far.
 
     Raises:
-        InputError: no candidate fits.
+        NothingFits: no candidate does.
     """
     microbatches = _work_sample(batches)
     judged = [batches[index * len(batches) // num_judged] for index in range(num_judged)] if len(batches) > num_judged else list(batches)
@@ -359,10 +363,7 @@ def choose_partition(
     finalists = sorted(known, key=lambda cut: score(cut, False))[: max(1, max_refined // 3)]
     best = descend(min(finalists, key=lambda cut: score(cut, True)), True, max_refined)
     if math.isinf(score(best, True)):
-        raise InputError(
-            "memory_capacity_bytes", costs.memory_capacity_bytes(), f"none of {len(scores)} partitions fits the sample's batches",
-            "use more pipeline or tensor ranks, smaller microbatches, or a memory strategy that keeps less",
-        )
+        raise NothingFits
     expected_ns = score(best, True) / (1.0 + _TOLL * sum(best.chunks))
     return PartitionChoice(partition=build(best), expected_ns=expected_ns, candidates=len(scores))
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from megatron_dip.cost.interface import CostModel
-from megatron_dip.partition.offline import Batch, PartitionChoice, choose_partition
+from megatron_dip.partition.offline import Batch, NothingFits, PartitionChoice, choose_partition
 from megatron_dip.partition.online import split
 from megatron_dip.schedule.graph import build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.search import DoesNotFit, SearchOptions, search
+from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
 
@@ -43,8 +44,12 @@ def joint_partition(
     Args:
         batches: one replica's microbatches of several iterations: 256 or more for a real run.
         split_backward, strategy: as the plans will be made.
+
+    Raises:
+        InputError: no partition fits (with what the nearest one lacks, where, and what would help).
     """
     capacity = costs.memory_capacity_bytes()
+    lacking: list[tuple[int, int, int]] = []  # (most bytes missing on a rank, that rank, bytes it holds all the time)
 
     def evaluate(partition: Partition, batch: Batch, fine: bool) -> float:
         limit = np.full(num_ranks, UNLIMITED, dtype=np.int64)
@@ -57,7 +62,19 @@ def joint_partition(
         options = SearchOptions(evaluations=max(1, min(tries, stages // problem.fastest.num_tasks)))
         try:
             return float(search(problem, limit, options).schedule.makespan_ns)
-        except DoesNotFit:
+        except DoesNotFit as error:
+            assert capacity is not None
+            rank = int(np.argmax(error.missing))
+            lacking.append((int(error.missing[rank]), rank, capacity - int(limit[rank])))
             return math.inf
 
-    return choose_partition(model, num_ranks, batches, costs, evaluate, chunks=chunks, sizes=sizes, progress=progress)
+    try:
+        return choose_partition(model, num_ranks, batches, costs, evaluate, chunks=chunks, sizes=sizes, progress=progress)
+    except NothingFits:
+        missing, rank, held = min(lacking)
+        raise InputError(
+            "memory_capacity_bytes", capacity,
+            f"none of {len(lacking)} partitions fits: of the nearest one {missing} bytes are missing on pipeline rank {rank}, where {held} bytes "
+            "are held all the time and the leanest memory strategy is taken everywhere",
+            "use more pipeline or tensor ranks, smaller microbatches, or a memory strategy that keeps less (full recompute, offload)",
+        ) from None

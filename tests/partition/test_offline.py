@@ -13,6 +13,7 @@ from megatron_dip.partition.offline import (
     Cut,
     Level,
     ModuleWork,
+    NothingFits,
     balanced_partition,
     cheapest_work_ns,
     choose_partition,
@@ -151,10 +152,13 @@ def test_the_joint_choice_is_the_same_again() -> None:
     assert one == two
 
 
-def test_a_sample_that_never_fits_says_so() -> None:
+def test_a_sample_that_never_fits_says_what_is_missing() -> None:
     case = vlm_case(num_microbatches=4)
-    with pytest.raises(InputError, match=r"none of .* partitions fits"):
+    with pytest.raises(NothingFits):
         choose_partition(case.model, 2, [case.microbatches], case.costs(), lambda partition, batch, fine: math.inf)
+    # The leanest chunk of two layers holds 2 * 0.1 * 50 bytes an image; one byte fits nothing.
+    with pytest.raises(InputError, match=r"\d+ bytes are missing on pipeline rank \d"):
+        joint_partition(case.model, 2, [case.microbatches], case.costs(1))
 
 
 @given(case=cases())
