@@ -19,10 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="change nothing; say whether the tree is patched or can be (else exit status 2)")
     action.add_argument("--revert", action="store_true", help="take the patch back")
+    parser.add_argument("--repair", action="store_true",
+                        help="instead: mend scripts that do not run as released (or with --revert, --check: the same for these repairs)")
 
 
 def run(args: argparse.Namespace) -> int:
-    tree = inspect_tree(args.checkout)
+    tree = inspect_tree(args.checkout, repair=args.repair)
     label = f"Megatron-LM {tree.version} ({tree.release or 'release not known byte for byte'})"
     if args.check:
         state = "patched" if tree.patched else "not patched" if tree.untouched else "patched in part"

@@ -56,6 +56,8 @@ class VersionRange:
     patch: str
     minors: tuple[str, ...]
     """"0.16", "0.17", ..."""
+    repairs: Mapping[str, str]
+    """Minor version -> patch that mends its scripts."""
     releases: Mapping[str, Mapping[str, str]]
     """Release -> touched file -> SHA-256 of its bytes as released."""
 
@@ -75,7 +77,7 @@ def patches_directory() -> Path:
 
 def read_manifest(directory: Path) -> list[VersionRange]:
     document = json.loads((directory / "manifest.json").read_text())
-    return [VersionRange(entry["patch"], tuple(entry["minors"]), entry["releases"]) for entry in document["ranges"]]
+    return [VersionRange(entry["patch"], tuple(entry["minors"]), entry["repairs"], entry["releases"]) for entry in document["ranges"]]
 
 
 def parse_patch(text: str) -> list[FilePatch]:
@@ -204,9 +206,13 @@ def _both_states(path: str, text: str, hunks: Sequence[Hunk]) -> TouchedFile:
         return TouchedFile(path, False, text, apply_hunks(text, hunks))
 
 
+def _minor(version: str) -> str:
+    return version.rsplit(".", 1)[0]
+
+
 def find_range(version: str, ranges: Sequence[VersionRange]) -> VersionRange:
     """The entry that serves a version. Raises InputError for versions that no patch serves."""
-    minor = version.rsplit(".", 1)[0]
+    minor = _minor(version)
     for entry in ranges:
         if minor in entry.minors:
             return entry
@@ -218,10 +224,11 @@ def find_range(version: str, ranges: Sequence[VersionRange]) -> VersionRange:
     raise InputError("CHECKOUT", f"Megatron-LM {version}", f"no patch for this version, there are patches for {', '.join(served)}", remedy)
 
 
-def inspect_tree(root: Path, directory: Path | None = None, *, require_known: bool = True) -> Tree:
+def inspect_tree(root: Path, directory: Path | None = None, *, require_known: bool = True, repair: bool = False) -> Tree:
     """Finds a tree's version and patch and the state of every touched file; changes nothing.
 
     Args:
+        repair: look at the patch that mends the version's scripts, instead of the one for the schedule.
         require_known: refuse files with changes other than the patch's own; False asks only that every hunk matches.
 
     Raises:
@@ -231,8 +238,9 @@ def inspect_tree(root: Path, directory: Path | None = None, *, require_known: bo
     version = read_version(root)
     entry = find_range(version, read_manifest(directory))
     launcher = "or start training with `python -m megatron_dip.launch`, which leaves the files as they are"
+    patch = entry.repairs[_minor(version)] if repair else entry.patch
     files = []
-    for file_patch in parse_patch((directory / entry.patch).read_text()):
+    for file_patch in parse_patch((directory / patch).read_text()):
         where = root / file_patch.path
         try:
             text = where.read_bytes().decode()
@@ -245,7 +253,7 @@ def inspect_tree(root: Path, directory: Path | None = None, *, require_known: bo
                 "CHECKOUT", str(where), f"is not as released for Megatron-LM {version}: {error}",
                 f"undo the changes of this file (`git checkout {file_patch.path}`, or unpack the release again), patch, then make them again",
             ) from None
-    tree = Tree(root, version, _release_of(files, entry), entry.patch, tuple(files))
+    tree = Tree(root, version, _release_of(files, entry), patch, tuple(files))
     if tree.release is None and require_known:
         changed = [file.path for file in files if not _is_committed(root, file)]
         # Files of one release that differ are the ones to name; of an unknown release all are.

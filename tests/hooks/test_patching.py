@@ -74,6 +74,18 @@ def test_patches_stay_small_and_name_the_flag(entry: patching.VersionRange) -> N
     assert any("'--pipeline-schedule'" in line for line in added)
 
 
+def test_every_served_version_has_repairs_and_known_files() -> None:
+    for entry in RANGES:
+        assert set(entry.repairs) == set(entry.minors)
+        for hashes in entry.releases.values():
+            assert {file.path for file in parse_patch((patches_directory() / entry.patch).read_text())} <= set(hashes)
+        for name in entry.repairs.values():
+            for file in parse_patch((patches_directory() / name).read_text()):
+                before = "".join(line for hunk in file.hunks for line in hunk.old)
+                after = apply_hunks(before, file.hunks)
+                assert apply_hunks(after, file.hunks, reverse=True) == before
+
+
 def test_apply_is_idempotent_and_revert_restores_every_byte(own_patches: Path, tmp_path: Path) -> None:
     root = tmp_path / "made"
     before = contents(root)

@@ -16,19 +16,20 @@ def digests(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.rglob("*.py"))}
 
 
-def test_patch_compile_check_revert(tree: Path) -> None:
+@pytest.mark.parametrize("words", [[], ["--repair"]], ids=["schedule", "repairs"])
+def test_patch_compile_check_revert(words: list[str], tree: Path) -> None:
     before = digests(tree)
-    assert inspect_tree(tree).release is not None
-    assert main(["patch", str(tree)]) == 0
+    assert inspect_tree(tree, repair=bool(words)).release is not None
+    assert main(["patch", str(tree), *words]) == 0
     after = digests(tree)
     touched = sorted(path for path in before if before[path] != after[path])
-    assert touched == sorted(file.path for file in inspect_tree(tree).files)
+    assert touched == sorted(file.path for file in inspect_tree(tree, repair=bool(words)).files)
     for path in touched:
         compile((tree / path).read_text(), path, "exec")
-    assert main(["patch", str(tree), "--check"]) == 0
-    assert main(["patch", str(tree)]) == 0
+    assert main(["patch", str(tree), "--check", *words]) == 0
+    assert main(["patch", str(tree), *words]) == 0
     assert digests(tree) == after
-    assert main(["patch", str(tree), "--revert"]) == 0
+    assert main(["patch", str(tree), "--revert", *words]) == 0
     assert digests(tree) == before
 
 
