@@ -132,12 +132,12 @@ class DeviceDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     def attention_rate(self, length: float, heads: float, *, causal: bool, backward: bool) -> float:
         """FLOP/s of fused attention over sequences of ``length``; ``heads`` = heads of this shard times sequences.
 
-        A full (not causal) attention does, per block of queries, the work of a causal one of twice the length; with the same
-        number of blocks that is half the heads. So the causal table serves both.
+        A full (not causal) attention does, per block of queries, the work of a causal one of twice the length, so the causal table
+        serves both. The heads stay: that has twice the blocks, but uneven ones, of which the longest takes twice the mean.
         """
         table = self.efficiency.attention
         if not causal:
-            length, heads = 2.0 * length, heads / 2.0
+            length *= 2.0
         by_heads = [_interpolate(table.lengths, row, length) for row in table.efficiency]
         share = by_heads[0]
         if len(by_heads) > 1:

@@ -340,7 +340,7 @@ class _PartBuilder:
         mask = scores / self.width if masked else 0.0
 
         def product(part: str, taken: str, size: float, *, dropped: bool) -> str:
-            name, out = self._name(f"{label}_{part}"), self._make(part, size)
+            name, out = self._name(f"{label}_{part}"), self._make(f"{label}_{part}", size)
             self._forward(Operator(name=name, kind="gemm", inputs=(taken,), outputs=(out,), flops=half, rows=rows, inner=head,
                                    memory_bytes=scores + 2.0 * out_bytes, recompute=True))
 

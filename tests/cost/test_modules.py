@@ -114,6 +114,16 @@ def test_cross_attention_sees_the_microbatches_context() -> None:
     assert extra * 4 == pytest.approx((512 - 64) * (2 * 2 * hidden**2 + 4 * 1024 * hidden))
 
 
+def test_a_dit_layer_is_costed_with_and_without_fused_attention() -> None:
+    model, parallel = named_model("t2v-s"), Parallel(tensor=4, pipeline=4)
+    fused = AnalyticCost(model, parallel, Training(), "h800").detail("dit", "layer", [2048])
+    unfused = AnalyticCost(model, parallel, Training(), "h800", kernels=Kernels(attention="unfused")).detail("dit", "layer", [2048])
+    # Full attention: the same FLOPs, but the scores are kept.
+    assert unfused.forward_flops == pytest.approx(fused.forward_flops)
+    heads = model.module("dit").num_attention_heads / 4
+    assert unfused.cost.activation_bytes - fused.cost.activation_bytes == pytest.approx(2 * heads * 2048 * (2048 + 128), rel=0.02)
+
+
 @pytest.mark.parametrize(("setup", "module", "billions"), [
     ("vlm-s", "lm", 8.0), ("vlm-m", "lm", 32.5), ("vlm-l", "lm", 72.7), ("vlm-l", "vit", 22.6), ("vlm-xl-8k", "lm", 175), ("t2v-s", "dit", 4.9),
     ("t2v-l", "dit", 29.0),
