@@ -55,14 +55,14 @@ class Candidates:
 
 
 def layer_options(layer: PartCost, strategies: Mapping[str, Strategy], *, has_backward: bool) -> list[LayerOption]:
-    """The layer under each strategy that is worth choosing: no other is at least as good in both time and bytes.
+    """``none`` and each strategy that is worth choosing: no other but ``none`` is at least as good in both time and bytes.
 
-    A module without a backward holds nothing, so only the plain forward remains.
+    ``none`` stays even where an offload hides behind compute, since it moves nothing. A module without a backward holds nothing, so only the plain forward remains.
     """
     options = [_apply("none", strategies["none"], layer)]
     if has_backward:
         options += [_apply(label, strategy, layer) for label, strategy in strategies.items() if label != "none"]
-    options.sort(key=lambda option: (option.forward_ns + option.backward_input_ns, option.activation_bytes))
+    options.sort(key=lambda option: (option.forward_ns + option.backward_input_ns, option.label != "none", option.activation_bytes))
     kept: list[LayerOption] = []
     for option in options:
         if not kept or option.activation_bytes < kept[-1].activation_bytes:
@@ -89,7 +89,8 @@ def pair_candidates(options: list[LayerOption], num_layers: int, limit: int = MA
     backward = np.array([option.backward_input_ns for option in options])
     held = np.array([option.activation_bytes for option in options])
     time, size = mixes @ (forward + backward), mixes @ held
-    order = np.lexsort((size, time))
+    changed = num_layers - mixes[:, 0] if options[0].label == "none" else np.zeros(len(mixes))
+    order = np.lexsort((size, changed, time))
     # Pareto front: walking from the fastest, keep what needs less memory than everything faster.
     sizes = size[order]
     below = np.concatenate(([True], sizes[1:] < np.minimum.accumulate(sizes)[:-1]))

@@ -51,7 +51,7 @@ class PaperState(NamedTuple):
     """[2] nodes in use, reference makespan"""
 
 
-def make_paper_state(method: str, kernel: KernelGraph, seed: int) -> PaperState:
+def make_paper_state(method: str, kernel: KernelGraph) -> PaperState:
     nodes = _MAX_NODES if method == "mcts" else 1
 
     def nodes32() -> NDArray[np.int32]:

@@ -15,7 +15,8 @@ How the shipped search (``anneal``) goes:
 The paper's methods (``mcts``, ``dfs``, ``random``; :mod:`megatron_dip.schedule.paper_search`) work on times of the leanest candidates
 and polish what they find; ``fifo`` is the portfolio's first row alone. Source: DIP (arXiv 2504.14145), schedule search.
 
-The same problem, seed, number of evaluations and number of threads give the same result; time budgets are looked at between rounds.
+The same problem, seed, number of evaluations and number of threads give the same result; budgets are looked at between rounds, and no
+round begins that could exceed the evaluations.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ from megatron_dip.schedule.result import Schedule, time_order
 
 SearchMethod = Literal["anneal", "mcts", "dfs", "random", "fifo"]
 
-_ROUND_STAGES = 200_000
-"""Stages interleaved between two looks at the clock: about 20 ms."""
+_ROUND_STAGES, _ROUND_STEPS = 200_000, 64
+"""Most stages, and most schedules, that a chain interleaves between two looks at the clock: at most some 20 ms."""
 _FIRST_CHAINS = 4
 """Chains that start; each thread goes on with one."""
 _TRIAL_STEPS = 64
@@ -152,13 +153,12 @@ class _Searcher:
             leanest = self.chain_at(int(self.leanest.max()), 1.0, Policy(), *self.fifo(), 0)
             if (leanest.costs.worst > self.limit).any():
                 raise DoesNotFit(leanest.costs.worst - self.limit)
+        most = int(self.leanest.max()) if self.bounded else 0
         if self.options.method in PAPER_METHODS:
-            level = int(self.leanest.max()) if self.bounded else 0
-            state = make_paper_state(self.options.method, self.kernel, self.options.seed)
-            paper = _PaperChain(self, level, *self.fifo(), state)
-            self.rounds([paper])
+            self.portfolio(range(most, most + 1))
+            self.rounds([_PaperChain(self, most, *self.fifo(), make_paper_state(self.options.method, self.kernel))])
             return
-        starts = self.portfolio()
+        starts = self.portfolio(range(most + 1))
         if self.options.method == "anneal" and not self.spent():
             chains = [self.chain_from(start, number) for number, start in enumerate(starts[: max(_FIRST_CHAINS, self.options.threads)])]
             self.rounds(chains)
@@ -174,32 +174,35 @@ class _Searcher:
         num_backward = len(kernel.group_unit) - kernel.num_forward_groups
         return np.arange(kernel.num_forward_groups, dtype=np.int32), np.arange(num_backward, dtype=np.int32)
 
-    def spent(self) -> bool:
-        """Whether the budget is used up or nothing is left to win."""
+    def spent(self, wanted: int = 1) -> bool:
+        """Whether the budget has no room for ``wanted`` evaluations more, or nothing is left to win."""
         options = self.options
         if self.best_makespan <= self.bound_ns:
             return True
-        if options.evaluations is not None and self.evaluations >= options.evaluations:
+        if options.evaluations is not None and self.evaluations + wanted > options.evaluations:
             return True
         return options.time_budget_s is not None and time.monotonic() - self.began >= options.time_budget_s
 
     # Portfolio
 
-    def portfolio(self) -> list[_Start]:
-        """Interleaves every row within the budget (the first that fits always); returns them from best to worst, unlike ones only."""
+    def portfolio(self, levels: range) -> list[_Start]:
+        """Interleaves every row within the budget (the first that fits always); returns them from best to worst, unlike ones only.
+
+        Methods other than ``anneal`` have one row for each level: microbatches in the given order.
+        """
         starts: list[_Start] = []
         work = make_workspace(self.kernel)
         costs = make_costs(self.problem.fastest, self.kernel)
         policies = [Policy(ALTERNATE), Policy(FORWARD_FIRST)]
         if (self.problem.pair_weight >= 0).any():
             policies += [Policy(ALTERNATE, weight_fit=0), Policy(FORWARD_FIRST, weight_fit=0)]
-        if self.options.method == "fifo":
+        annealing = self.options.method == "anneal"
+        if not annealing:
             policies = policies[:1]
-        levels = range(int(self.leanest.max()) + 1) if self.bounded else range(1)
         for level in levels:
             choice = np.minimum(level, self.leanest).astype(np.int32)
             _set_choice(self.kernel, self.tables, costs, choice)
-            for share in _LIMIT_SHARES if self.bounded and self.options.method != "fifo" else (1.0,):
+            for share in _LIMIT_SHARES if self.bounded and annealing else (1.0,):
                 limit = _shared(self.limit, share)
                 if (costs.worst > limit).any():
                     continue
@@ -217,7 +220,7 @@ class _Searcher:
     def heuristic_orders(self) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
         """Microbatches in the given order; heavy ones first; light ones first; light ones at both ends."""
         forward, backward = self.fifo()
-        if self.options.method == "fifo":
+        if self.options.method != "anneal":
             return [(forward, backward)]
         kernel, graph = self.kernel, self.problem.fastest
         work = np.zeros(len(kernel.unit_offset) - 1)
@@ -259,21 +262,19 @@ class _Searcher:
 
     def rounds(self, chains: Sequence[_Chain]) -> None:
         """Runs chains until the budget is spent: all of them for a trial, then the best, one for each thread."""
-        steps = max(4, _ROUND_STAGES // self.problem.fastest.num_tasks)
+        steps = min(_ROUND_STEPS, max(4, _ROUND_STAGES // self.problem.fastest.num_tasks))
         with ThreadPoolExecutor(self.options.threads) as pool:
             trial = True
-            while not self.spent():
+            # Whole rounds only: a larger budget has to go through the same states. One step more each for the polish.
+            while not self.spent(len(chains) * (steps + 1)):
                 if trial and min(chain.steps for chain in chains) >= _TRIAL_STEPS:
                     trial = False
                     chains = sorted(chains, key=lambda chain: chain.score)[: self.options.threads]
-                share = steps
-                if self.options.evaluations is not None:
-                    share = min(steps, max(1, (self.options.evaluations - self.evaluations) // len(chains)))
                 if self.options.threads == 1:
                     for chain in chains:
-                        chain.advance(share)
+                        chain.advance(steps)
                 else:
-                    list(pool.map(_Chain.advance, chains, [share] * len(chains)))
+                    list(pool.map(_Chain.advance, chains, [steps] * len(chains)))
                 for chain in chains:
                     self.evaluations += chain.taken
                     for orders, choice, makespan in chain.found:

@@ -1,0 +1,201 @@
+"""Task graphs: sizes, times, edges and memory of small models that can be counted by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dip.cost.interface import Part, PartCost
+from megatron_dip.partition.offline import even_partition
+from megatron_dip.partition.online import split
+from megatron_dip.schedule.candidates import LayerOption, layer_options, pair_candidates
+from megatron_dip.schedule.graph import build_problem, build_task_graph, static_bytes
+from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.profile import Offload, Strategy
+from megatron_dip.spec.tasks import BACKWARD, FORWARD, WEIGHT, TaskGraph
+from tests import naive
+from tests.strategies import cases, module
+
+
+class Costs:
+    """One layer: 10 / 6 / 4.5 ns and 9 bytes a token; a head of 100 / 50 / 50 ns and 4 bytes on ``lm``. Messages: 3 bytes a token."""
+
+    p2p_latency_ns = 2.5
+    p2p_bytes_per_second = 2e9
+
+    def __init__(self, *, holds: bool = False) -> None:
+        self.holds = holds
+
+    def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:
+        tokens = sum(lengths)
+        if part == "layer":
+            return PartCost(
+                forward_ns=10.0 * tokens, backward_input_ns=6.0 * tokens, backward_weight_ns=4.5 * tokens, activation_bytes=9.0 * tokens,
+                boundary_bytes=3.0 * tokens,
+            )
+        if part == "last" and module == "lm":
+            return PartCost(forward_ns=100.0, backward_input_ns=50.0, backward_weight_ns=50.0, activation_bytes=4.0)
+        return PartCost()
+
+    def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
+        return {"none": Strategy(), "full": Strategy(extra_forward=1.0, activation=0.2)}
+
+    def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
+        return 100 * num_layers + 1000 * first + 10_000 * last
+
+    def memory_capacity_bytes(self) -> int | None:
+        return None
+
+    def holds_encoder_outputs(self) -> bool:
+        return self.holds
+
+
+def find(graph: TaskGraph, kind: int, name: str, rank: int, vp_stage: int = 0, microbatch: int = 0, sub: int = 0) -> int:
+    mask = (
+        (graph.kind == kind) & (graph.module == graph.module_names.index(name)) & (graph.rank == rank) & (graph.vp_stage == vp_stage)
+        & (graph.microbatch == microbatch) & (graph.sub_microbatch == sub)
+    )
+    (task,) = np.flatnonzero(mask)
+    return int(task)
+
+
+def make(model: ModelSpec, num_ranks: int, microbatches, costs=None, chunks=None, sizes=None, **options):
+    costs = costs or Costs()
+    partition = even_partition(model, num_ranks, chunks or {}, sizes or {})
+    return build_problem(model, partition, split(microbatches, model, partition, costs), costs, **options)
+
+
+VLM = ModelSpec(modules=[module("vit", 3), module("lm", 4, role="backbone")])
+
+
+def test_counts_times_edges_of_a_small_vlm():
+    problem = make(VLM, 2, [{"vit": [2, 2, 2], "lm": [5]}, {"lm": [5]}], sizes={"vit": 2}, chunks={"lm": 2}, only_strategy="none")
+    graph = problem.fastest
+    # vit: 2 sub-microbatches x 1 chunk; lm: 2 x 2 chunks; 2 ranks; forward and backward.
+    assert graph.num_tasks == (2 * 1 + 2 * 2) * 2 * 2
+    vit = find(graph, FORWARD, "vit", 0)
+    assert graph.duration_ns[vit] == 2 * 10 * 4  # 2 of 3 layers, 2 instances of 2 tokens
+    assert graph.mem_start_bytes[vit] == 2 * 9 * 4
+    back = find(graph, BACKWARD, "vit", 0)
+    assert graph.duration_ns[back] == 2 * (6 + 4.5) * 4
+    assert graph.mem_end_bytes[back] == -graph.mem_start_bytes[vit]
+    second = find(graph, FORWARD, "vit", 1)
+    assert naive.edges(graph, second) == [(vit, 9)]  # ceil(2.5 + 12 bytes / 2 bytes a ns)
+    first_lm = find(graph, FORWARD, "lm", 0)
+    other = find(graph, FORWARD, "vit", 1, sub=1)
+    assert sorted(naive.edges(graph, first_lm)) == sorted([(second, 9), (other, 6)])  # the second part has one instance: ceil(2.5 + 3)
+    assert naive.edges(graph, find(graph, FORWARD, "lm", 0, microbatch=1)) == []
+    wrap = find(graph, FORWARD, "lm", 0, vp_stage=1)
+    assert naive.edges(graph, wrap) == [(find(graph, FORWARD, "lm", 1), 10)]
+    last = find(graph, FORWARD, "lm", 1, vp_stage=1)
+    assert graph.duration_ns[last] == 50 + 100
+    # The gradient for the encoder comes from the backbone's first stage on rank 0, by its message's size.
+    edges = naive.edges(graph, find(graph, BACKWARD, "vit", 1))
+    assert sorted(edges) == sorted([(find(graph, BACKWARD, "lm", 0), 10), (second, 0)])
+    assert graph.dep_is_data.sum() == len(graph.dep_is_data) - problem.num_pairs
+
+
+def test_split_backward_and_frozen_modules():
+    frozen = ModelSpec(modules=[module("vit", 2, trainable=False), module("mid", 2), module("lm", 2, role="backbone", trainable=False)])
+    graph = make(frozen, 1, [{"vit": [3], "mid": [3], "lm": [3]}], split_backward=True, only_strategy="none").fastest
+    names = [graph.module_names[index] for index in graph.module]
+    assert [(names[t], int(graph.kind[t])) for t in range(graph.num_tasks)] == [
+        ("vit", FORWARD), ("mid", FORWARD), ("lm", FORWARD), ("mid", BACKWARD), ("lm", BACKWARD), ("mid", WEIGHT),
+    ]
+    assert graph.duration_ns.tolist() == [60, 60, 160, 36, 86, 27]  # frozen: input part alone
+    assert graph.mem_start_bytes.tolist() == [54, 54, 58, 0, 0, 0]
+    assert graph.mem_end_bytes.tolist() == [-54, 0, 0, -27, -58, -27]  # halves only where a weight part follows
+    odd = make(ModelSpec(modules=[module("lm", 1, role="backbone")]), 1, [{"lm": [1]}], split_backward=True, only_strategy="none").fastest
+    assert odd.mem_end_bytes.tolist() == [0, -6, -7]  # 13 bytes: floor of the half first
+
+
+def test_forward_only_has_only_forwards():
+    graph = make(VLM, 2, [{"vit": [2], "lm": [5]}], forward_only=True).fastest
+    assert set(graph.kind.tolist()) == {FORWARD}
+    assert (graph.mem_start_bytes + graph.mem_end_bytes == 0).all()
+
+
+def test_held_outputs_count_on_rank_0_until_the_taker_is_done():
+    plain, holding = (make(VLM, 2, [{"vit": [2, 2], "lm": [5]}], Costs(holds=holds)).fastest for holds in (False, True))
+    start, end = holding.mem_start_bytes - plain.mem_start_bytes, holding.mem_end_bytes - plain.mem_end_bytes
+    assert {t: int(start[t]) for t in np.flatnonzero(start)} == {find(plain, FORWARD, "vit", 0, sub=s): 6 for s in (0, 1)}
+    assert {t: int(end[t]) for t in np.flatnonzero(end)} == {find(plain, BACKWARD, "lm", 0): -12}
+    frozen = ModelSpec(modules=[module("vit", 3, trainable=False), module("lm", 4, role="backbone")])
+    graph = make(frozen, 2, [{"vit": [2], "lm": [5]}], Costs(holds=True)).fastest
+    assert graph.mem_end_bytes[find(graph, FORWARD, "lm", 0)] == -6
+
+
+def test_static_bytes_by_rank():
+    partition = even_partition(VLM, 2, {"lm": 2}, {})
+    assert static_bytes(VLM, partition, Costs()) == [200 + 1000 + 200 + 1000, 100 + 10_000 + 200 + 10_000]
+
+
+@pytest.mark.parametrize("split_backward", [False, True])
+def test_a_choice_changes_times_and_memory_as_its_candidate_says(split_backward):
+    problem = make(VLM, 2, [{"vit": [2], "lm": [5]}], split_backward=split_backward)
+    lean = problem.graph(problem.leanest())
+    vit = find(lean, FORWARD, "vit", 0)
+    assert lean.mem_start_bytes[vit] == round(2 * 9 * 2 * 0.2)
+    assert lean.duration_ns[vit] == problem.fastest.duration_ns[vit]
+    assert lean.duration_ns[find(lean, BACKWARD, "vit", 0)] == problem.fastest.duration_ns[find(lean, BACKWARD, "vit", 0)] + 2 * 10 * 2
+    assert problem.strategies(vit, int(problem.leanest()[vit])) == ["full", "full"]
+    per_rank = (lean.mem_start_bytes + lean.mem_end_bytes).reshape(-1, 2).sum(axis=0)
+    assert per_rank.tolist() == [0, 0]
+    full = build_task_graph(VLM, even_partition(VLM, 2, {}, {}), problem.sub_microbatches, Costs(), split_backward=split_backward, strategy="full")
+    assert full.duration_ns.tolist() == lean.duration_ns.tolist()
+    assert full.mem_start_bytes.tolist() == lean.mem_start_bytes.tolist()
+
+
+@settings(max_examples=60)
+@given(cases(), st.booleans())
+def test_memory_returns_to_zero_and_every_stage_is_there(case, split_backward):
+    costs = case.costs()
+    subs = split(case.microbatches, case.model, case.partition, costs)
+    problem = build_problem(case.model, case.partition, subs, costs, split_backward=split_backward)
+    for graph in (problem.fastest, problem.graph(problem.leanest())):
+        left = np.zeros(graph.num_ranks, dtype=np.int64)
+        np.add.at(left, graph.rank, graph.mem_start_bytes + graph.mem_end_bytes)
+        assert not left.any()
+    backward = case.model.backward_modules()
+    expected = sum(
+        case.partition.num_chunks(sub.module) * case.partition.num_ranks
+        * (1 + backward[sub.module] + (split_backward and backward[sub.module] and case.model.module(sub.module).trainable))
+        for sub in subs
+    )
+    assert problem.fastest.num_tasks == expected
+
+
+def test_options_drop_what_is_no_better():
+    layer = PartCost(forward_ns=10, backward_input_ns=10, activation_bytes=100)
+    strategies = {
+        "none": Strategy(), "useless": Strategy(extra_forward=0.5), "full": Strategy(extra_forward=1.0, activation=0.1),
+        "worse": Strategy(extra_forward=1.2, activation=0.1), "offload": Strategy(offload=Offload(bytes_per_second=8e9, activation=0.2)),
+    }
+    options = layer_options(layer, strategies, has_backward=True)
+    assert [option.label for option in options] == ["none", "offload", "full"]
+    # 80 bytes at 8 bytes a ns beside 10 ns of compute: hidden in both directions.
+    assert (options[1].forward_ns, options[1].backward_input_ns, options[1].activation_bytes) == (10, 10, 20.0)
+    assert [option.label for option in layer_options(layer, strategies, has_backward=False)] == ["none"]
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 7), st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=3, unique_by=lambda item: item[1]))
+def test_candidates_lie_on_the_exact_front(num_layers, raw):
+    raw = sorted(raw)
+    options = [LayerOption(str(index), float(time), 0.0, float(size)) for index, (time, size) in enumerate(raw)]
+    everything = {(0, 0)}
+    for _ in range(num_layers):
+        everything = {(t + option.forward_ns, s + option.activation_bytes) for t, s in everything for option in options}
+    front = {(t, s) for t, s in everything if not any(o != (t, s) and o[0] <= t and o[1] <= s for o in everything)}
+    found = pair_candidates(options, num_layers)
+    times, sizes = found.forward_ns.tolist(), found.activation_bytes.tolist()
+    assert set(zip(times, sizes, strict=True)) <= front
+    assert times[0] == min(t for t, _ in front)
+    assert sizes[-1] == min(s for _, s in front)
+    assert len(times) == min(len(front), 10) or (len(front) > 10 and 2 <= len(times) <= 12)
+    assert times == sorted(times)
+    assert all(len(found.strategy_list(index)) == num_layers for index in range(len(times)))

@@ -1,0 +1,110 @@
+"""The memory choice: it fits at every instant, its bound holds, and exact solutions are hardly better."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dip.partition.online import split
+from megatron_dip.schedule.graph import StageProblem, build_problem
+from megatron_dip.schedule.interleave import UNLIMITED, Policy, interleave, make_costs, make_kernel_graph, make_workspace
+from megatron_dip.schedule.memory import apply_choice, choose, choose_exactly, choose_kernel, make_tables
+from tests import naive
+from tests.strategies import Case, cases, vlm_case
+
+
+def scheduled(case: Case, split_backward: bool) -> tuple[StageProblem, list[np.ndarray]]:
+    """The problem and orders that were made without a limit."""
+    costs = case.costs()
+    subs = split(case.microbatches, case.model, case.partition, costs)
+    problem = build_problem(case.model, case.partition, subs, costs, split_backward=split_backward)
+    kernel = make_kernel_graph(problem.fastest)
+    work = make_workspace(kernel)
+    interleave(
+        kernel, make_costs(problem.fastest, kernel), np.full(problem.fastest.num_ranks, UNLIMITED),
+        np.arange(kernel.num_forward_groups, dtype=np.int32),
+        np.arange(len(kernel.group_unit) - kernel.num_forward_groups, dtype=np.int32), Policy(), work,
+    )
+    return problem, work.orders()
+
+
+def total_time(problem: StageProblem, choice: np.ndarray, rank: int) -> int:
+    mine = np.flatnonzero(problem.fastest.rank[: problem.num_pairs] == rank)
+    kinds = problem.pair_class[mine]
+    return int((problem.forward_ns[kinds, choice[mine]] + problem.backward_ns[kinds, choice[mine]]).sum())
+
+
+@settings(max_examples=150)
+@given(cases(max_microbatches=6), st.booleans(), st.floats(0, 1))
+def test_fits_at_every_instant(case, split_backward, share):
+    problem, orders = scheduled(case, split_backward)
+    tables = make_tables(problem)
+    fastest = naive.peak_memory(problem.fastest, [order.tolist() for order in orders])
+    leanest = naive.peak_memory(problem.graph(problem.leanest()), [order.tolist() for order in orders])
+    limit = np.array([int(low + share * (high - low)) for low, high in zip(leanest, fastest, strict=True)], dtype=np.int64)
+    choice = np.zeros(problem.num_pairs, dtype=np.int32)
+    for rank, order in enumerate(orders):
+        total, bound = choose_kernel(tables, rank, order, limit[rank], choice, 60)
+        assert bound <= total == total_time(problem, choice, rank)
+        if share == 1.0:
+            assert (choice[problem.fastest.rank[: problem.num_pairs] == rank] == 0).all()
+    peaks = naive.peak_memory(problem.graph(choice), [order.tolist() for order in orders])
+    assert all(peak <= most for peak, most in zip(peaks, limit.tolist(), strict=True))
+    if any(low > 0 for low in leanest):
+        before = choice.copy()
+        assert not choose(tables, orders, np.array(leanest, dtype=np.int64) - 1, choice)
+        rank = next(rank for rank, low in enumerate(leanest) if low > 0)
+        assert choose_kernel(tables, rank, orders[rank], np.int64(leanest[rank] - 1), before, 60)[0] == -1
+
+
+@settings(max_examples=60)
+@given(cases(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_a_choice_is_written_as_the_graph_has_it(case, split_backward, seed):
+    problem, _ = scheduled(case, split_backward)
+    rng = np.random.default_rng(seed)
+    choice = (rng.integers(0, 1000, problem.num_pairs) % problem.num_candidates[problem.pair_class]).astype(np.int32)
+    graph = problem.graph(choice)
+    written = [problem.fastest.duration_ns.copy(), np.zeros(graph.num_tasks, np.int64), np.zeros(graph.num_tasks, np.int64)]
+    apply_choice(make_tables(problem), choice, *written)
+    for found, expected in zip(written, (graph.duration_ns, graph.mem_start_bytes, graph.mem_end_bytes), strict=True):
+        assert found.tolist() == expected.tolist()
+
+
+def test_best_of_all_choices_on_a_tiny_case():
+    problem, orders = scheduled(vlm_case(num_microbatches=2, num_ranks=2), False)
+    tables = make_tables(problem)
+    order = orders[0]
+    mine = np.flatnonzero(problem.fastest.rank[: problem.num_pairs] == 0)
+    high = naive.peak_memory(problem.fastest, [order.tolist() for order in orders])[0]
+    low = naive.peak_memory(problem.graph(problem.leanest()), [order.tolist() for order in orders])[0]
+    for limit in (low, (2 * low + high) // 3, (low + 2 * high) // 3):
+        best = UNLIMITED
+        for candidates in itertools.product(*(range(problem.num_candidates[kind]) for kind in problem.pair_class[mine])):
+            choice = np.zeros(problem.num_pairs, dtype=np.int32)
+            choice[mine] = candidates
+            if naive.peak_memory(problem.graph(choice), [order.tolist() for order in orders])[0] <= limit:
+                best = min(best, total_time(problem, choice, 0))
+        choice = np.zeros(problem.num_pairs, dtype=np.int32)
+        total, bound = choose_kernel(tables, 0, order, np.int64(limit), choice, 120)
+        assert bound <= best <= total <= 1.05 * best
+        assert choose_exactly(tables, order, limit, choice) == best
+
+
+@pytest.mark.parametrize("split_backward", [False, True])
+def test_gap_to_the_exact_choice_is_small(split_backward):
+    """Four fifths of the memory that the fastest candidates would take, 100 stage pairs a rank."""
+    problem, orders = scheduled(vlm_case(num_microbatches=40, num_ranks=2), split_backward)
+    tables = make_tables(problem)
+    choice = np.zeros(problem.num_pairs, dtype=np.int32)
+    high = naive.peak_memory(problem.fastest, [order.tolist() for order in orders])
+    for rank in range(2):
+        limit = high[rank] * 4 // 5
+        total, bound = choose_kernel(tables, rank, orders[rank], np.int64(limit), choice, 120)
+        exact = choose_exactly(tables, orders[rank], limit, choice, time_limit_s=20.0, gap=1e-5)
+        assert bound <= exact * (1 + 1e-5)
+        assert exact <= total * (1 + 1e-5)
+        assert total <= 1.002 * exact
