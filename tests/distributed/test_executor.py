@@ -12,6 +12,7 @@ import torch
 from megatron_dip.runtime.compute import AutogradCompute, SleepCompute
 from megatron_dip.runtime.executor import Executor, PlanLinks
 from megatron_dip.runtime.groups import new_process_groups
+from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.runtime.p2p import PointToPoint
 from megatron_dip.runtime.timing import HostTimer, clock_offset, gather_records
 from megatron_dip.spec.plan import Plan, PlanStage
@@ -121,6 +122,31 @@ def test_sleeping_stages_keep_order_and_dependencies_on_one_clock() -> None:
     assert [offset for offset, _ in results] == [0, 0, 0, 0]
     assert results[0][1] == plan.order
     assert [rows for _, rows in results[1:]] == [None, None, None]
+
+
+def _messages(rank: int, num_ranks: int) -> list[list[float]]:
+    """All ranks send three messages of different shapes and types, one of them empty, to every other; nobody waits before all are posted."""
+    groups = new_process_groups(range(num_ranks), replica=0, timeout_s=20.0)
+    p2p = PointToPoint(groups, CPU)
+    shapes = [((2, 3), torch.float32), ((0, 4), torch.float32), ((5,), torch.bfloat16)]
+    posts = {}
+    sends = []
+    for peer in range(num_ranks):
+        if peer == rank:
+            continue
+        posts[peer] = [p2p.irecv(PayloadSpec(shape, dtype), peer) for shape, dtype in shapes]
+        for index, (shape, dtype) in enumerate(shapes):
+            sends.append(p2p.isend(torch.full(shape, 10.0 * rank + index, dtype=dtype), peer))
+    received = {peer: [p2p.wait_recv(post) for post in row] for peer, row in posts.items()}
+    for post in sends:
+        p2p.wait_send(post)
+    assert all([(tuple(t.shape), t.dtype) for t in row] == shapes for row in received.values())
+    return [[float(t.float().mean()) for t in row if t.numel()] for _, row in sorted(received.items())]
+
+
+def test_messages_keep_their_order_between_all_pairs() -> None:
+    for rank, received in enumerate(launch(_messages, 3)):
+        assert received == [[10.0 * peer, 10.0 * peer + 2] for peer in range(3) if peer != rank]
 
 
 class _Dying(SleepCompute):
