@@ -176,7 +176,8 @@ def simulate_whole(
     live = pipeline.schedule.peak_memory([0] * pipeline.schedule.graph.num_ranks)
     return Simulation(
         # Utilisation counts the whole global batch, not the slowest replica's share of it.
-        result=_with_utilisation(result, workload, counting), schedule=pipeline.schedule,
+        result=_with_utilisation(result, workload, counting, workload.parallel.data * _recomputed_flops(pipeline, counting)),
+        schedule=pipeline.schedule,
         initial_bytes=tuple(peak - own for peak, own in zip(pipeline.peak_bytes, live, strict=True)),
     )
 
@@ -338,7 +339,7 @@ def _assemble(
         compute_only = _busy_without_messages(pipeline, schedule, workload, counting) / num_ranks
         blocked, busy = max(0.0, busy - compute_only), min(busy, compute_only)
     return SimulationResult(
-        iteration_time_s=before + makespan + after + optimizer, mfu=None, hfu=_recomputed_flops(pipeline, counting),
+        iteration_time_s=before + makespan + after + optimizer, mfu=None, hfu=None,
         bubble_fraction=schedule.bubble_fraction, peak_memory_bytes=_peaks(workload, pipeline, costs),
         breakdown_s=Breakdown(
             compute=busy - tensor_parallel, tensor_parallel=tensor_parallel, data_parallel=before + after, p2p=waiting + blocked,
@@ -412,14 +413,13 @@ def _recomputed_flops(pipeline: _Pipeline, counting: AnalyticCost) -> float:
     return total * counting.parallel.tensor * counting.parallel.context
 
 
-def _with_utilisation(result: SimulationResult, workload: Workload, counting: AnalyticCost) -> SimulationResult:
-    """Fills in MFU and HFU; ``result.hfu`` holds the recomputed FLOPs of one replica until here."""
+def _with_utilisation(result: SimulationResult, workload: Workload, counting: AnalyticCost, recomputed_flops: float) -> SimulationResult:
+    """Fills in MFU and HFU where the device, hence its peak, is known."""
     if workload.device is None:
-        return msgspec.structs.replace(result, mfu=None, hfu=None)
+        return result
     flops = model_flops(workload, counting)
-    extra = (result.hfu or 0.0) * workload.parallel.data
     available = result.iteration_time_s * workload.parallel.num_gpus * counting.device.peak_tflops * 1e12
-    return msgspec.structs.replace(result, mfu=flops / available, hfu=(flops + extra) / available)
+    return msgspec.structs.replace(result, mfu=flops / available, hfu=(flops + recomputed_flops) / available)
 
 
 def model_flops(workload: Workload, counting: AnalyticCost) -> float:
@@ -574,45 +574,31 @@ def _fsdp_time(
     workload: Workload, costs: FixedStrategyCost, base: AnalyticCost, rounds: Sequence[Sequence[Microbatch]], group: Group, width: float,
     peak: int, parameters: float,
 ) -> SimulationResult:
-    total = busy = 0.0
-    gpus = workload.parallel.data
-    recomputed = 0.0
+    total = in_step = busy = recomputed = 0.0
     for microbatches in rounds:
         for module in workload.model_spec.modules:
-            runs = [m.get(module.name, ()) for m in microbatches]
-            runs = [lengths for lengths in runs if lengths]
-            if not runs:
-                continue
+            runs = [microbatch[module.name] for microbatch in microbatches if microbatch.get(module.name)]
             blocks: list[tuple[Part, int]] = [("layer", module.num_layers), ("first", 1), ("last", 1)]
-            for part, times in blocks:
+            for part, times in blocks if runs else ():
                 size = base.chunk_parameters(module.name, 1 if part == "layer" else 0, first=part == "first", last=part == "last")
                 gather = collective_seconds("all_gather", width * size, group, base.device)
                 scatter = collective_seconds("reduce_scatter", 4.0 * size, group, base.device) if module.trainable else 0.0
                 parts = [costs.part(module.name, part, lengths) for lengths in runs]
-                forward = max(cost.forward_ns for cost in parts) / 1e9
-                backward = max(cost.backward_input_ns + cost.backward_weight_ns for cost in parts) / 1e9
-                total += times * (max(forward, gather) + (max(backward, gather + scatter) if backward else 0.0))
-                busy += times * sum(cost.forward_ns + cost.backward_input_ns + cost.backward_weight_ns for cost in parts) / 1e9 / gpus
+                forward = [cost.forward_ns / 1e9 for cost in parts]
+                backward = [(cost.backward_input_ns + cost.backward_weight_ns) / 1e9 for cost in parts]
+                total += times * (max(*forward, gather) + (max(*backward, gather + scatter) if any(backward) else 0.0))
+                in_step += times * (max(forward) + max(backward))
+                busy += times * (sum(forward) + sum(backward)) / group.size
             for lengths in runs:
                 detail = base.detail(module.name, "layer", lengths)
                 recomputed += module.num_layers * {"full": detail.forward_flops, "selective": detail.selective_flops}.get(costs.label, 0.0)
-    # What the collectives add: the time in step less the time in step without them.
-    compute_bound = 0.0
-    for microbatches in rounds:
-        for module in workload.model_spec.modules:
-            runs = [m[module.name] for m in microbatches if m.get(module.name)]
-            for part, times in (("layer", module.num_layers), ("first", 1), ("last", 1)):
-                compute_bound += times * max(
-                    (c.forward_ns + c.backward_input_ns + c.backward_weight_ns for c in (costs.part(module.name, part, r) for r in runs)),  # type: ignore[arg-type]
-                    default=0.0,
-                ) / 1e9
-    optimizer = optimizer_seconds(parameters, workload.training, gpus, base.device, base.rules)
+    optimizer = optimizer_seconds(parameters, workload.training, group.size, base.device, base.rules)
     result = SimulationResult(
-        iteration_time_s=total + optimizer, mfu=None, hfu=recomputed / workload.parallel.data,
-        bubble_fraction=max(0.0, 1.0 - busy / total), peak_memory_bytes=[peak],
-        breakdown_s=Breakdown(compute=busy, tensor_parallel=0.0, data_parallel=max(0.0, total - compute_bound), p2p=0.0,
-                              bubble=max(0.0, min(total, compute_bound) - busy), optimizer=optimizer),
+        iteration_time_s=total + optimizer, mfu=None, hfu=None, bubble_fraction=max(0.0, 1.0 - busy / total),
+        peak_memory_bytes=[peak],
+        # Waiting for the heaviest GPU is the bubble; what collectives add to being in step is data parallelism's.
+        breakdown_s=Breakdown(compute=busy, tensor_parallel=0.0, data_parallel=total - in_step, p2p=0.0, bubble=in_step - busy, optimizer=optimizer),
         schedule="fsdp2", chunks={module.name: [[module.num_layers]] for module in workload.model_spec.modules},
         sub_microbatch_size={m.name: max(len(b.get(m.name, ())) for b in workload.microbatches) or 1 for m in workload.model_spec.modules},
     )
-    return _with_utilisation(result, workload, base)
+    return _with_utilisation(result, workload, base, recomputed)
