@@ -111,7 +111,9 @@ def _plan_ahead(rank: int, num_ranks: int) -> tuple[int, int, dict[str, int]] | 
     for _ in range(4):
         model.zero_grad()
         _call(model, dip, data, 3)
-        time.sleep(0.3)  # what else an iteration takes; the next plan is made meanwhile
+        # Stands for what else an iteration takes: the next plan is made meanwhile.
+        while dip._service is not None and not all(request.done.is_set() for request in dip._service._requests.values()):
+            time.sleep(0.01)
     counts = dip.counts()
     return None if counts is None else (counts.taken, counts.ahead, counts.fallbacks)
 
