@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         )
     write_atomically(args.output, msgspec.json.format(msgspec.json.encode(found.device), indent=1) + b"\n")
     _print(Console(), found)
-    Console().print(f"wrote {args.output}", soft_wrap=True, highlight=False)
+    Console().print(f"wrote {args.output}", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         profile = measure_model(workload.model_spec, shapes, settings, _point_to_point(workload), status.update)
     save(args.output, profile)
     points = sum(len(module.layer.points) for module in profile.modules.values())
-    Console().print(f"wrote {args.output}: {len(profile.modules)} modules, {points} layer shapes on {device}", soft_wrap=True, highlight=False)
+    Console().print(f"wrote {args.output}: {len(profile.modules)} modules, {points} layer shapes on {device}", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 

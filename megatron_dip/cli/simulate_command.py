@@ -111,7 +111,7 @@ def simulate_one(workload: Workload, name: ScheduleName, partition: Partition | 
     if isinstance(workload.profile, Profile):
         sizes = partition.sub_microbatch_size if partition is not None and name == "dip" else None
         for sentence in outside_profile(workload.profile, workload.microbatches, sizes):
-            Console(stderr=True).print(f"warning: {sentence}", soft_wrap=True, highlight=False)
+            Console(stderr=True).print(f"warning: {sentence}", soft_wrap=True, highlight=False, markup=False)
     return simulate_whole(workload, name, partition=partition, options=options, costs=costs)
 
 
@@ -134,7 +134,7 @@ def _run_compare(args: argparse.Namespace, workload: Workload, partition: Partit
         table.add_row(result.schedule, *_cells(result))
     console.print(table)
     for failed, problem in problems.items():
-        console.print(f"{failed}: {problem}", soft_wrap=True, highlight=False)
+        console.print(f"{failed}: {problem}", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 
