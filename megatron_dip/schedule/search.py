@@ -11,6 +11,8 @@ How the shipped search (``anneal``) goes:
    and can only find more.
 3. *Polish.* Every few rounds a chain's best order, if new, gets its own memory choice (:mod:`megatron_dip.schedule.memory`) and is
    timed with the durations that follow. The search's score is the makespan after that.
+4. *Refinement.* After each cycle a chain's best schedule is improved task by task (:mod:`megatron_dip.schedule.refine`) for a share
+   of the cycle's steps.
 
 The paper's methods (``mcts``, ``dfs``, ``random``; :mod:`megatron_dip.schedule.paper_search`) work on times of the leanest candidates
 and polish what they find; ``fifo`` is the portfolio's first row alone. Source: DIP (arXiv 2504.14145), schedule search.
@@ -50,6 +52,7 @@ from megatron_dip.schedule.interleave import (
 from megatron_dip.schedule.memory import MemoryTables, apply_choice, choose, make_tables
 from megatron_dip.schedule.paper_search import METHODS as PAPER_METHODS
 from megatron_dip.schedule.paper_search import make_paper_state
+from megatron_dip.schedule.refine import RefineState, make_refine_state, refine_kernel
 from megatron_dip.schedule.result import Schedule, time_order
 
 SearchMethod = Literal["anneal", "mcts", "dfs", "random", "fifo"]
@@ -65,6 +68,10 @@ _FIRST_CYCLE = 256
 _POLISH_ROUNDS = 3
 _HOT, _COLD = 0.25, 0.01
 """First and last temperature of a cycle as shares of the gap between the chain's best and the bound."""
+_REFINE_SHARE = 4
+"""One step of refinement for so many steps of the cycle before it."""
+_REFINE_HOT = 0.3
+"""Its first temperature, as ``_HOT``."""
 _LIMIT_SHARES = (1.0, 0.8, 0.64)
 """Limits on memory in flight, as shares of what the rank has."""
 
@@ -325,13 +332,20 @@ class _Chain:
         self.polished = int(NEVER)
         """Best makespan before the memory choice that was polished."""
         self.hot = 1.0
+        self.best: tuple[list[NDArray[np.int32]], NDArray[np.int32]] | None = None
+        """Orders and memory choice behind ``score``."""
+        self.refining: RefineState | None = None
+        self.refine_length = self.refine_done = 0
 
     @property
     def at_cycle_start(self) -> bool:
-        return self.cycle_done == 0
+        return self.cycle_done == 0 and self.refining is None
 
     def advance(self, steps: int) -> None:
         """Takes some steps, and polishes a new best every few rounds."""
+        if self.refining is not None:
+            self.refine(self.refining, steps)
+            return
         searcher, state = self.searcher, self.state
         if self.cycle_done == 0:
             best = int(state.makespan[1])
@@ -350,9 +364,30 @@ class _Chain:
         self.cycle_done += steps
         if self.cycle_done >= self.cycle_length:
             self.cycle_done, self.cycle_length = 0, 2 * self.cycle_length
+            if self.best is not None:
+                orders, choice = self.best
+                self.refining = make_refine_state(searcher.problem.graph(choice), orders)
+                self.refine_length, self.refine_done = self.cycle_length // (2 * _REFINE_SHARE), 0
         self.rounds_unpolished += 1
         if state.makespan[1] < self.polished and (self.rounds_unpolished >= _POLISH_ROUNDS or self.steps <= _TRIAL_STEPS):
             self.polish()
+
+    def refine(self, refining: RefineState, steps: int) -> None:
+        """Takes some steps of refinement on the best schedule."""
+        assert self.best is not None
+        searcher = self.searcher
+        hot = max(1.0, _REFINE_HOT * (self.score - searcher.bound_ns))
+        fall = _COLD / _HOT
+        begin, end = self.refine_done / self.refine_length, min(1.0, (self.refine_done + steps) / self.refine_length)
+        value = int(refine_kernel(
+            refining, searcher.limit, self.state.random, steps, hot * fall**begin, hot * fall**end, searcher.bound_ns
+        ))
+        self.taken = steps
+        if value < self.score:
+            self._offer(list(refining.best_order.reshape(searcher.kernel.num_ranks, -1).copy()), self.best[1])
+        self.refine_done += steps
+        if self.refine_done >= self.refine_length:
+            self.refining = None
 
     def polish(self) -> None:
         """Gives the best order its own memory choice and offers what comes out."""
@@ -373,7 +408,8 @@ class _Chain:
     def _offer(self, orders: list[NDArray[np.int32]], choice: NDArray[np.int32]) -> None:
         schedule = time_order(self.searcher.problem.graph(choice), orders)
         assert schedule is not None
-        self.score = min(self.score, schedule.makespan_ns)
+        if schedule.makespan_ns < self.score:
+            self.score, self.best = schedule.makespan_ns, (orders, choice.copy())
         self.found.append((orders, choice, schedule.makespan_ns))
 
     def follow(self, leader: _Chain) -> None:
@@ -383,7 +419,7 @@ class _Chain:
         for mine, other in ((self.state.best_forward, leader.state.best_forward), (self.state.best_backward, leader.state.best_backward)):
             mine[:] = other
         self.state.makespan[:] = leader.state.makespan[1]
-        self.polished, self.score = leader.polished, leader.score
+        self.polished, self.score, self.best = leader.polished, leader.score, leader.best
 
 
 class _PaperChain(_Chain):
