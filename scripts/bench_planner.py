@@ -201,6 +201,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def spread(values: list[float], digits: int = 4) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
