@@ -73,7 +73,8 @@ def cases(draw: st.DrawFn, max_modules: int = 3, max_ranks: int = 3, max_microba
     for index, name in enumerate(names):
         inputs = [other for other in names[:index] if draw(st.booleans())]
         num_layers = draw(st.integers(1, 5))
-        modules.append(module(name, num_layers, trainable=draw(st.booleans()), inputs=inputs))
+        # Backbones, since any of them may lack in a microbatch: an encoder's instances need a consumer.
+        modules.append(module(name, num_layers, role="backbone", trainable=draw(st.booleans()), inputs=inputs))
         strategies = {"none": Strategy()}
         if draw(st.booleans()):
             strategies["full"] = Strategy(extra_forward=1.0, activation=0.25)

@@ -20,14 +20,16 @@ from numpy.typing import NDArray
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition, SubMicrobatch
-from megatron_dip.spec.workload import Microbatch
+from megatron_dip.spec.workload import Microbatch, check_consumers
 
 
 def split(microbatches: Sequence[Microbatch], model: ModelSpec, partition: Partition, costs: CostModel) -> list[SubMicrobatch]:
     """All sub-microbatches of a global batch, by microbatch, then by module in the model's order, then by number.
 
-    A module without instances in a microbatch has no sub-microbatch there. Deterministic.
+    A module without instances in a microbatch has no sub-microbatch there. Deterministic. Raises InputError for encoder instances
+    that nobody takes (:func:`megatron_dip.spec.workload.check_consumers`).
     """
+    check_consumers(model, microbatches)
     unit_costs: dict[tuple[str, int], float] = {}
     result: list[SubMicrobatch] = []
     for index, microbatch in enumerate(microbatches):

@@ -7,6 +7,7 @@ is empty, has no work in that microbatch. ``microbatches`` is the global batch: 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -134,6 +135,23 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
                     _check_count(f"microbatches[{index}].{name}[{position}]", length, _MAX_TOKENS)
             if not any(microbatch.values()):
                 raise InputError(f"microbatches[{index}]", microbatch, "no module has an instance in it", "fill it or leave it out")
+        check_consumers(model, self.microbatches)
+
+
+def check_consumers(model: ModelSpec, microbatches: Sequence[Microbatch]) -> None:
+    """Raises InputError where an encoder has instances in a microbatch in which no module that it feeds has any.
+
+    Such an encoder would end in no loss. Backbones and decoders may end in one, so theirs need nobody behind them.
+    """
+    fed = {module.name: model.consumers_of(module.name) for module in model.modules if module.role == "encoder"}
+    for index, microbatch in enumerate(microbatches):
+        for name, consumers in fed.items():
+            if microbatch.get(name) and consumers and not any(microbatch.get(consumer) for consumer in consumers):
+                raise InputError(
+                    f"microbatches[{index}].{name}", microbatch[name],
+                    f"{name} feeds {' and '.join(consumers)}, which {'have' if len(consumers) > 1 else 'has'} no instance in this microbatch",
+                    f"give {' or '.join(consumers)} an instance or leave out those of {name}",
+                )
 
 
 _MAX_PARALLEL = 1 << 16

@@ -85,6 +85,7 @@ BAD_WORKLOADS: list[tuple[object, str, str]] = [
     (changed(WORKLOAD, microbatches=[{"lm": [3], "vit": ["a"]}]), "w.json: microbatches[0].vit[0]", "type str"),
     (changed(WORKLOAD, microbatches=[{"lm": [float("nan")]}]), "w.json: microbatches[0].lm[0]", "type float"),
     (changed(WORKLOAD, microbatches=[{"lm": [10**30]}]), "w.json: microbatches[0].lm[0]", "outside"),
+    (changed(WORKLOAD, microbatches=[{"lm": [3]}, {"vit": [2]}]), "w.json: microbatches[1].vit", "vit feeds lm, which has no instance"),
     (changed(WORKLOAD, device=None), "w.json: device", "missing"),
     (changed(WORKLOAD, device={"peak_tflops": 1}), "w.json: device.memory_gib", "missing"),
     (changed(WORKLOAD, memory_capacity_bytes=-1), "w.json: memory_capacity_bytes", "outside"),
