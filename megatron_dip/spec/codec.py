@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import msgspec.inspect
 
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import named_model
@@ -71,8 +72,15 @@ def load_profile(path: str | Path) -> Profile:
 
 
 def load_partition(path: str | Path) -> Partition:
-    """Reads a partition; whether it fits a model is for :meth:`Partition.validate` to say."""
-    return _load(Path(path), Partition)
+    """Reads a partition that has chunks at all; whether it fits a model is for :meth:`Partition.validate` to say."""
+    path = Path(path)
+    partition = _load(path, Partition)
+    if not partition.chunks:
+        raise InputError(f"{path.name}: chunks", partition.chunks, "no module has chunks", "give each module's layers on each rank")
+    for module, rows in partition.chunks.items():
+        if not rows:
+            raise InputError(f"{path.name}: chunks.{module}", rows, "no chunks", "give at least one row of layers on each rank")
+    return partition
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -129,7 +137,7 @@ def decode(text: str | bytes, kind: type[T], name: str) -> T:
     try:
         return msgspec.convert(raw, kind, str_keys=True)
     except msgspec.ValidationError as error:
-        raise _prefixed(_explain(str(error), raw), name) from None
+        raise _prefixed(_explain(str(error), raw, kind), name) from None
 
 
 def encode(value: msgspec.Struct) -> bytes:
@@ -227,31 +235,66 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _explain(message: str, raw: Any) -> InputError:
+def _explain(message: str, raw: Any, kind: type[msgspec.Struct]) -> InputError:
     """Turns msgspec's message into field, value, problem and remedy."""
-    problem, _, path = message.partition(" - at `$")
-    path = path.rstrip("`").removeprefix(".")
+    problem, _, place = message.partition(" - at ")
+    of_key = place.startswith("`key` in ")
+    path = place.removeprefix("`key` in ").strip("`").removeprefix("$").removeprefix(".")
     if match := re.search(r"(?:unknown|missing required) field `(.+)`", problem):
         unknown = "unknown" in problem
         name = match.group(1)
         where, value = _find(path, raw, lambda found: isinstance(found, dict) and (name in found) == unknown)
         field = f"{where}.{name}" if where else name
         if unknown:
-            return InputError(field, value[name], "unknown field", "remove it or correct its spelling")
+            return InputError(field, value[name] if isinstance(value, dict) else value, "unknown field", "remove it or correct its spelling")
         return InputError(field, None, "missing", "add it")
+    if of_key:
+        # The formats' keys are names or whole numbers, and every key of a JSON object can be a name.
+        where, found = _find(path, raw, lambda found: any(_is_no_integer(key) for key in found))
+        key = next((key for key in found or () if _is_no_integer(key)), None)
+        return InputError(where, key, "is a key that is no whole number", "give whole numbers as keys")
     if match := re.search(r"Expected `(.+)`, got `(.+)`", problem):
         wanted, got = match.groups()
         types = _JSON_TYPES.get(got, (object,))
         where, value = _find(path, raw, lambda found: type(found) in types or types == (object,))
         return InputError(where or "the file", value, f"is of type {got}, not {wanted}", f"give a value of type {wanted}")
     where, value = _find(path, raw, lambda found: True)
-    return InputError(where or "the file", value, problem[:1].lower() + problem[1:], "use a value that the format allows")
+    allowed = _allowed_values(path, kind)
+    remedy = f"use one of {', '.join(map(repr, allowed))}" if allowed else "use a value that the format allows"
+    return InputError(where or "the file", value, problem[:1].lower() + problem[1:], remedy)
+
+
+def _is_no_integer(key: str) -> bool:
+    return re.fullmatch(r"-?\d+", key) is None
+
+
+def _allowed_values(path: str, kind: type[msgspec.Struct]) -> list[Any]:
+    """The values of the enumeration at a path of msgspec; empty where there is none."""
+    types: list[Any] = [msgspec.inspect.type_info(kind)]
+    for step in [*_steps(path), None]:
+        types = [member for found in types for member in (found.types if isinstance(found, msgspec.inspect.UnionType) else (found,))]
+        if step is None:
+            break
+        following: list[Any] = []
+        for found in types:
+            if isinstance(found, msgspec.inspect.StructType):
+                following.extend(field.type for field in found.fields if field.encode_name == step)
+            elif isinstance(found, msgspec.inspect.DictType):
+                following.append(found.value_type)
+            elif isinstance(found, msgspec.inspect.ListType):
+                following.append(found.item_type)
+        types = following
+    return [value for found in types if isinstance(found, msgspec.inspect.LiteralType) for value in found.values]
+
+
+def _steps(path: str) -> list[str]:
+    return re.findall(r"\[\.\.\.\]|\[\d+\]|[^.\[\]]+", path)
 
 
 def _find(path: str, raw: Any, matches: Any) -> tuple[str, Any]:
     """The field that a path of msgspec means: ``[...]`` in it stands for any key of an object. First one whose value matches."""
     found: list[tuple[str, Any]] = [("", raw)]
-    for step in re.findall(r"\[\.\.\.\]|\[\d+\]|[^.\[\]]+", path):
+    for step in _steps(path):
         following: list[tuple[str, Any]] = []
         for where, value in found:
             if step == "[...]" and isinstance(value, dict):

@@ -71,6 +71,8 @@ BAD_WORKLOADS: list[tuple[object, str, str]] = [
     ({"model": "vlm-s"}, "w.json: format", "version"),
     (changed(WORKLOAD, extra=1), "w.json: extra", "unknown field"),
     (changed(WORKLOAD, training={"dtype": "bf17"}), "w.json: training.dtype", "bf17"),
+    (changed(WORKLOAD, training={"schedule": "zz"}), "w.json: training.schedule", "use one of '1f1b', 'bigmac', 'dip', "),
+    (changed(WORKLOAD, model={"modules": [{"name": "vit", "kind": "zz"}]}), "w.json: model.modules[0].kind", "use one of 'audio', 'dit', 'lm', 'vit'"),
     (changed(WORKLOAD, training={"speed": 1}), "w.json: training.speed", "unknown field"),
     (changed(WORKLOAD, parallel={"tensor": 0}), "w.json: parallel.tensor", "outside"),
     (changed(WORKLOAD, parallel={"pipeline": 10**9}), "w.json: parallel.pipeline", "outside"),
@@ -126,6 +128,21 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b'{"format": "\xff\xff"}')
     with pytest.raises(InputError, match="not UTF-8"):
         codec.load_partition(tmp_path / "bytes.json")
+
+
+@pytest.mark.parametrize(("fields", "field"), [({"chunks": {}}, "p.json: chunks"), ({"chunks": {"lm": []}}, "p.json: chunks.lm")])
+def test_partitions_without_chunks_are_refused(tmp_path: Path, fields: dict[str, object], field: str) -> None:
+    with pytest.raises(InputError) as caught:
+        codec.load_partition(put(tmp_path / "p.json", {"format": "megatron-dip/partition/1", "sub_microbatch_size": {"lm": 1}, **fields}))
+    assert caught.value.field == field
+
+
+def test_a_key_that_is_no_number_is_named(tmp_path: Path) -> None:
+    value = json.loads((Path(__file__).parents[1] / "golden" / "plan.json").read_text())
+    with pytest.raises(InputError) as caught:
+        codec.load_plan(put(tmp_path / "p.json", {**value, "inputs": {"0": [1], "first": [2]}}))
+    assert (caught.value.field, caught.value.value) == ("p.json: inputs", "first")
+    assert "no whole number" in caught.value.problem
 
 
 def test_files_round_trip_byte_for_byte(tmp_path: Path) -> None:
