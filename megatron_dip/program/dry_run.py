@@ -1,10 +1,11 @@
 """The judge of a program: static checks, then a dry run of all ranks together. Every plan passes both before it runs.
 
 :func:`check_program` looks at each action's place: each stage once on its rank, each message posted and waited for exactly once at both
-ends, sends behind the stage that makes them, waits before the stage that needs them, and both ends of each channel in one order.
-:func:`dry_run` runs all ranks with rendezvous sends (a send is over only when its receive is posted) over one first-in-first-out
-channel for each directed pair of ranks, and reports ranks that wait for each other. What passes cannot hang the executor, unless
-a process dies or the machine does.
+ends, sends behind the stage that makes them, waits before the stage that needs them, and both ends of each channel (one for each
+directed pair of ranks, first in, first out) in one order.
+:func:`dry_run` runs all ranks with rendezvous sends (a send is over only when its receive is posted) and reports ranks that wait for
+each other. It pairs sends and receives by message, which is what the channels do only in a program that has passed the first check.
+What passes both cannot hang the executor, unless a process dies or the machine does.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def check_program(program: Program) -> None:
 
 
 def dry_run(program: Program) -> None:
-    """Runs all ranks. Raises ProgramError when ranks wait for each other, with the action at which each stands marked."""
+    """Runs all ranks of a checked program. Raises ProgramError when ranks wait for each other, the action at which each stands marked."""
     counter = np.empty(program.num_ranks, np.int64)
     _run(program.action_offset, program.op, program.message, program.num_messages, counter)
     stuck = np.flatnonzero(counter < program.action_offset[1:])

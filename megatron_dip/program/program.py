@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dip.spec.plan import Action, Plan
-from megatron_dip.spec.tasks import KIND_NAMES
+from megatron_dip.spec.plan import Action
 
 OP_NAMES = ("fw", "bw", "w", "isend", "irecv", "wait_send", "wait_recv")
 """Op code -> the plan's word; the first three codes are those of the task kinds."""
@@ -100,67 +99,3 @@ class Program:
     def outputs(self) -> dict[int, int]:
         """Tag -> stage that makes the message."""
         return dict(sorted(zip(self.message_tag.tolist(), self.producer.tolist(), strict=True)))
-
-
-def program_of_plan(plan: Plan) -> Program:
-    """The program that stands in a plan, for the checks. Raises ProgramError where the plan names stages or tags that do not exist."""
-    num_stages = len(plan.stages)
-    tags = sorted(plan.outputs)
-    number = {tag: index for index, tag in enumerate(tags)}
-    consumer = np.full(len(tags), NONE, np.int32)
-    for stage, awaited in plan.inputs.items():
-        for tag in awaited:
-            if tag not in number:
-                raise ProgramError(f"stage {stage} awaits tag {tag}, which no stage outputs")
-            if consumer[number[tag]] != NONE:
-                raise ProgramError(f"tag {tag} is awaited by two stages, {consumer[number[tag]]} and {stage}")
-            if not 0 <= stage < num_stages:
-                raise ProgramError(f"inputs name stage {stage}; the plan has {num_stages} stages")
-            consumer[number[tag]] = stage
-    for tag, stage in plan.outputs.items():
-        if not 0 <= stage < num_stages:
-            raise ProgramError(f"tag {tag} comes from stage {stage}; the plan has {num_stages} stages")
-        if consumer[number[tag]] == NONE:
-            raise ProgramError(f"tag {tag} is awaited by no stage")
-    local = [
-        (dep.stage, stage.id, dep.stage in plan.local_inputs.get(stage.id, ()))
-        for stage in plan.stages
-        for dep in stage.deps
-        if plan.stages[dep.stage].rank == stage.rank
-    ]
-    op, stages, peers, messages = [], [], [], []
-    codes = {name: code for code, name in enumerate(OP_NAMES)}
-    for rank, row in enumerate(plan.actions):
-        for action in row:
-            code = codes[action.op]
-            op.append(code)
-            if code < ISEND:
-                if not isinstance(action.stage, int) or not 0 <= action.stage < num_stages:
-                    raise ProgramError(f"rank {rank} computes stage {action.stage}; the plan has {num_stages} stages")
-                stages.append(action.stage)
-                peers.append(NONE)
-                messages.append(NONE)
-            else:
-                if not isinstance(action.tag, int) or action.tag not in number:
-                    raise ProgramError(f"rank {rank} has {action.op} of tag {action.tag}, which no stage outputs")
-                if not isinstance(action.peer, int) or not 0 <= action.peer < plan.ranks:
-                    raise ProgramError(f"rank {rank} has {action.op} with rank {action.peer}; the plan has {plan.ranks} ranks")
-                stages.append(NONE)
-                peers.append(action.peer)
-                messages.append(number[action.tag])
-    return Program(
-        num_ranks=plan.ranks,
-        action_offset=np.cumsum([0, *map(len, plan.actions)], dtype=np.int64),
-        op=np.array(op, np.int8),
-        stage=np.array(stages, np.int32),
-        peer=np.array(peers, np.int32),
-        message=np.array(messages, np.int32),
-        stage_rank=np.array([stage.rank for stage in plan.stages], np.int32),
-        stage_kind=np.array([KIND_NAMES.index(stage.kind) for stage in plan.stages], np.int8),
-        message_tag=np.array(tags, np.int64),
-        producer=np.array([plan.outputs[tag] for tag in tags], np.int32),
-        consumer=consumer,
-        local_before=np.array([edge[0] for edge in local], np.int32),
-        local_after=np.array([edge[1] for edge in local], np.int32),
-        local_is_data=np.array([edge[2] for edge in local], np.bool_),
-    )
