@@ -81,12 +81,8 @@ def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str) -> None
 
 
 def _modules(timelines: Sequence[Timeline]) -> list[str]:
-    """Single modules before joined ones, each in the order in which they first run."""
-    first: dict[str, int] = {}
-    for timeline in timelines:
-        for bar in timeline.bars:
-            first[bar.module] = min(bar.start, first.get(bar.module, bar.start))
-    return sorted(first, key=lambda module: (module.count("+"), first[module], module))
+    """Single modules before joined ones, by name: the same colours in every picture of a model."""
+    return sorted({bar.module for timeline in timelines for bar in timeline.bars}, key=lambda module: (module.count("+"), module))
 
 
 def _draw_panel(axes: Axes, timeline: Timeline, modules: Sequence[str], *, unit: float, span: float) -> None:

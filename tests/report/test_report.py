@@ -80,7 +80,7 @@ def test_gantt_shows_every_panel_on_one_axis(tmp_path: Path) -> None:
         found = np.flatnonzero((pixels[100:] == wanted).all(axis=-1).any(axis=0))
         return found.min() / pixels.shape[1], found.max() / pixels.shape[1]
 
-    forward, backward = columns("#f6c28b"), columns("#3b7fb8")
+    forward, backward = columns("#a9cbe8"), columns("#d9791a")
     assert forward[0] == pytest.approx(0.065, abs=0.01)
     assert forward[1] == pytest.approx(0.065 + 0.925 / 4, abs=0.01)
     assert backward == pytest.approx((0.065 + 0.925 / 4, 0.985), abs=0.012)
