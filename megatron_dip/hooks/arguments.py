@@ -37,8 +37,8 @@ class DipOptions:
     """Search time for one iteration's plan."""
     evaluations: int | None
     """Schedules to try for each plan instead of a time; equal seeds then give equal plans."""
-    look_ahead: int
-    """Iterations planned ahead of the one that trains."""
+    look_ahead: bool
+    """Whether the next iteration's batch is read and planned while this one trains."""
     memory_limit_bytes: int | None
     split_backward: bool
     trace_dir: Path | None
@@ -66,8 +66,8 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="Search time for one iteration's plan.")
     group.add_argument("--dip-evaluations", type=int, default=None, metavar="N",
                        help="Schedules tried for a plan instead of a time: equal seeds then give equal plans.")
-    group.add_argument("--dip-look-ahead", type=int, default=2, metavar="N",
-                       help="Iterations whose data is read and planned ahead.")
+    group.add_argument("--dip-look-ahead", type=int, default=1, choices=(0, 1),
+                       help="1: read the next iteration's batch and plan it while this one trains. 0: plan when the batch is there.")
     group.add_argument("--dip-memory-limit", type=float, default=None, metavar="GIB",
                        help="Memory that plans may use on a rank. Default: the device's memory; none under --dip-profile.")
     group.add_argument("--dip-split-backward", action="store_true",
@@ -178,7 +178,6 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
             raise InputError("--" + flag.replace("_", "-"), str(path), "no such file", "give the path of a file")
     threads = default_planner_threads() if args.dip_planner_threads is None else args.dip_planner_threads
     _at_least("--dip-planner-threads", threads, 1)
-    _at_least("--dip-look-ahead", args.dip_look_ahead, 0)
     _at_least("--dip-log-interval", args.dip_log_interval, 0)
     _at_least("--dip-seed", args.dip_seed, 0)
     if not 0 < args.dip_time_budget <= 3600:
@@ -196,7 +195,7 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         planner_threads=threads,
         time_budget_s=args.dip_time_budget,
         evaluations=args.dip_evaluations,
-        look_ahead=args.dip_look_ahead,
+        look_ahead=bool(args.dip_look_ahead),
         memory_limit_bytes=None if args.dip_memory_limit is None else int(args.dip_memory_limit * _GIB),
         split_backward=args.dip_split_backward,
         trace_dir=args.dip_trace_dir,

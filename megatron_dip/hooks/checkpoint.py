@@ -6,7 +6,7 @@ tensor-parallel ranks saved can be loaded with any other P, K and T, in one proc
 Files lie as Megatron lays them: ``<folder>/iter_0000010/`` and ``<folder>/latest_checkpointed_iteration.txt``.
 
 The distributed optimizer's state is saved ``fully_reshardable``. Without Apex and Transformer Engine Megatron-Core falls back on
-``torch.optim``, whose per-parameter ``step`` its distributed optimizer cannot load (0.16); :func:`_mend_steps` is what that needs.
+``torch.optim``, whose per-parameter ``step`` its distributed optimizer cannot load (0.16); :mod:`megatron_dip.hooks.torch_adam` is what that needs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dip.hooks.cpu import CpuDeviceMode
 from megatron_dip.hooks.setup import TrainingModel
-from megatron_dip.models.vlm import unwrap
+from megatron_dip.hooks.torch_adam import allocate_states, mended_steps
+from megatron_dip.models.description import unwrap
+from megatron_dip.models.vlm import VlmStage
 from megatron_dip.spec.errors import InputError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -81,9 +81,9 @@ def load_checkpoint(folder: Path, model: TrainingModel, optimizer: MegatronOptim
                 "use the configuration that it was saved with",
             ) from error
         for index, chunk in enumerate(model.chunks):
-            unwrap(chunk).load_state_dict(state[f"model{index}"])
+            unwrap(chunk, VlmStage).load_state_dict(state[f"model{index}"])
         if optimizer is not None:
-            with _mend_steps(optimizer):
+            with mended_steps(optimizer):
                 optimizer.load_state_dict(state["optimizer"])
     return int(state["iteration"]), state["extra"]
 
@@ -95,65 +95,13 @@ def _content_metadata() -> dict[str, Any]:
 def _sharded_state(model: TrainingModel, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     metadata = {**_content_metadata(), "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = {
-        f"model{index}": unwrap(chunk).sharded_state_dict(prefix="", metadata=metadata) for index, chunk in enumerate(model.chunks)
+        f"model{index}": unwrap(chunk, VlmStage).sharded_state_dict(prefix="", metadata=metadata) for index, chunk in enumerate(model.chunks)
     }
     if optimizer is not None:
-        _allocate_states(optimizer)
-        with _mend_steps(optimizer):
+        allocate_states(optimizer)
+        with mended_steps(optimizer):
             state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
     return state
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-
-
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    return [part.optimizer for part in _parts(optimizer) if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))]
-
-
-def _allocate_states(optimizer: MegatronOptimizer) -> None:
-    """Gives a torch optimizer that has not stepped yet the state of step 0; Megatron's own allocation leaves ``step`` out."""
-    for inner in _torch_optimizers(optimizer):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter.data),
-                        "exp_avg_sq": torch.zeros_like(parameter.data),
-                    }
-
-
-@contextmanager
-def _mend_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Two repairs of Megatron's distributed optimizer over ``torch.optim``, while it gives or takes its state.
-
-    Its loading copies every tensor of the inner state from the checkpoint, in which ``step`` stands with the parameter groups instead:
-    the step set from there is kept. And it sets one and the same step tensor for all parameters, which each of them would then count
-    up: every parameter gets its own.
-    """
-    distributed = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
-    for part in distributed:
-        part._set_main_param_and_optimizer_states = _keeping_step(part, part._set_main_param_and_optimizer_states)
-    try:
-        yield
-    finally:
-        for part in distributed:
-            del part._set_main_param_and_optimizer_states
-        for inner in _torch_optimizers(optimizer):
-            for state in inner.state.values():
-                if "step" in state:
-                    state["step"] = state["step"].clone()
-
-
-def _keeping_step(part: Any, original: Any) -> Any:
-    def set_states(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        group_index, group_order = part.model_param_group_index_map[model_param]
-        state = part.optimizer.state[part.optimizer.param_groups[group_index]["params"][group_order]]
-        original(model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
-
-    return set_states
 
 
 @contextmanager

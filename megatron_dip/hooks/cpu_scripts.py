@@ -34,11 +34,14 @@ _HELPERS = "megatron.core.datasets.helpers_cpp"
 
 def prepare_scripts() -> None:
     """Makes the scripts of the Megatron-LM tree on ``sys.path`` run on the CPU. Raises InputError where CUDA is present."""
-    enable_cpu()
     prepare_imports()
+    from megatron_dip.hooks.torch_adam import mend_distributed_optimizer  # imports Megatron-Core, which asks for what was just prepared
+
+    enable_cpu()
     _answer_for_cuda()
     _leave_out_kernels()
     mend_without_transformer_engine()
+    mend_distributed_optimizer()
     # The training loop says device="cuda" in dozens of places; in a script that is only tried out the mode's cost does not matter.
     CpuDeviceMode().__enter__()
 

@@ -89,7 +89,9 @@ def test_evaluation(checkout: Path, patched_tree: Path, checkpoint: Path) -> Non
     np.testing.assert_allclose(run.losses, stock.losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"], ids=["plain optimizer", "distributed optimizer"])
+@pytest.mark.parametrize(
+    "optimizer", ["", "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"], ids=["plain optimizer", "distributed optimizer"]
+)
 def test_resuming_under_the_other_schedule(
     optimizer: str, checkout: Path, patched_tree: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -1,20 +1,29 @@
 """pretrain_vlm.py of the checkout on mock data with zero to four random images a sample, instead of always one black one.
 
-Only the data is another: model provider and forward_step are the script's own.
+The script runs as it is, up to its main block and then that block; in between its data set is replaced. Model provider and forward_step
+stay the script's own, but that the provider is told of the old checkpoint format, on which it insists without depending on it.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
-import pretrain_vlm
 import torch
 from megatron.core.datasets.gpt_dataset import MockGPTDataset
-from megatron.core.enums import ModelType
-from megatron.training import get_args, pretrain
+from megatron.training import get_args
 
 IMAGE_COUNTS = (3, 0, 1, 4, 2)
 TEXT_LENGTH = 24
+MAIN = 'if __name__ == "__main__":'
+
+checkout = next(folder for folder in map(Path, sys.path) if (folder / "pretrain_vlm.py").is_file())
+definitions, main_block = (checkout / "pretrain_vlm.py").read_text().split(MAIN)
+script: dict[str, Any] = {"__name__": "__main__", "__file__": str(checkout / "pretrain_vlm.py")}
+exec(compile(definitions, script["__file__"], "exec", dont_inherit=True), script)
+stock_get_batch, stock_model_provider = script["get_batch"], script["model_provider"]
 
 
 class VaryingImages(MockGPTDataset):
@@ -25,7 +34,7 @@ class VaryingImages(MockGPTDataset):
         generator = torch.Generator().manual_seed(index)
         size = (self.config.image_h, self.config.image_w)
         count = IMAGE_COUNTS[index % len(IMAGE_COUNTS)]
-        image_tokens = torch.full((count,), pretrain_vlm.DEFAULT_IMAGE_TOKEN_INDEX, dtype=text["tokens"].dtype)
+        image_tokens = torch.full((count,), script["DEFAULT_IMAGE_TOKEN_INDEX"], dtype=text["tokens"].dtype)
         tokens = torch.cat([image_tokens, text["tokens"][:TEXT_LENGTH]])
         # The stock preprocessing moves labels along with their text: an image token's label is the token behind it.
         labels = torch.cat([tokens[1:], text["labels"][TEXT_LENGTH - 1 : TEXT_LENGTH]])
@@ -48,28 +57,16 @@ def get_batch(data_iterator: Any) -> tuple[Any, ...]:
 
 
 def model_provider(**arguments: Any) -> torch.nn.Module:
-    """The script's, which insists on the old checkpoint format although it does not depend on it."""
     args = get_args()
     given, args.ckpt_format = args.ckpt_format, "torch"
     try:
-        return pretrain_vlm.model_provider(**arguments)
+        return stock_model_provider(**arguments)
     finally:
         args.ckpt_format = given
 
 
-stock_get_batch = pretrain_vlm.get_batch
-pretrain_vlm.get_batch = get_batch
-pretrain_vlm.MockMultimodalDataset = VaryingImages
+script.update(get_batch=get_batch, model_provider=model_provider, MockMultimodalDataset=VaryingImages)
 
 if __name__ == "__main__":
-    pretrain_vlm.train_valid_test_datasets_provider.is_distributed = True
-    pretrain(
-        pretrain_vlm.train_valid_test_datasets_provider,
-        model_provider,
-        ModelType.encoder_or_decoder,
-        pretrain_vlm.forward_step,
-        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
-        extra_args_provider=pretrain_vlm.add_vlm_extra_args,
-        get_embedding_ranks=pretrain_vlm.llava_embedding_ranks,
-        get_position_embedding_ranks=pretrain_vlm.llava_position_embedding_ranks,
-    )
+    assert os.environ["WORLD_SIZE"], "start it with one process a rank"
+    exec(compile("if True:" + main_block, script["__file__"], "exec", dont_inherit=True), script)
