@@ -290,7 +290,7 @@ def _layer_times(dip: DipSystem, example: Example, settings: RunSettings) -> dic
     assert dip.profile is not None
     assert dip.model.staged is not None
     costs = ProfileCost(dip.profile)
-    batches = [dip.model.staged.description.metadata(item) for i in range(20) for item in example.dataset.microbatches(i, settings.num_microbatches)]
+    batches = [dip.model.staged.description.item_metadata(item) for i in range(20) for item in example.dataset.microbatches(i, settings.num_microbatches)]
 
     def mean(module: str, part: Any) -> float:
         total = 0.0
@@ -357,7 +357,7 @@ def _plain_loop(system: DipSystem, items: Sequence[Any]) -> float:
     staged = system.model.staged
     assert staged is not None
     description, spec = staged.description, system.example.config.model.modules
-    microbatches = [description.metadata(item) for item in items]
+    microbatches = [description.item_metadata(item) for item in items]
     parts = split(microbatches, spec, system.partition, system.current_costs())
     total = 0.0
     with contextlib.ExitStack() as stack:

@@ -83,7 +83,7 @@ class DipSystem(System):
             self._costs, self.profile, self._iterations = warmed_by._costs, warmed_by.profile, warmed_by._iterations
             self._measured.extend(warmed_by._measured)
         self.forward_backward = DipForwardBackward(
-            staged_model=model.staged, chunks=model.chunks, partition=self.partition, metadata=model.staged.description.metadata,
+            staged_model=model.staged, chunks=model.chunks, partition=self.partition, metadata=model.staged.description.item_metadata,
             plan_function=self._plan, quick_plan_function=self._quick_plan, device=device,
             backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
         )

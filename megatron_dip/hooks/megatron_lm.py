@@ -28,8 +28,9 @@ from megatron_dip.hooks.arguments import DipOptions, options_from_args
 from megatron_dip.hooks.forward_backward import DipForwardBackward
 from megatron_dip.hooks.iterators import LookaheadIterator
 from megatron_dip.models.capture import CapturedCall
+from megatron_dip.models.description import ModelDescription, unwrap
 from megatron_dip.models.gpt import GptDescription
-from megatron_dip.models.layout import check_enough_layers
+from megatron_dip.models.layout import check_enough_layers, chunk_order
 from megatron_dip.models.llava import LANGUAGE, LlavaDescription
 from megatron_dip.models.provided import sketch_model
 from megatron_dip.models.staged import DescribedStagedModel
@@ -53,14 +54,12 @@ _WHOLE = 1 << 20
 
 _QUICK_EVALUATIONS = 1
 
-Description = LlavaDescription | GptDescription
-
 
 @dataclass(slots=True)
 class _BuiltModel:
     """A model that was cut here, from its building to its first iteration and on."""
 
-    description: Description
+    description: ModelDescription
     partition: Partition
     options: DipOptions
     costs: CostModel
@@ -102,7 +101,7 @@ def build_chunks(
     options = options_from_args(args)
     arguments = {"config": config, "pg_collection": pg_collection}
     sketch = sketch_model(model_provider, **arguments)
-    description: Description
+    description: ModelDescription
     if isinstance(sketch, LLaVAModel):
         description = LlavaDescription(sketch)
     else:
@@ -117,7 +116,7 @@ def build_chunks(
             "--dip-chunks", f"{LANGUAGE}={partition.num_chunks(LANGUAGE)}", "embedding and head share a weight and would lie in two chunks of one rank",
             f"use {LANGUAGE}=1, more pipeline ranks, or --untie-embeddings-and-output-weights",
         )
-    keys = chunk_order(partition, rank)
+    keys = chunk_order(partition, rank, LANGUAGE)
     chunks = []
     for module, vp_stage in keys:
         chunk = description.build_chunk(partition, module, vp_stage, rank)
@@ -142,16 +141,6 @@ def make_partition(spec: ModelSpec, num_ranks: int, options: DipOptions) -> Part
     partition.validate({module.name: module.num_layers for module in spec.modules}, num_ranks, where="--dip-partition")
     check_enough_layers(partition)
     return partition
-
-
-def chunk_order(partition: Partition, rank: int) -> tuple[ChunkKey, ...]:
-    """Chunks of a rank, equal on all replicas: Megatron's ``finalize_model_grads`` looks for the embedding in the first chunk of the
-    first rank and for the head in the last chunk of the last one."""
-    language: list[ChunkKey] = [(LANGUAGE, vp_stage) for vp_stage in range(partition.num_chunks(LANGUAGE))]
-    others: list[ChunkKey] = [(name, vp_stage) for name in partition.chunks if name != LANGUAGE for vp_stage in range(partition.num_chunks(name))]
-    if len(language) == 1 and 0 < rank == partition.num_ranks - 1:
-        return (*others, *language)
-    return (language[0], *others, *language[1:])
 
 
 def make_costs(spec: ModelSpec, args: Any, options: DipOptions) -> CostModel:
@@ -228,7 +217,7 @@ def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     def forward_backward(**arguments: Any) -> list[Any]:
         model = arguments["model"]
         chunks = list(model) if isinstance(model, list) else [model]
-        built = _built.get(id(_unwrap(chunks[0])))
+        built = _built.get(id(unwrap(chunks[0], torch.nn.Module)))
         if built is None:
             return stock(**arguments)
         if built.forward_backward is None:
@@ -277,12 +266,6 @@ def _measured(plan: Plan, records: Sequence[Sequence[StageRecord]], title: str) 
         )
         for stage, record in stages
     ])
-
-
-def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
-    while isinstance(getattr(chunk, "module", None), torch.nn.Module):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk
 
 
 def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackward:

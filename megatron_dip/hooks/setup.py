@@ -1,8 +1,7 @@
 """Builds what training needs of Megatron: parallel state, model chunks inside DDP, optimizer.
 
-The chunk list is laid out as Megatron's ``finalize_model_grads`` needs it: on the first pipeline rank the language chunk with the
-embedding comes first, on the last one the chunk with the head comes last. Every DDP carries one and the same config, that of the
-language model, on which Megatron keeps its training functions.
+The chunk list is laid out as Megatron's ``finalize_model_grads`` needs it (:func:`megatron_dip.models.layout.chunk_order`). Every DDP
+carries one and the same config, that of the language model, on which Megatron keeps its training functions.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.hooks.cpu import enable_cpu
-from megatron_dip.models.layout import ModuleCut, check_enough_layers
+from megatron_dip.models.layout import ModuleCut, check_enough_layers, chunk_order
 from megatron_dip.models.staged import DescribedStagedModel
 from megatron_dip.models.vlm import LANGUAGE, VlmConfig, VlmDescription, VlmStage
-from megatron_dip.runtime.interface import ChunkKey
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.training import OptimizerSpec
@@ -107,7 +105,7 @@ def build_dip_model(
     check_enough_layers(partition)
     rank = parallel_state.get_pipeline_model_parallel_rank()
     description = VlmDescription(config)
-    keys = _canonical_order(partition, rank, ranks)
+    keys = chunk_order(partition, rank, LANGUAGE)
     stages = [description.build_chunk(partition, module, vp_stage, rank) for module, vp_stage in keys]
     cut = ModuleCut.of_partition(partition, LANGUAGE)
     model = wrap_stages(
@@ -118,15 +116,6 @@ def build_dip_model(
         chunks=model.chunks, config=model.config, vlm_config=config,
         staged=DescribedStagedModel(description, dict(zip(keys, model.chunks, strict=True))),
     )
-
-
-def _canonical_order(partition: Partition, rank: int, ranks: int) -> list[ChunkKey]:
-    """Chunks of a rank: the module with the embedding and the head around the others, equal on all replicas."""
-    language: list[ChunkKey] = [(LANGUAGE, vp_stage) for vp_stage in range(partition.num_chunks(LANGUAGE))]
-    others: list[ChunkKey] = [(name, vp_stage) for name in partition.chunks if name != LANGUAGE for vp_stage in range(partition.num_chunks(name))]
-    if len(language) == 1:
-        return [*others, *language] if ranks > 1 and rank == ranks - 1 else [*language, *others]
-    return [language[0], *others, *language[1:]]
 
 
 def _tied_weights(stages: Sequence[VlmStage]) -> tuple[torch.nn.Parameter, torch.nn.Parameter] | None:

@@ -23,7 +23,8 @@ from megatron_dip.hooks.checkpoint import load_checkpoint, save_checkpoint
 from megatron_dip.hooks.setup import TrainingModel, build_optimizer
 from megatron_dip.hooks.stock import ChainCost, build_stock_model, stock_forward_backward
 from megatron_dip.hooks.stock_timing import StockTimer
-from megatron_dip.models.vlm import LANGUAGE, VISION, VlmConfig, unwrap
+from megatron_dip.models.description import unwrap
+from megatron_dip.models.vlm import LANGUAGE, VISION, VlmConfig, VlmStage
 from megatron_dip.spec.codec import save
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.timeline import Bar, Timeline
@@ -220,7 +221,7 @@ def measured_timeline(bars: Sequence[Bar], title: str, ranks: int) -> Timeline:
 
 
 def _held_modules(chunk: torch.nn.Module) -> str:
-    stage = unwrap(chunk)
+    stage = unwrap(chunk, VlmStage)
     parts = ((VISION, stage.vision_model), (LANGUAGE, stage.language_model))
     return "+".join(name for name, part in parts if part is not None)
 

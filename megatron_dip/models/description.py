@@ -7,7 +7,7 @@ module computes. :class:`megatron_dip.models.vlm.VlmDescription` is the one for 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.workload import Microbatch
 
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+
 
 class ModelDescription(Protocol):
     @property
@@ -24,8 +26,20 @@ class ModelDescription(Protocol):
         """The modules and how they feed each other."""
         ...
 
-    def metadata(self, item: Any) -> Microbatch:
-        """Instance lengths of one microbatch item, known before it runs. Raises InputError for an item that cannot go through."""
+    @property
+    def num_outputs(self) -> int | None:
+        """How many values the whole model returns to forward_step; None = one tensor."""
+        ...
+
+    def item_metadata(self, item: Any) -> Microbatch:
+        """Instance lengths of one item of the data iterator, before forward_step reads it: what :meth:`metadata` will say of its batch.
+
+        Raises InputError for an item of another form, or that cannot go through the model.
+        """
+        ...
+
+    def metadata(self, batch: Any) -> Microbatch:
+        """Instance lengths of a bound batch; empty where this rank was not given the data."""
         ...
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -60,3 +74,14 @@ class ModelDescription(Protocol):
             The payload for every consumer; for a stage without consumers what the loss function takes.
         """
         ...
+
+
+def unwrap(chunk: torch.nn.Module, kind: type[ModuleT]) -> ModuleT:
+    """The module inside Megatron's wrappers (DDP, Float16Module), which is of class ``kind``.
+
+    The wrappers only pass calls on; Float16Module would also convert inputs by the stage numbers of the stock pipeline.
+    """
+    while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):
+        chunk = inner
+    assert isinstance(chunk, kind), type(chunk)
+    return chunk

@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dip.models.description import unwrap
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.models.llava import LANGUAGE, language_boundary, module_spec
 from megatron_dip.models.provided import Sketch, bind_arguments, call_provider, cut_config, gpt_cut
@@ -62,7 +63,6 @@ class GptDescription:
         return {} if found is None else {LANGUAGE: [found.shape[1]] * found.shape[0]}
 
     num_outputs = None
-    """One tensor: losses or logits."""
 
     def item_metadata(self, item: Any) -> Microbatch:
         """What :meth:`metadata` will say of a batch of the data loader. Raises InputError for items of another form."""
@@ -88,14 +88,7 @@ class GptDescription:
         self, chunk: torch.nn.Module, stage: PlanStage, batch: Mapping[str, Any], first_instance: int,
         inputs: Mapping[str, Sequence[torch.Tensor]],
     ) -> torch.Tensor:
-        model = unwrap_gpt(chunk)
+        model = unwrap(chunk, GPTModel)
         own = inputs.get(LANGUAGE, ())
         model.set_input_tensor(own[0] if own else None)  # type: ignore[arg-type]
         return model(**batch)
-
-
-def unwrap_gpt(chunk: torch.nn.Module) -> GPTModel:
-    """The model inside Megatron's wrappers."""
-    while not isinstance(chunk, GPTModel):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk

@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dip.runtime.interface import ChunkKey
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
 
@@ -112,3 +113,16 @@ def check_enough_layers(partition: Partition) -> None:
                 f"chunks.{module}", len(rows), f"{layers} layers cannot fill {slots} chunks ({len(rows[0])} pipeline ranks x {len(rows)})",
                 f"use at most {layers // len(rows[0])} chunks a rank, fewer pipeline ranks or more layers",
             )
+
+
+def chunk_order(partition: Partition, rank: int, outermost: str) -> tuple[ChunkKey, ...]:
+    """Chunks of a rank as Megatron's functions get them, equal on all replicas.
+
+    Megatron's ``finalize_model_grads`` looks for the embedding in the first chunk of the first rank and for the head in the last chunk
+    of the last one: the module that has both, ``outermost``, stands around the others.
+    """
+    around: list[ChunkKey] = [(outermost, vp_stage) for vp_stage in range(partition.num_chunks(outermost))]
+    others: list[ChunkKey] = [(name, vp_stage) for name in partition.chunks if name != outermost for vp_stage in range(partition.num_chunks(name))]
+    if len(around) == 1 and 0 < rank == partition.num_ranks - 1:
+        return (*others, *around)
+    return (around[0], *others, *around[1:])

@@ -22,6 +22,7 @@ import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dip.models.description import unwrap
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.models.provided import Sketch, bind_arguments, cut_config
 from megatron_dip.runtime.interface import PayloadSpec
@@ -233,7 +234,7 @@ class LlavaDescription:
         self, chunk: torch.nn.Module, stage: PlanStage, batch: Mapping[str, Any], first_instance: int,
         inputs: Mapping[str, Sequence[torch.Tensor]],
     ) -> Any:
-        model = unwrap_chunk(chunk)
+        model = unwrap(chunk, LlavaChunk)
         own = inputs.get(stage.module, ())
         if stage.module == VISION:
             if own:
@@ -249,13 +250,6 @@ class LlavaDescription:
         embeddings = inputs.get(VISION, ())
         merged = torch.cat(list(embeddings), dim=1) if len(embeddings) > 1 else embeddings[0] if embeddings else None
         return model.run_language(merged, **given)
-
-
-def unwrap_chunk(chunk: torch.nn.Module) -> LlavaChunk:
-    """The chunk inside Megatron's wrappers. They only pass calls on, and Float16Module would convert by the stock pipeline's stages."""
-    while not isinstance(chunk, LlavaChunk):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk
 
 
 def language_boundary(producer: PlanStage, config: TransformerConfig) -> tuple[int, int, int]:

@@ -27,6 +27,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dip.models.description import unwrap
 from megatron_dip.models.layers import projector_spec, transformer_block_spec
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.runtime.interface import PayloadSpec
@@ -445,12 +446,19 @@ class VlmDescription:
     def model_spec(self) -> ModelSpec:
         return self.config.model.modules
 
-    def metadata(self, item: dict[str, Any]) -> Microbatch:
-        """Patches of each image, tokens of the packed sequence. Raises InputError for tensors that do not fit the model."""
+    num_outputs = None
+
+    def item_metadata(self, item: Any) -> Microbatch:
+        """Raises InputError for tensors that do not fit the model."""
         check_item(self.config, item)
-        microbatch: Microbatch = {LANGUAGE: [item["tokens"].shape[1]]}
-        if len(item["images"]):
-            microbatch[VISION] = [self.config.image.patches] * len(item["images"])
+        return self.metadata(item)
+
+    def metadata(self, batch: dict[str, Any]) -> Microbatch:
+        """Patches of each image, tokens of the packed sequence."""
+        microbatch: Microbatch = {LANGUAGE: [batch["tokens"].shape[1]]}
+        images = batch.get("images")
+        if images is not None and len(images):
+            microbatch[VISION] = [self.config.image.patches] * len(images)
         return microbatch
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -480,7 +488,7 @@ class VlmDescription:
         self, chunk: torch.nn.Module, stage: PlanStage, batch: dict[str, Any], first_instance: int,
         inputs: Mapping[str, Sequence[torch.Tensor]],
     ) -> torch.Tensor:
-        model = unwrap(chunk)
+        model = unwrap(chunk, VlmStage)
         own = inputs.get(stage.module, ())
         if stage.module == VISION:
             images = None if own else batch["images"][first_instance : first_instance + stage.instances]
@@ -492,10 +500,3 @@ class VlmDescription:
             embeddings = inputs.get(VISION, ())
             model.set_input_tensor(torch.cat(list(embeddings)) if len(embeddings) > 1 else embeddings[0] if embeddings else None)
         return chunk(**{name: value for name, value in batch.items() if name != "images"})
-
-
-def unwrap(chunk: torch.nn.Module) -> VlmStage:
-    """The stage inside Megatron's wrappers."""
-    while not isinstance(chunk, VlmStage):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk

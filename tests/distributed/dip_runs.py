@@ -82,7 +82,7 @@ def dip_of(case: Case, model: Any, **options: Any) -> Any:
     if id(model) not in _MADE:
         partition = even_cut(case)
         made = DipForwardBackward(
-            staged_model=model.staged, chunks=model.chunks, partition=partition, metadata=model.staged.description.metadata,
+            staged_model=model.staged, chunks=model.chunks, partition=partition, metadata=model.staged.description.item_metadata,
             device=torch.device("cpu"), **{"plan_function": PlanMaker(case, partition), "timeout_s": 30.0, **options},
         )
         _MADE[id(model)] = (model, made)

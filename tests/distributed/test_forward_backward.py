@@ -263,7 +263,7 @@ def _fail(rank: int, num_ranks: int, how: str) -> None:
     if how == "data end":
         items = items[:1]
     dip = DipForwardBackward(
-        staged_model=model.staged, chunks=model.chunks, partition=partition, metadata=model.staged.description.metadata,
+        staged_model=model.staged, chunks=model.chunks, partition=partition, metadata=model.staged.description.item_metadata,
         device=torch.device("cpu"), **{"plan_function": dip_runs.PlanMaker(CASE, dip_runs.even_cut(CASE)), **options},
     )
     if how == "other plan" and rank == 1:

@@ -178,11 +178,12 @@ def result_of(model: Any, losses: list[list[float]], grad_norms: Sequence[float]
 
 
 def _shards(model: Any, value: Callable[[Any], torch.Tensor | None]) -> dict[str, Shard]:
-    from megatron_dip.models.vlm import global_name, unwrap
+    from megatron_dip.models.description import unwrap
+    from megatron_dip.models.vlm import VlmStage, global_name
 
     shards = {}
     for chunk in model.chunks:
-        stage = unwrap(chunk)
+        stage = unwrap(chunk, VlmStage)
         for name, parameter in stage.named_parameters():
             tensor = value(parameter)
             if tensor is not None:

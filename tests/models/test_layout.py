@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.models.layout import ModuleCut, check_enough_layers
+from megatron_dip.models.layout import ModuleCut, check_enough_layers, chunk_order
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
 
@@ -53,3 +53,17 @@ def test_too_few_layers_are_refused() -> None:
     check_enough_layers(partition([[1, 1], [1, 1]]))
     with pytest.raises(InputError, match=r"chunks\.lm = 2: 3 layers cannot fill 4 chunks.*at most 1 chunks a rank"):
         check_enough_layers(partition([[1, 1], [1, 0]]))
+
+
+@pytest.mark.parametrize("num_chunks", [{"vit": 2, "lm": 1}, {"vit": 1, "lm": 3}, {"audio": 2, "lm": 2, "vit": 1}], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_embedding_and_head_stand_at_the_ends_of_the_chunk_list(num_chunks: dict[str, int], ranks: int) -> None:
+    cut = Partition(
+        chunks={name: [[1] * ranks] * count for name, count in num_chunks.items()}, sub_microbatch_size=dict.fromkeys(num_chunks, 1)
+    )
+    orders = [chunk_order(cut, rank, "lm") for rank in range(ranks)]
+    for order in orders:
+        assert sorted(order) == sorted((name, vp_stage) for name, count in num_chunks.items() for vp_stage in range(count))
+    assert orders[0][0] == ("lm", 0)
+    # With all in one chunk of one rank, Megatron looks for both in the first.
+    assert ranks * num_chunks["lm"] == 1 or orders[-1][-1] == ("lm", num_chunks["lm"] - 1)

@@ -63,13 +63,16 @@ def test_merge_joins_neighbouring_patches() -> None:
 def test_a_wrong_item_is_named(change: dict[str, torch.Tensor], message: str) -> None:
     description = VlmDescription(config())
     item = make_microbatch(0, 2)
-    assert description.metadata(item) == {"vit": [16, 16], "lm": [48]}
+    assert description.item_metadata(item) == {"vit": [16, 16], "lm": [48]}
     with pytest.raises(InputError, match=message):
-        description.metadata({**item, **change})
+        description.item_metadata({**item, **change})
 
 
-def test_metadata_of_text_alone() -> None:
-    assert VlmDescription(config()).metadata(make_microbatch(0, 0)) == {"lm": [48]}
+@pytest.mark.parametrize(("num_images", "lengths"), [(2, {"vit": [16, 16], "lm": [48]}), (0, {"lm": [48]})])
+def test_an_item_and_the_call_made_of_it_have_equal_lengths(num_images: int, lengths: dict[str, list[int]]) -> None:
+    description, item = VlmDescription(config()), make_microbatch(0, num_images)
+    batch = description.bind((item["images"],), {name: item[name] for name in ("tokens", "position_ids", "cu_lengths", "labels")})
+    assert description.item_metadata(item) == description.metadata(batch) == lengths
 
 
 @pytest.mark.parametrize(
