@@ -5,12 +5,17 @@ whose costs give these stages' median times back. A chunk of n layers takes n ti
 ``last`` parts where it holds them; the parts' times are the non-negative least-squares solution, the smallest one where chunks do
 not tell the parts apart (predictions for the measured chunks are the same for each solution).
 
-Not modelled: ranks of unequal speed (their times are averaged), memory (activation bytes are those given).
+Where a module was measured at several lengths, the shapes seen seldom form the grid that a profile needs. Then the profile holds the
+corners of the measured range, from a non-negative fit of every part's time as constant + a * instances + b * tokens.
+
+Not modelled: ranks of unequal speed (their times are averaged), memory (activation bytes are those given), time beyond linear in the
+length within the range of several measured lengths.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -58,7 +63,7 @@ _PARTS = ("layer", "first", "last")
 def fit_profile(
     samples: Iterable[StageSample], num_layers: Mapping[str, int], bytes_per_token: Mapping[str, PartBytes], p2p: PointToPoint
 ) -> Profile:
-    """Fits one profile point for each (module, instances, tokens) that was measured.
+    """Fits one profile point for each (module, instances, tokens) that was measured, as far as these form a grid.
 
     Args:
         samples: at least a forward and a backward of every module.
@@ -74,21 +79,16 @@ def fit_profile(
         times[sample.module][sample.instances, sample.tokens][kind][chunk].append(sample.duration_ns)
     modules: dict[str, ModuleProfile] = {}
     for module, shapes in times.items():
+        measured = {shape: _shape_times(kinds) for shape, kinds in sorted(shapes.items()) if "fw" in kinds}
+        if not measured:
+            continue
+        sizes = bytes_per_token[module]
         points: dict[str, list[ProfilePoint]] = {part: [] for part in _PARTS}
-        for (instances, tokens), kinds in sorted(shapes.items()):
-            if "fw" not in kinds:
-                continue
-            solved = {kind: _solve_parts(chunks) for kind, chunks in kinds.items()}
-            zero = np.zeros(len(_PARTS))
-            whole = solved.get("backward", zero)
-            inputs = solved.get("bw", whole / 2)
-            weights = solved.get("w", whole / 2)
-            sizes = bytes_per_token[module]
-            for index, part in enumerate(_PARTS):
+        for (instances, tokens), solved in _on_a_grid(measured).items():
+            for part, (forward, inputs, weights) in zip(_PARTS, solved.tolist(), strict=True):
                 points[part].append(
                     ProfilePoint(
-                        instances=instances, tokens=tokens, forward_ns=float(solved["fw"][index]),
-                        backward_input_ns=float(inputs[index]), backward_weight_ns=float(weights[index]),
+                        instances=instances, tokens=tokens, forward_ns=forward, backward_input_ns=inputs, backward_weight_ns=weights,
                         activation_bytes=sizes.activation * tokens if part == "layer" else 0.0,
                         boundary_bytes={"layer": sizes.boundary, "first": 0.0, "last": sizes.output}[part] * tokens,
                     )
@@ -100,22 +100,50 @@ def fit_profile(
     return Profile(format="megatron-dip/profile/1", modules=modules, p2p=p2p)
 
 
+def _shape_times(kinds: Mapping[str, Mapping[tuple[int, bool, bool], list[int]]]) -> NDArray[np.float64]:
+    """[part, (forward, backward to the inputs, backward to the weights)] in ns, of one batch shape."""
+    solved = {kind: _solve_parts(chunks) for kind, chunks in kinds.items()}
+    whole = solved.get("backward", np.zeros(len(_PARTS)))
+    return np.stack([solved["fw"], solved.get("bw", whole / 2), solved.get("w", whole / 2)], axis=1)
+
+
+def _on_a_grid(measured: Mapping[tuple[int, int], NDArray[np.float64]]) -> Mapping[tuple[int, int], NDArray[np.float64]]:
+    """The measured shapes (instances, tokens), or where they form no grid over (instances, length) the corners of their range."""
+    counts = sorted({instances for instances, _ in measured})
+    lengths = sorted({tokens / instances for instances, tokens in measured})
+    if len(measured) == len(counts) * len(lengths):
+        return measured
+    rows = np.array([[1.0, instances, tokens] for instances, tokens in measured])
+    times = np.stack(list(measured.values()))
+    corners = {}
+    for instances in {counts[0], counts[-1]}:
+        for length in {math.ceil(lengths[0]), math.ceil(lengths[-1])}:
+            row = np.array([1.0, instances, instances * length])
+            corner = [[row @ _solve_nonnegative(rows, times[:, part, kind]) for kind in range(3)] for part in range(len(_PARTS))]
+            corners[instances, instances * length] = np.array(corner)
+    return corners
+
+
 def _solve_parts(chunks: Mapping[tuple[int, bool, bool], list[int]]) -> NDArray[np.float64]:
-    """[layer, first, last] times in ns out of the chunks' median times.
+    """[layer, first, last] times in ns out of the chunks' median times."""
+    rows = np.array([[count, first, last] for count, first, last in chunks], dtype=np.float64)
+    return _solve_nonnegative(rows, np.array([statistics.median(values) for values in chunks.values()], dtype=np.float64))
+
+
+def _solve_nonnegative(rows: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Non-negative x of least |rows @ x - values|.
 
     Three unknowns: every choice of which are zero is tried, and of those without a negative value the one with the least error (then
-    with the most parts, whose norm is the smallest) is taken.
+    with the most unknowns, whose norm is the smallest) is taken.
     """
-    rows = np.array([[count, first, last] for count, first, last in chunks], dtype=np.float64)
-    medians = np.array([statistics.median(values) for values in chunks.values()], dtype=np.float64)
-    best, best_error = np.zeros(len(_PARTS)), np.inf
-    for size in range(len(_PARTS), 0, -1):
-        for chosen in itertools.combinations(range(len(_PARTS)), size):
+    best, best_error = np.zeros(rows.shape[1]), np.inf
+    for size in range(rows.shape[1], 0, -1):
+        for chosen in itertools.combinations(range(rows.shape[1]), size):
             columns = rows[:, chosen]
-            solution = np.linalg.lstsq(columns, medians, rcond=None)[0]
-            error = float(np.square(columns @ solution - medians).sum())
+            solution = np.linalg.lstsq(columns, values, rcond=None)[0]
+            error = float(np.square(columns @ solution - values).sum())
             if (solution >= 0).all() and error < best_error * (1 - 1e-9) - 1e-6:
-                best = np.zeros(len(_PARTS))
+                best = np.zeros(rows.shape[1])
                 best[list(chosen)] = solution
                 best_error = error
     return best

@@ -87,3 +87,22 @@ def test_split_backward_keeps_its_parts() -> None:
     cost = [getattr(profile.modules["vit"], part).points[0] for part in ("layer", "first", "last")]
     assert sum(point.backward_input_ns for point in cost) == pytest.approx(20_000)
     assert sum(point.backward_weight_ns for point in cost) == pytest.approx(30_000)
+
+
+@given(shapes=st.sets(st.tuples(st.integers(1, 6), st.integers(16, 200)), min_size=2, max_size=8))
+def test_lengths_that_form_no_grid_still_make_a_profile(shapes: set[tuple[int, int]]) -> None:
+    """Stages of several lengths, whose times are linear in instances and tokens: every one of them is predicted."""
+    def forward_ns(instances: int, tokens: int) -> float:
+        return 5000.0 + 300.0 * instances + 40.0 * tokens
+
+    measured = [
+        StageSample(
+            module="vit", kind=kind, num_layers=1, has_first=False, has_last=False, instances=instances, tokens=instances * length, split=False,
+            duration_ns=round(factor * forward_ns(instances, instances * length)),
+        )
+        for instances, length in shapes
+        for kind, factor in (("fw", 1.0), ("bw", 2.0))
+    ]
+    costs = ProfileCost(fit_profile(measured, {"vit": 1}, SIZES, P2P))
+    for instances, length in shapes:
+        assert costs.part("vit", "layer", [length] * instances).forward_ns == pytest.approx(forward_ns(instances, instances * length), rel=0.01)
