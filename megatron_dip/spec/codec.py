@@ -55,7 +55,7 @@ def resolve_workload(workload: Workload, path: Path) -> Workload:
         profile_path = path.parent / workload.profile
         if not profile_path.is_file():
             raise InputError(
-                f"{path.name}: profile", workload.profile, f"there is no file {profile_path}", "give a path relative to the workload's file"
+                f"{_name(path)}: profile", workload.profile, f"there is no file {profile_path}", "give a path relative to the workload's file"
             )
         workload = msgspec.structs.replace(workload, profile=load_profile(profile_path))
     with _named_in(path):
@@ -76,10 +76,10 @@ def load_partition(path: str | Path) -> Partition:
     path = Path(path)
     partition = _load(path, Partition)
     if not partition.chunks:
-        raise InputError(f"{path.name}: chunks", partition.chunks, "no module has chunks", "give each module's layers on each rank")
+        raise InputError(f"{_name(path)}: chunks", partition.chunks, "no module has chunks", "give each module's layers on each rank")
     for module, rows in partition.chunks.items():
         if not rows:
-            raise InputError(f"{path.name}: chunks.{module}", rows, "no chunks", "give at least one row of layers on each rank")
+            raise InputError(f"{_name(path)}: chunks.{module}", rows, "no chunks", "give at least one row of layers on each rank")
     return partition
 
 
@@ -195,14 +195,19 @@ def _load(path: Path, kind: type[T]) -> T:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(str(path), str(path), f"cannot be read ({error.strerror})", "name a file that exists and is readable") from None
-    return decode(data, kind, path.name)
+    return decode(data, kind, _name(path))
+
+
+def _name(path: Path) -> str:
+    """What messages call a file: its name, but of a device or a pipe the path, since "null" or "stdin" would tell nobody anything."""
+    return path.name if path.is_file() else str(path)
 
 
 class _named_in:
     """Puts the file's name before the field of every InputError raised inside."""
 
     def __init__(self, path: Path) -> None:
-        self.name = path.name
+        self.name = _name(path)
 
     def __enter__(self) -> None:
         return None

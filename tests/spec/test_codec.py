@@ -125,6 +125,8 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         codec.load_plan(tmp_path / "none.json")
     with pytest.raises(InputError, match="cannot be read"):
         codec.load_profile(tmp_path)
+    with pytest.raises(InputError, match=r"^/dev/null = '': broken JSON"):
+        codec.load_plan(os.devnull)
     (tmp_path / "bytes.json").write_bytes(b'{"format": "\xff\xff"}')
     with pytest.raises(InputError, match="not UTF-8"):
         codec.load_partition(tmp_path / "bytes.json")
