@@ -7,7 +7,6 @@ stock model building (Megatron then wraps every chunk), :func:`build_data_iterat
 
 from __future__ import annotations
 
-import atexit
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +58,8 @@ _QUICK_EVALUATIONS = 1
 class _BuiltModel:
     """A model that was cut here, from its building to its first iteration and on."""
 
+    first_chunk: torch.nn.Module
+    """Kept, so that no other model can come to have its identity."""
     description: ModelDescription
     partition: Partition
     options: DipOptions
@@ -70,7 +71,7 @@ class _BuiltModel:
 
 
 _built: dict[int, _BuiltModel] = {}
-"""By the identity of a rank's first chunk, inside Megatron's wrappers. Chunks live as long as training."""
+"""By the identity of a rank's first chunk, inside Megatron's wrappers."""
 
 
 def install_schedule() -> None:
@@ -122,7 +123,7 @@ def build_chunks(
         chunk = description.build_chunk(partition, module, vp_stage, rank)
         chunk.model_type = model_type
         chunks.append(chunk)
-    _built[id(chunks[0])] = _BuiltModel(description, partition, options, make_costs(spec, args, options), keys)
+    _built[id(chunks[0])] = _BuiltModel(chunks[0], description, partition, options, make_costs(spec, args, options), keys)
     if torch.distributed.get_rank() == 0:
         logger.warning("DIP cuts %s into layers %s", ", ".join(m.name for m in spec.modules), partition.chunks)
     return chunks
@@ -288,11 +289,9 @@ def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackw
         return description.metadata(description.bind(call.args, call.kwargs))
 
     on_cpu = torch.cuda.current_device() == torch.device("cpu")
-    forward_backward = DipForwardBackward(
+    return DipForwardBackward(
         staged_model=staged, chunks=chunks, partition=built.partition, metadata=description.item_metadata, call_metadata=call_metadata,
         plan_function=plan, quick_plan_function=None if options.evaluations is not None else quick_plan,
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
         backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, num_outputs=description.num_outputs,
     )
-    atexit.register(forward_backward.close)
-    return forward_backward

@@ -67,7 +67,8 @@ class GptDescription:
     def item_metadata(self, item: Any) -> Microbatch:
         """What :meth:`metadata` will say of a batch of the data loader. Raises InputError for items of another form."""
         if not isinstance(item, dict) or "tokens" not in item:
-            raise InputError("data_iterator", type(item).__name__, "items of this form are not known before forward_step reads them", "nothing")
+            raise InputError("data_iterator", type(item).__name__, "items of this form are not known before forward_step reads them",
+                             "give dictionaries as pretrain_gpt.py and pretrain_vlm.py do, or --dip-look-ahead 0")
         return self.metadata({"input_ids": item["tokens"]})
 
     def num_instances(self, batch: Mapping[str, Any]) -> dict[str, int]:

@@ -194,7 +194,8 @@ class LlavaDescription:
     def item_metadata(self, item: Any) -> Microbatch:
         """What :meth:`metadata` will say of a batch of pretrain_vlm.py's data loader. Raises InputError for items of another form."""
         if not isinstance(item, dict) or not {"tokens", "image"} <= item.keys():
-            raise InputError("data_iterator", type(item).__name__, "items of this form are not known before forward_step reads them", "nothing")
+            raise InputError("data_iterator", type(item).__name__, "items of this form are not known before forward_step reads them",
+                             "give dictionaries as pretrain_gpt.py and pretrain_vlm.py do, or --dip-look-ahead 0")
         return self.metadata({"input_ids": item["tokens"], "images": item["image"]})
 
     def num_instances(self, batch: Mapping[str, Any]) -> dict[str, int]:

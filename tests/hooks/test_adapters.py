@@ -19,6 +19,7 @@ import torch
 
 from megatron_dip.hooks.arguments import add_dip_args
 from megatron_dip.spec.codec import load_plan, load_timeline
+from megatron_dip.spec.errors import InputError
 from tests.distributed.launcher import launch
 
 pytestmark = pytest.mark.distributed
@@ -279,3 +280,12 @@ def test_gpt_chunks_equal_the_whole_model(tmp_path: Path) -> None:
 
 def test_gpt_and_mixture_of_experts_over_two_ranks() -> None:
     check([GPT, replace(GPT, experts=4)], 2)
+
+
+def test_other_models_are_refused() -> None:
+    from megatron.core.models.mimo import MimoModel
+
+    from megatron_dip.models.provided import sketch_model
+
+    with pytest.raises(InputError, match=r"MimoModel.*DIP can cut LLaVAModel and GPTModel.*--pipeline-schedule default"):
+        sketch_model(lambda pre_process, post_process: MimoModel.__new__(MimoModel))
