@@ -4,8 +4,8 @@ One call is one iteration of one replica:
 
 1. every rank pulls its microbatches and runs the user's forward_step once for each, which only records (``models.capture``);
 2. the planner rank (first pipeline, tensor and context rank of the replica) takes the batch's plan from its background service and
-   broadcasts it; every rank then compares plan, batch, cut and health with every other, so that a difference or a bad batch is one
-   clear error on all ranks and not a hang;
+   broadcasts it; every rank then compares plan, batch, cut and health with every other, and replicas tell each other whether they
+   can go on, so that a difference or a bad batch is one clear error on all ranks and not a hang;
 3. the planner rank hands the next batch's metadata to the service, which plans while this iteration runs;
 4. the executor runs the rank's actions; gradients are reduced in one canonical order of chunks (replicas run different plans);
 5. ``finalize_model_grads_func`` as ever.
@@ -18,7 +18,6 @@ Not done: what needs a static order of the schedule (see ``_REFUSED``); aux loss
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,8 @@ from megatron.core.utils import get_model_config
 from megatron_dip.hooks.iterators import find_lookahead
 from megatron_dip.models.capture import CapturedCall, capture
 from megatron_dip.models.deferral import LinearWeightDeferral
-from megatron_dip.planner.service import PlanCounts, PlanFunction, PlanService
+from megatron_dip.planner.message import PackedPlan, pack_plan, plan_digest, unpack_plan
+from megatron_dip.planner.service import PlanCounts, PlanService
 from megatron_dip.runtime.compute import AutogradCompute
 from megatron_dip.runtime.executor import Executor, PlanLinks
 from megatron_dip.runtime.groups import PipelineGroups, new_process_groups
@@ -58,9 +58,14 @@ _REFUSED = {
 }
 """Config flags that assume a static order of the schedule -> why."""
 
+PlanFunction = Callable[[Sequence[Microbatch], bool], Plan]
+"""(microbatches of this replica, forward only) -> plan"""
+
 _PLAN, _ERROR = 0, 1
+_FAILED, _MISFIT = 1, 2
 _DIGEST = 32
-_ROW = 4 * _DIGEST + 384
+_TEXT = 384
+_ROW = 4 * _DIGEST + _TEXT
 """Bytes that each rank tells the others: digests of plan, batch and cut, health, and the start of an error's message."""
 
 
@@ -124,7 +129,13 @@ class DipForwardBackward:
             )
         self._cut_digest = _digest(msgspec.json.encode(partition, order="sorted"))
         self.is_planner: bool = dist.get_rank() == self.groups.control_ranks[0]
-        self._service = PlanService(plan_function, quick_plan_function, num_threads=planner_threads) if self.is_planner else None
+        self._service: PlanService[PackedPlan] | None = None
+        if self.is_planner:
+            pack = pack_plan if len(self.groups.control_ranks) > 1 else _unpacked
+            quick = None if quick_plan_function is None else _then(pack, quick_plan_function)
+            self._service = PlanService(_then(pack, plan_function), quick, num_threads=planner_threads)
+        self._last_taken: tuple[list[Microbatch], bool, PackedPlan] | None = None
+        """The last iteration's batch, whether it was forward only, and its plan, for a replay."""
         p2p = PointToPoint(self.groups, device) if self.groups.num_ranks > 1 else None
         self._executor = Executor(self.groups.rank, p2p, device)
         self._deferral: LinearWeightDeferral | None = None
@@ -183,7 +194,6 @@ class DipForwardBackward:
         if self._deferral is None and any(stage.kind == "w" for stage in plan.stages):
             self._deferral = LinearWeightDeferral(chunks)
         deferral = self._deferral
-        self._staged_model.begin_iteration(plan, calls, forward_only=forward_only)
         self._timer = stage_timer(self._device)
         try:
             with _no_sync(config):
@@ -205,10 +215,10 @@ class DipForwardBackward:
             config.timers("forward-backward").stop()
         return loss.reports()
 
-    def plan_ahead(self, microbatches: Sequence[Microbatch], *, forward_only: bool = False) -> None:
-        """Starts planning a batch that a later call will bring; for data iterators that are no LookaheadIterator."""
+    def forget_plans(self) -> None:
+        """To be called when the plan function's costs have changed: batches that come again are planned anew."""
         if self._service is not None:
-            self._service.submit(microbatches, forward_only=forward_only)
+            self._service.forget()
 
     def records(self) -> list[StageRecord]:
         """Measured start and end of this rank's stages in the last iteration (:attr:`plan` says what they are)."""
@@ -225,20 +235,16 @@ class DipForwardBackward:
         """How plans were had so far; None where this rank does not plan."""
         return None if self._service is None else self._service.counts()
 
-    def close(self) -> None:
-        """Ends the planner's threads; no iteration may follow."""
-        if self._service is not None:
-            self._service.close()
-
     # ---- the batch and its plan -----------------------------------------------------------------------------------------------
 
     def _prepare(
         self, forward_step: Callable[..., Any], iterator: Iterator[Any] | None, num_microbatches: int, forward_only: bool
     ) -> tuple[list[CapturedCall], Plan]:
-        """Captures the microbatches and agrees on their plan. Whatever goes wrong on one rank ends on all of them."""
+        """Captures the microbatches, agrees on their plan and hands both to the model. Whatever goes wrong on one rank ends on all."""
         calls: list[CapturedCall] = []
         microbatches: list[Microbatch] | None = None
         error: Exception | None = None
+        is_replay = getattr(iterator, "replaying", False)  # Megatron's iterator while the rerun state machine repeats an iteration
         try:
             if iterator is None:
                 calls = [capture(forward_step, None, self._chunks[0], self._num_outputs) for _ in range(num_microbatches)]
@@ -254,8 +260,19 @@ class DipForwardBackward:
             error = InputError("data_iterator", num_microbatches, "ended before it gave this many microbatches", "give more data or fewer iterations")
         except Exception as caught:
             error = caught
-        plan, plan_error = self._share_plan(microbatches, error, forward_only)
-        self._compare(plan, microbatches, error or plan_error)
+        plan, digest, plan_error = self._share_plan(microbatches, error, forward_only, is_replay)
+        error = error or plan_error
+        misfit: Exception | None = None
+        try:
+            if error is None and plan is not None:
+                try:
+                    self._staged_model.begin_iteration(plan, calls, forward_only=forward_only)
+                except Exception as caught:
+                    misfit = caught
+            self._compare(digest, microbatches, error, misfit)
+        except Exception:
+            self._staged_model.end_iteration()
+            raise
         assert plan is not None
         self.plan = plan
         if self._service is not None:
@@ -263,48 +280,74 @@ class DipForwardBackward:
         return calls, plan
 
     def _share_plan(
-        self, microbatches: list[Microbatch] | None, error: Exception | None, forward_only: bool
-    ) -> tuple[Plan | None, Exception | None]:
-        """The planner rank's plan, or the error that kept it from one, on every rank."""
-        plan: Plan | None = None
+        self, microbatches: list[Microbatch] | None, error: Exception | None, forward_only: bool, is_replay: bool
+    ) -> tuple[Plan | None, bytes, Exception | None]:
+        """The planner rank's plan and its digest, or the error that kept it from one, on every rank."""
+        packed: PackedPlan | None = None
         message = b""
         if self._service is not None:
             try:
                 if error is not None:
                     raise error
                 assert microbatches is not None, "the planner rank has no data iterator"
-                plan = self._service.take(microbatches, forward_only=forward_only, deadline_s=self._plan_deadline_s)
-                message = bytes([_PLAN]) + msgspec.msgpack.encode(plan)
+                if is_replay and self._last_taken is not None and self._last_taken[:2] == (microbatches, forward_only):
+                    packed = self._last_taken[2]  # the same plan, or its numbers would differ from those that are checked
+                else:
+                    packed = self._service.take(microbatches, forward_only=forward_only, deadline_s=self._plan_deadline_s)
+                self._last_taken = (microbatches, forward_only, packed)
+                message = bytes([_PLAN]) + packed.data
             except Exception as caught:
                 error = caught
                 message = bytes([_ERROR]) + _pickled(caught)
         if len(self.groups.control_ranks) == 1:
-            return plan, error
+            return None if packed is None else packed.plan, b"", error
         try:
             message = _broadcast(message, self.groups.control_ranks[0], self.groups.control)
         except RuntimeError as failure:
             raise self._lost(failure) from failure
-        if self._service is not None:
-            return plan, error
+        if packed is not None:
+            return packed.plan, packed.digest, None
         if message[0] == _ERROR:
-            return None, pickle.loads(message[1:])
-        return _decode_plan(message[1:]), None
+            return None, b"", pickle.loads(message[1:])
+        try:
+            return unpack_plan(message[1:]), plan_digest(message[1:]), None
+        except InputError as unreadable:
+            return None, b"", unreadable
 
-    def _compare(self, plan: Plan | None, microbatches: list[Microbatch] | None, error: Exception | None) -> None:
-        """Raises on every rank when one of them has an error, or another plan, batch or cut than the planner rank."""
+    def _compare(
+        self, digest: bytes, microbatches: list[Microbatch] | None, error: Exception | None, misfit: Exception | None
+    ) -> None:
+        """Raises on every rank when one of them has an error, or another plan, batch or cut than its planner rank.
+
+        Args:
+            misfit: what is wrong with this rank's microbatches under the plan; where ranks hold different things, that is told instead.
+        """
         if len(self.groups.control_ranks) == 1:
-            if error is not None:
-                raise error
-            return
+            verdict = error or misfit
+        else:
+            verdict = self._verdict_of_replica(digest, microbatches, error, misfit)
+        if self.groups.peers is not None:
+            verdict = self._verdict_of_all(self.groups.peers, verdict)
+        if verdict is not None:
+            # All ranks raise now. A process that ends at once would cut off those that have not read what it told them.
+            for group in (self.groups.peers, self.groups.control):
+                with contextlib.suppress(RuntimeError):
+                    if group is not None:
+                        dist.barrier(group=group)
+            raise verdict
+
+    def _verdict_of_replica(
+        self, digest: bytes, microbatches: list[Microbatch] | None, error: Exception | None, misfit: Exception | None
+    ) -> Exception | None:
+        """This rank's error, or what the ranks of the replica do not agree on; None on all of them: nothing."""
         row = bytearray(_ROW)
-        if plan is not None:
-            row[:_DIGEST] = _digest(plan.fingerprint().encode())
+        row[: len(digest)] = digest
         if microbatches is not None:
             row[_DIGEST : 2 * _DIGEST] = _digest(msgspec.json.encode(microbatches, order="sorted"))
         row[2 * _DIGEST : 3 * _DIGEST] = self._cut_digest
-        if error is not None:
-            row[3 * _DIGEST] = 1
-            text = f"{type(error).__name__}: {error}".encode()[: _ROW - 4 * _DIGEST]
+        if (said := error or misfit) is not None:
+            row[3 * _DIGEST] = _FAILED if error is not None else _MISFIT
+            text = _summary(said)
             row[4 * _DIGEST : 4 * _DIGEST + len(text)] = text
         mine = torch.frombuffer(row, dtype=torch.uint8)
         rows = [torch.empty_like(mine) for _ in self.groups.control_ranks]
@@ -312,19 +355,41 @@ class DipForwardBackward:
             dist.all_gather(rows, mine, group=self.groups.control)
         except RuntimeError as failure:
             raise self._lost(failure) from failure
-        verdict = error or self._judge([bytes(other.numpy()) for other in rows])
-        if verdict is not None:
-            # All ranks raise now. A process that ends at once would cut off those that have not read what it told them.
-            with contextlib.suppress(RuntimeError):
-                dist.barrier(group=self.groups.control)
-            raise verdict
+        told = [bytes(other.numpy()) for other in rows]
+        return error or self._failure(told, _FAILED) or self._difference(told) or misfit or self._failure(told, _MISFIT)
 
-    def _judge(self, told: Sequence[bytes]) -> Exception | None:
-        """What is wrong with the rows that the ranks told each other; None: nothing."""
+    def _verdict_of_all(self, peers: dist.ProcessGroup, verdict: Exception | None) -> Exception | None:
+        """``verdict`` of this rank's replica, or else that of another replica that cannot go on."""
+        failed = torch.tensor([0 if verdict is None else dist.get_rank(peers) + 1])
+        try:
+            dist.all_reduce(failed, dist.ReduceOp.MAX, group=peers)
+            if not failed:
+                return None
+            source = dist.get_global_rank(peers, int(failed) - 1)
+            text = torch.zeros(_TEXT, dtype=torch.uint8)
+            if verdict is not None:
+                summary = _summary(verdict)
+                text[: len(summary)] = torch.frombuffer(bytearray(summary), dtype=torch.uint8)
+            dist.broadcast(text, source, group=peers)
+        except RuntimeError as failure:
+            return verdict or PeerError(
+                f"global rank {dist.get_rank()} lost its peers in other replicas while agreeing to run an iteration, "
+                f"time limit {self.groups.timeout_s:g} s: {str(failure).splitlines()[0]}"
+            )
+        message = bytes(text.numpy()).rstrip(b"\0").decode(errors="replace")
+        return verdict or PeerError(
+            f"replica {self.groups.replica_of[source]} could not prepare the iteration, so no replica runs it: rank {source}: {message}"
+        )
+
+    def _failure(self, told: Sequence[bytes], kind: int) -> PeerError | None:
         for rank, other in zip(self.groups.control_ranks, told, strict=True):
-            if other[3 * _DIGEST]:
+            if other[3 * _DIGEST] == kind:
                 message = other[4 * _DIGEST :].rstrip(b"\0").decode(errors="replace")
                 return PeerError(f"rank {rank} could not prepare the iteration, so no rank runs it: {message}")
+        return None
+
+    def _difference(self, told: Sequence[bytes]) -> InputError | None:
+        """What ranks hold differently, by the rows that they told each other."""
         reference = told[0]
         fields = (
             ("plan", 0, "the ranks hold different plans for this iteration", "run the same version of megatron_dip on all ranks"),
@@ -344,13 +409,17 @@ class DipForwardBackward:
         return None
 
     def _plan_next(self, iterator: Iterator[Any] | None, num_microbatches: int, forward_only: bool) -> None:
+        assert self._service is not None
         lookahead = find_lookahead(iterator)
-        items = None if lookahead is None else lookahead.peek(num_microbatches)
-        if items is None:
+        items = [] if lookahead is None else lookahead.peek(num_microbatches)
+        if len(items) < num_microbatches:
             return
-        # A bad item is reported when its iteration comes, on all ranks.
-        with contextlib.suppress(InputError):
-            self.plan_ahead([self._metadata(item) for item in items], forward_only=forward_only)
+        try:
+            microbatches = [self._metadata(item) for item in items]
+        except Exception as error:  # a bad item ends the run when its iteration comes, on all ranks
+            self._service.count_unseen(items[0], error)
+        else:
+            self._service.submit(microbatches, forward_only=forward_only)
 
     def _lost(self, failure: RuntimeError) -> PeerError:
         return PeerError(
@@ -564,15 +633,17 @@ def _pickled(error: Exception) -> bytes:
     return data
 
 
-def _decode_plan(data: bytes) -> Plan:
-    # Tens of thousands of small objects in one go set off full collections, which take longer than the decoding.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        return msgspec.msgpack.decode(data, type=Plan)
-    finally:
-        if collecting:
-            gc.enable()
+def _summary(error: Exception) -> bytes:
+    return f"{type(error).__name__}: {error}".encode()[:_TEXT]
+
+
+def _then(pack: Callable[[Plan], PackedPlan], make: PlanFunction) -> Callable[[Sequence[Microbatch], bool], PackedPlan]:
+    return lambda microbatches, forward_only: pack(make(microbatches, forward_only))
+
+
+def _unpacked(plan: Plan) -> PackedPlan:
+    """For a planner rank that has nobody to send to."""
+    return PackedPlan(plan, b"", b"")
 
 
 def _broadcast(message: bytes, source: int, group: dist.ProcessGroup) -> bytes:

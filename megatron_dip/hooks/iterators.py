@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,25 +20,32 @@ class LookaheadIterator:
         self._source = source
         self._iterator = iter(source)
         self._ahead: deque[Any] = deque()
+        self._error: Exception | None = None
+        """What the source raised where it was read ahead: raised when that item is due."""
         self._consumed_state: Any = None
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        return self._ahead.popleft() if self._ahead else next(self._iterator)
+        if self._ahead:
+            return self._ahead.popleft()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return next(self._iterator)
 
-    def peek(self, count: int) -> list[Any] | None:
-        """The next ``count`` items, which stay to be handed out; None when the source ends before."""
+    def peek(self, count: int) -> list[Any]:
+        """The next ``count`` items, which stay to be handed out; fewer when the source ends or fails before."""
         if not self._ahead and hasattr(self._source, "save_state"):
             # Everything read so far has been handed out: this is the state that a checkpoint must hold until the next batch is used up.
             self._consumed_state = copy.deepcopy(self._source.save_state())
-        while len(self._ahead) < count:
+        while len(self._ahead) < count and self._error is None:
             try:
                 self._ahead.append(next(self._iterator))
-            except StopIteration:
-                return None
-        return [self._ahead[i] for i in range(count)]
+            except Exception as error:
+                self._error = error
+        return list(itertools.islice(self._ahead, count))
 
     def save_state(self) -> Any:
         """State of the source as of the last whole batch handed out, for Megatron's dataloader checkpoints."""

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_dip.models.description import ModelDescription
 from megatron_dip.runtime.interface import ChunkKey, ForwardOutput, PayloadSpec
+from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan, PlanStage
 
 
@@ -58,7 +59,11 @@ class DescribedStagedModel:
         for index, batch in enumerate(self._batches):
             for module, found in self.description.num_instances(batch).items():
                 planned = sum(counts.get((module, index), {}).values())
-                assert planned == found, f"microbatch {index}: the plan has {planned} instances of {module}, forward_step gave {found}"
+                if planned != found:
+                    raise InputError(
+                        f"microbatch {index}", found, f"forward_step gives the model this many instances of {module}, the data iterator's item "
+                        f"tells {planned}", "give the model what the item holds",
+                    )
 
     def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
         return self.description.boundary(producer, consumer)

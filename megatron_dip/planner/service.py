@@ -15,33 +15,36 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import msgspec
 
 from megatron_dip.spec.errors import InputError
-from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.workload import Microbatch
 
-PlanFunction = Callable[[Sequence[Microbatch], bool], Plan]
-"""(microbatches of this replica, forward only) -> plan"""
+P = TypeVar("P")
+"""What the service hands out: plans, perhaps packed for sending."""
 
 LATE = "late"
 FAILED = "failed"
 KEPT_PLANS = 4
+MAX_WAITING = 8
+"""Batches handed in and not taken; beyond these the oldest is given up: its iteration will not come as it was foreseen."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Request:
+class _Request(Generic[P]):
+    key: bytes
     microbatches: Sequence[Microbatch]
     forward_only: bool
-    done: threading.Event
-    plan: Plan | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+    is_given_up: bool = False
+    """Nobody waits for it any more."""
+    plan: P | None = None
     error: Exception | None = None
-    handed_out: Plan | None = None
-    """What was taken for this batch: a replay of the iteration gets the same, also where it was a quick plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,27 +57,42 @@ class PlanCounts:
     """Time that training waited for plans, in all."""
     fallbacks: dict[str, int]
     """Cause (``late``, ``failed``) -> quick plans used instead."""
+    unseen: int
+    """Batches whose metadata could not be read ahead, so that planning them began when they were needed."""
 
 
-class PlanService:
+class PlanService(Generic[P]):
     """
     Args:
-        plan_function: makes a plan; runs on the background threads.
+        plan_function: (microbatches of this replica, forward only) -> plan; runs on the background threads.
         quick_function: makes a plan at once, on the caller's thread, when the other is late or fails; None: the plan function alone,
             waited for as long as it takes.
         num_threads: batches planned side by side; one suffices to plan one iteration ahead.
+
+    Every plan is taken once: a caller that runs an iteration again must keep its plan. Batches of equal metadata share a finished plan,
+    but never a quick one.
     """
 
-    def __init__(self, plan_function: PlanFunction, quick_function: PlanFunction | None = None, *, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        plan_function: Callable[[Sequence[Microbatch], bool], P],
+        quick_function: Callable[[Sequence[Microbatch], bool], P] | None = None,
+        *,
+        num_threads: int = 1,
+    ) -> None:
         self._plan_function = plan_function
         self._quick_function = quick_function
         self._lock = threading.Lock()
-        self._requests: OrderedDict[bytes, _Request] = OrderedDict()
-        """By batch; those done are kept for a replay of the iteration, the oldest dropped first."""
-        self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._waiting: OrderedDict[bytes, _Request[P]] = OrderedDict()
+        """Handed in and not taken, oldest first."""
+        self._plans: OrderedDict[bytes, P] = OrderedDict()
+        """The last finished plans."""
+        self._age = 0
+        """How often costs have changed."""
+        self._queue: queue.SimpleQueue[_Request[P] | None] = queue.SimpleQueue()
         self._fallbacks: Counter[str] = Counter()
         self._logged: set[str] = set()
-        self._taken = self._ahead = self._waited_ns = 0
+        self._taken = self._ahead = self._waited_ns = self._unseen = 0
         self._closed = False
         # Daemons: a plan under way must not keep a finished or failed training process alive.
         self._threads = [threading.Thread(target=self._work, name=f"dip-planner-{i}", daemon=True) for i in range(num_threads)]
@@ -84,33 +102,55 @@ class PlanService:
 
     def submit(self, microbatches: Sequence[Microbatch], *, forward_only: bool = False) -> None:
         """Starts planning a batch in the background, unless it is being planned already."""
-        self._request(microbatches, forward_only)
+        with self._lock:
+            self._request(microbatches, forward_only)
 
-    def take(self, microbatches: Sequence[Microbatch], *, forward_only: bool = False, deadline_s: float = 1.0) -> Plan:
+    def take(self, microbatches: Sequence[Microbatch], *, forward_only: bool = False, deadline_s: float = 1.0) -> P:
         """The batch's plan, after at most ``deadline_s`` seconds (a batch that was not submitted is planned now, to the same deadline).
 
         Raises InputError where the batch or its setting cannot be planned, and the plan function's error where there is no quick one.
         """
-        request = self._request(microbatches, forward_only)
+        with self._lock:
+            request = self._request(microbatches, forward_only)
+            del self._waiting[request.key]
         ahead = request.done.is_set()
         start = time.perf_counter_ns()
-        if request.handed_out is None:
-            request.done.wait(None if self._quick_function is None else deadline_s)
-        plan, error = request.handed_out or request.plan, request.error
+        request.done.wait(None if self._quick_function is None else deadline_s)
+        # A thread that has not begun it goes on with the batches to come, else one late plan would make all that follow late.
+        request.is_given_up = True
+        plan, error = request.plan, request.error
         if plan is None:
             if isinstance(error, InputError) or (error is not None and self._quick_function is None):
                 raise error
             assert self._quick_function is not None
             self._count_fallback(FAILED if error is not None else LATE, error, deadline_s)
             plan = self._quick_function(microbatches, forward_only)
-        request.handed_out = plan
         self._waited_ns += time.perf_counter_ns() - start
         self._taken += 1
         self._ahead += ahead
         return plan
 
+    def forget(self) -> None:
+        """Keeps no plan made so far for batches to come: costs have changed. Batches already handed in still get theirs."""
+        with self._lock:
+            self._age += 1
+            self._plans.clear()
+
+    def count_unseen(self, item: object, error: Exception) -> None:
+        """Counts a batch that could not be handed in ahead, since its items cannot be read; said once for each type of item."""
+        self._unseen += 1
+        cause = f"unseen: {type(item)}: {type(error)}"
+        if cause not in self._logged:
+            self._logged.add(cause)
+            logger.warning(
+                "the data iterator's items (%s) cannot be read ahead, so planning a batch begins when it is needed (counted, not said again): "
+                "%s: %s", type(item).__qualname__, type(error).__name__, error,
+            )
+
     def counts(self) -> PlanCounts:
-        return PlanCounts(taken=self._taken, ahead=self._ahead, waited_ns=self._waited_ns, fallbacks=dict(self._fallbacks))
+        return PlanCounts(
+            taken=self._taken, ahead=self._ahead, waited_ns=self._waited_ns, fallbacks=dict(self._fallbacks), unseen=self._unseen
+        )
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Ends the threads once they are through with the batch in hand, and waits for them up to ``timeout_s``: a thread that still
@@ -122,28 +162,41 @@ class PlanService:
             thread.join(timeout_s)
         atexit.unregister(self.close)
 
-    def _request(self, microbatches: Sequence[Microbatch], forward_only: bool) -> _Request:
+    def _request(self, microbatches: Sequence[Microbatch], forward_only: bool) -> _Request[P]:
         key = msgspec.json.encode((microbatches, forward_only), order="sorted")
-        with self._lock:
-            request = self._requests.get(key)
-            if request is None:
-                request = _Request(microbatches, forward_only, threading.Event())
-                self._requests[key] = request
+        request = self._waiting.get(key)
+        if request is None:
+            request = self._waiting[key] = _Request(key, microbatches, forward_only)
+            request.plan = self._plans.get(key)
+            if request.plan is None:
                 self._queue.put(request)
-                finished = [old for old, entry in self._requests.items() if entry.done.is_set()]
-                for old in finished[: max(0, len(self._requests) - KEPT_PLANS)]:
-                    del self._requests[old]
             else:
-                self._requests.move_to_end(key)
-            return request
+                request.done.set()
+            if len(self._waiting) > MAX_WAITING:
+                self._waiting.popitem(last=False)[1].is_given_up = True
+        return request
 
     def _work(self) -> None:
         while (request := self._queue.get()) is not None and not self._closed:
+            if request.is_given_up:
+                continue
+            with self._lock:
+                plan, age = self._plans.get(request.key), self._age
             try:
-                request.plan = self._plan_function(request.microbatches, request.forward_only)
+                request.plan = self._plan_function(request.microbatches, request.forward_only) if plan is None else plan
             except Exception as error:
                 request.error = error
+            else:
+                self._keep(request.key, request.plan, age)
             request.done.set()
+
+    def _keep(self, key: bytes, plan: P, age: int) -> None:
+        with self._lock:
+            if age == self._age:
+                self._plans[key] = plan
+                self._plans.move_to_end(key)
+                if len(self._plans) > KEPT_PLANS:
+                    self._plans.popitem(last=False)
 
     def _count_fallback(self, kind: str, error: Exception | None, deadline_s: float) -> None:
         cause = kind if error is None else f"{kind}: {type(error).__name__}: {error}"

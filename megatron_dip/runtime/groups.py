@@ -1,14 +1,15 @@
-"""The process groups of one replica: two for messages along the pipeline, one on gloo for what the ranks tell each other.
+"""The process groups of a rank: two for messages along the pipeline, one on gloo for what the ranks of a replica tell each other.
 
 Messages to a higher pipeline rank and messages to a lower one go through groups of their own, so that every directed pair of ranks has
 its own NCCL communicator, and a channel's messages never wait for those of the opposite direction. The control group holds all ranks
 that work on one batch (pipeline x tensor x context), on gloo also where messages go over NCCL: plans and fingerprints are host data.
+The peers group joins the ranks of one place in all replicas, so that a replica that cannot go on tells the others.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -28,6 +29,10 @@ class PipelineGroups:
     """All ranks of the replica, gloo."""
     control_ranks: tuple[int, ...]
     """Global ranks of the control group, ascending."""
+    peers: dist.ProcessGroup | None
+    """The ranks in this one's place in every replica, gloo; None with one replica."""
+    replica_of: Mapping[int, Hashable]
+    """Global rank of each peer -> its replica, as given to :func:`new_process_groups`."""
     timeout_s: float
     """How long a rank waits for another before it gives up."""
 
@@ -60,14 +65,24 @@ def new_process_groups(
         directions = [dist.new_group(list(ranks), timeout=timeout, backend=backend) for _ in range(2)]
         if me in ranks:
             up, down = directions
-    control_ranks: tuple[int, ...] = ()
-    for one in dict.fromkeys(replica for _, replica in every):
-        members = [rank for rank, (_, other) in enumerate(every) if other == one]
+    members_of: dict[Hashable, list[int]] = {}
+    for rank, (_, one) in enumerate(every):
+        members_of.setdefault(one, []).append(rank)
+    for members in members_of.values():
         group = dist.new_group(members, timeout=timeout, backend="gloo")
         if me in members:
-            control, control_ranks = group, tuple(members)
+            control = group
     assert control is not None
+    control_ranks = tuple(members_of[replica])
+    peers = None
+    replica_of: dict[int, Hashable] = {me: replica}
+    if len(members_of) > 1:
+        for place in range(len(control_ranks)):
+            in_place = {members[place]: one for one, members in members_of.items()}
+            group = dist.new_group(sorted(in_place), timeout=timeout, backend="gloo")
+            if me in in_place:
+                peers, replica_of = group, in_place
     return PipelineGroups(
         ranks=tuple(pipeline_ranks), rank=tuple(pipeline_ranks).index(me), up=up, down=down, control=control,
-        control_ranks=control_ranks, timeout_s=timeout_s,
+        control_ranks=control_ranks, peers=peers, replica_of=replica_of, timeout_s=timeout_s,
     )

@@ -49,7 +49,10 @@ class StagedModel(Protocol):
         ...
 
     def begin_iteration(self, plan: Plan, microbatches: Sequence[Any], *, forward_only: bool) -> None:
-        """Takes the iteration's plan and, for each microbatch, what the capture of the user's forward_step produced."""
+        """Takes the iteration's plan and, for each microbatch, what the capture of the user's forward_step produced.
+
+        Raises InputError where they do not fit together. :meth:`end_iteration` follows in any case.
+        """
         ...
 
     def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:

@@ -17,7 +17,6 @@ them, and the collections that they would set off hold the interpreter's lock fo
 
 from __future__ import annotations
 
-import hashlib
 from typing import Literal
 
 import msgspec
@@ -97,8 +96,3 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     inputs: dict[int, list[int]]
     local_inputs: dict[int, list[int]]
     outputs: dict[int, int]
-
-    def fingerprint(self) -> str:
-        """Hash of everything that the ranks execute (not of predictions or planning figures), equal on every machine."""
-        executed = (self.ranks, self.stages, self.order, self.actions, self.inputs, self.local_inputs, self.outputs, self.chunks)
-        return hashlib.sha256(msgspec.json.encode(executed)).hexdigest()[:32]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,6 +21,8 @@ from tests.distributed.tiny_vlm import Case, forward_step, make_microbatch, tiny
 
 pytestmark = pytest.mark.distributed
 CASE = Case(parallel=Parallel(pipeline=2), chunks=(1, 2), num_layers=(4, 4))
+SEARCHED = 77
+"""Seed written into searched plans where a test must tell them from quick ones."""
 Item = dict[str, torch.Tensor]
 
 
@@ -112,7 +115,7 @@ def _plan_ahead(rank: int, num_ranks: int) -> tuple[int, int, dict[str, int]] | 
         model.zero_grad()
         _call(model, dip, data, 3)
         # Stands for what else an iteration takes: the next plan is made meanwhile.
-        while dip._service is not None and not all(request.done.is_set() for request in dip._service._requests.values()):
+        while dip._service is not None and not all(request.done.is_set() for request in dip._service._waiting.values()):
             time.sleep(0.01)
     counts = dip.counts()
     return None if counts is None else (counts.taken, counts.ahead, counts.fallbacks)
@@ -122,21 +125,31 @@ def test_plans_are_made_while_the_iteration_before_runs() -> None:
     assert launch(_plan_ahead, 2) == [(4, 3, {}), None]
 
 
-def _replay(rank: int, num_ranks: int) -> list[tuple[list[float], float]]:
+def _replay(rank: int, num_ranks: int) -> list[tuple[list[float], float, int]]:
     from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
 
     from megatron_dip.hooks.iterators import LookaheadIterator
 
     model = _model()
-    dip = dip_runs.dip_of(CASE, model)
+    quick = dip_runs.PlanMaker(CASE, dip_runs.even_cut(CASE))
+    gate = threading.Event()
+
+    def late_plan(microbatches: Any, forward_only: bool) -> Any:
+        gate.wait(30)
+        return msgspec.structs.replace(quick(microbatches, forward_only), seed=SEARCHED)
+
+    dip = dip_runs.dip_of(CASE, model, plan_function=late_plan, quick_plan_function=quick, plan_deadline_s=0.5)
     get_rerun_state_machine().set_mode(RerunMode.VALIDATE_RESULTS)
     data = RerunDataIterator(LookaheadIterator(_items(0, (2, 0, 3, 1, 1, 0))))
     runs = []
     for rewind in (True, False, False):
         model.zero_grad()
         losses = _losses(_call(model, dip, data, 3))
-        runs.append((losses, _gradient_sum(model)))
+        runs.append((losses, _gradient_sum(model), dip.plan.seed))
         if rewind:
+            gate.set()
+            while dip._service is not None and not dip._service._plans:
+                time.sleep(0.01)
             data.rewind()
         else:
             data.advance()
@@ -145,8 +158,42 @@ def _replay(rank: int, num_ranks: int) -> list[tuple[list[float], float]]:
 
 def test_a_replayed_iteration_gives_the_same_numbers_and_data_go_on_behind_it() -> None:
     for runs in launch(_replay, 2):
-        assert runs[0] == runs[1]
-        assert runs[2] != runs[1]
+        assert runs[0] == runs[1]  # with the same quick plan, although the searched one is there by now
+        assert runs[0][2] != SEARCHED
+        assert runs[2][:2] != runs[1][:2]
+
+
+class _Unreadable(dict[str, torch.Tensor]):
+    """An item that only forward_step understands."""
+
+
+def _cannot_look_ahead(rank: int, num_ranks: int) -> tuple[int, int] | None:
+    from megatron_dip.hooks.forward_backward import DipForwardBackward
+    from megatron_dip.hooks.iterators import LookaheadIterator
+
+    model = _model()
+    description = model.staged.description
+
+    def metadata(item: Any) -> Any:
+        if isinstance(item, _Unreadable):
+            raise KeyError("images")
+        return description.metadata(item)
+
+    partition = dip_runs.even_cut(CASE)
+    dip = DipForwardBackward(
+        staged_model=model.staged, chunks=model.chunks, partition=partition, metadata=metadata,
+        call_metadata=lambda call: description.metadata(description.bind(call.args, call.kwargs)), device=torch.device("cpu"),
+        plan_function=dip_runs.PlanMaker(CASE, partition), timeout_s=30.0,
+    )
+    data = LookaheadIterator([_Unreadable(item) for item in _items(0, (2, 0, 1, 1, 1, 0))])
+    for _ in range(3):
+        _call(model, dip, data, 2)
+    counts = dip.counts()
+    return None if counts is None else (counts.taken, counts.unseen)
+
+
+def test_items_that_cannot_be_read_ahead_train_and_are_counted() -> None:
+    assert launch(_cannot_look_ahead, 2) == [(3, 2), None]
 
 
 def _mean_loss(mask: torch.Tensor, output: torch.Tensor, non_loss_data: bool = False) -> Any:
@@ -235,7 +282,9 @@ def test_gradients_are_reduced_in_one_order_whatever_the_plan(seed: int) -> None
 
 
 def _fail(rank: int, num_ranks: int, how: str) -> None:
+    from megatron_dip.hooks import forward_backward
     from megatron_dip.hooks.forward_backward import DipForwardBackward
+    from megatron_dip.planner.message import pack_plan, unpack_plan
     from megatron_dip.spec.errors import InputError
 
     model = _model()
@@ -258,6 +307,12 @@ def _fail(rank: int, num_ranks: int, how: str) -> None:
         def step(data_iterator: Any, model: Any) -> Any:
             raise KeyError("labels")
 
+    if how == "an instance lost":
+
+        def step(data_iterator: Any, model: Any) -> Any:
+            item = next(data_iterator)
+            return forward_step(iter([item if rank == 0 else {**item, "images": item["images"][1:]}]), model)
+
     if how == "other cut" and rank == 1:
         partition = msgspec.structs.replace(partition, sub_microbatch_size={"vit": 1, "lm": 1})
     if how == "data end":
@@ -267,13 +322,17 @@ def _fail(rank: int, num_ranks: int, how: str) -> None:
         device=torch.device("cpu"), **{"plan_function": dip_runs.PlanMaker(CASE, dip_runs.even_cut(CASE)), **options},
     )
     if how == "other plan" and rank == 1:
-        share_plan = dip._share_plan
+        broadcast = forward_backward._broadcast
 
-        def other_plan(*args: Any) -> Any:
-            plan, error = share_plan(*args)
-            return msgspec.structs.replace(plan, order=[row[::-1] for row in plan.order]), error
+        def other_plan(*args: Any) -> bytes:
+            message = broadcast(*args)
+            plan = unpack_plan(message[1:])
+            return message[:1] + pack_plan(msgspec.structs.replace(plan, order=[row[::-1] for row in plan.order])).data
 
-        dip._share_plan = other_plan  # type: ignore[method-assign]
+        forward_backward._broadcast = other_plan
+    if how == "unreadable plan" and rank == 1:
+        broadcast = forward_backward._broadcast
+        forward_backward._broadcast = lambda *args: broadcast(*args)[:-1]
     if how == "death" and rank == 1:
         model.chunks[0].register_forward_hook(lambda *_: os._exit(9))
     if how == "late death" and rank == 0:
@@ -296,6 +355,8 @@ def _failed(how: str) -> list[RankResult]:
         ("bad item everywhere", ("InputError: ", "InputError: ")),
         ("planner", ("InputError: memory_capacity_bytes", "InputError: memory_capacity_bytes")),
         ("other plan", ("InputError: plan = ", "InputError: plan = ")),
+        ("unreadable plan", ("PeerError: rank 1 could not prepare", "InputError: plan = ")),
+        ("an instance lost", ("PeerError: rank 1 could not prepare", "InputError: microbatch 0 = 1: forward_step gives")),
         ("other batch", ("InputError: data_iterator = ", "InputError: data_iterator = ")),
         ("other cut", ("InputError: partition = ", "InputError: partition = ")),
         ("data end", ("InputError: data_iterator = 2: ended before", "InputError: data_iterator = 2: ended before")),
@@ -307,6 +368,27 @@ def test_a_difference_or_mistake_ends_every_rank_with_one_clear_message(how: str
     for result, message in zip(_failed(how), messages, strict=True):
         assert result.error_message is not None
         assert message in result.error_message
+
+
+def _fail_in_one_replica(rank: int, num_ranks: int) -> None:
+    case = Case(**{**CASE.__dict__, "parallel": Parallel(pipeline=2, data=2)})
+    model = _model(case)
+    dip = dip_runs.dip_of(case, model)
+    items = _items(0, (2, 1))
+    _call(model, dip, iter(items), 2)
+    if rank == 3:
+        items[1]["images"] = items[1]["images"][:, :, :5]
+    _call(model, dip, iter(items), 2)
+
+
+def test_a_bad_batch_of_one_replica_ends_the_others_too() -> None:
+    # Global rank = pipeline rank * 2 + replica.
+    results = launch_all(_fail_in_one_replica, 4, timeout_s=90.0)
+    messages = [result.error_message or "" for result in results]
+    assert messages[3].startswith("InputError: ")
+    assert messages[1].startswith("PeerError: rank 3 could not prepare the iteration, so no rank runs it: InputError: ")
+    assert messages[0].startswith("PeerError: replica 1 could not prepare the iteration, so no replica runs it: rank 1: PeerError: rank 3 ")
+    assert messages[2].startswith("PeerError: replica 1 could not prepare the iteration, so no replica runs it: rank 3: InputError: ")
 
 
 @pytest.mark.parametrize(("how", "dead"), [("death", 1), ("late death", 0), ("death before", 1)])

@@ -38,8 +38,24 @@ def test_items_come_in_order_whether_peeked_or_not() -> None:
 
 def test_peeking_beyond_the_end_loses_nothing() -> None:
     iterator = LookaheadIterator(Source(3))
-    assert iterator.peek(4) is None
+    assert iterator.peek(4) == [0, 1, 2]
     assert list(iterator) == [0, 1, 2]
+
+
+def _broken() -> Iterator[int]:
+    yield 0
+    yield 1
+    raise OSError("disk gone")
+
+
+def test_an_error_of_the_source_comes_when_its_item_is_due() -> None:
+    iterator = LookaheadIterator(_broken())
+    assert iterator.peek(4) == [0, 1]
+    assert iterator.peek(4) == [0, 1]
+    assert [next(iterator), next(iterator)] == [0, 1]
+    with pytest.raises(OSError, match="disk gone"):
+        next(iterator)
+    assert list(iterator) == []
 
 
 def test_the_state_is_that_of_the_last_batch_handed_out() -> None:

@@ -39,7 +39,6 @@ def test_equal_bytes_for_equal_input():
     case = vlm_case(num_microbatches=8, num_ranks=3, chunks={"vit": 2})
     options = PlanOptions(evaluations=200, seed=5, split_backward=True)
     first, second = (plan_iteration(case.model, case.partition, case.microbatches, case.costs(400), options) for _ in range(2))
-    assert first.fingerprint() == second.fingerprint()
     same = [msgspec.json.encode(msgspec.structs.replace(plan, planning_ns=0)) for plan in (first, second)]
     assert same[0] == same[1]
 
