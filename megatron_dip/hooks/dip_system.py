@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.cost.device import device_names
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.measured import PartBytes, StageSample, fit_profile
 from megatron_dip.cost.profile import ProfileCost
@@ -70,7 +71,7 @@ class DipSystem(System):
         device = torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
         analytic = AnalyticCost(
             spec, settings.parallel, Training(dtype="fp32", distributed_optimizer=settings.distributed_optimizer),
-            "cpu" if settings.device == "cpu" else "h100",
+            _rough_device(settings.device),
         )
         self._bytes = {module.name: _bytes_per_token(analytic, module.name) for module in spec.modules}
         self._costs: CostModel = analytic
@@ -87,7 +88,11 @@ class DipSystem(System):
             plan_function=self._plan, quick_plan_function=self._quick_plan, device=device,
             backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
         )
-        self._p2p = measure_p2p(self.forward_backward.groups)
+        # What gloo takes on the host says nothing about NCCL.
+        self._p2p = (
+            measure_p2p(self.forward_backward.groups) if settings.device == "cpu"
+            else PointToPoint(latency_ns=analytic.p2p_latency_ns, bytes_per_second=analytic.p2p_bytes_per_second)
+        )
         self._training_plan: Plan | None = None
         self._own_records: list[StageRecord] = []
         self._records: list[list[StageRecord]] | None = None
@@ -141,6 +146,7 @@ class DipSystem(System):
         )
         if all(module.name in self.profile.modules for module in self._model_spec.modules):
             self._costs = ProfileCost(self.profile)
+            self.forward_backward.forget_plans()
 
     def _gather(self) -> list[list[StageRecord]] | None:
         """The last training iteration's records; pipeline rank 0 of each replica gets them. All ranks must call it together."""
@@ -178,6 +184,14 @@ class DipSystem(System):
             save(folder / "planned.json", plan_timeline(self._training_plan, f"{self.label}, planned"))
             if self.profile is not None:
                 save(folder / "profile.json", self.profile)
+
+
+def _rough_device(device: str) -> str:
+    """The named device whose costs the first iterations are planned with; for a GPU without figures the nearest there is."""
+    if device == "cpu":
+        return "cpu"
+    name = torch.cuda.get_device_name().lower()
+    return max((known for known in device_names() if known.lower() in name), key=len, default="a100")
 
 
 def _bytes_per_token(costs: AnalyticCost, module: str) -> PartBytes:
