@@ -248,11 +248,12 @@ def _report(built: _BuiltModel, forward_backward: DipForwardBackward) -> None:
         save(options.trace_dir / f"iteration_{built.iterations:06d}_measured.json", measured)
     if due:
         counts = forward_backward.counts()
-        late = 0 if counts is None else sum(counts.fallbacks.values())
+        assert counts is not None, "the rank that gathers records is the one that plans"
         print(
             f" [DIP] iteration {built.iterations:8d} | planned (ms): {plan.claimed_makespan / 1e6:.1f} | measured (ms): "
             f"{measured.makespan / 1e6:.1f} | bubbles planned: {plan.bubble_fraction:.1%} measured: {measured.bubble_fraction:.1%} | "
-            f"planning (ms): {plan.planning_ns / 1e6:.1f} | plans replaced so far: {late}",
+            f"planning (ms): {plan.planning_ns / 1e6:.1f} | plans replaced so far: {sum(counts.fallbacks.values())} | "
+            f"batches not seen ahead: {counts.unseen}",
             flush=True,
         )
 
