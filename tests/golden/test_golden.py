@@ -26,7 +26,6 @@ def test_the_golden_plan_holds_for_its_workload_and_partition() -> None:
     partition.validate({module.name: module.num_layers for module in workload.model_spec.modules}, workload.parallel.pipeline)
     assert plan.chunks == partition.chunks
     assert check_plan(plan, workload.microbatches).makespan == plan.claimed_makespan
-    assert plan.fingerprint() == "ee8a29b181cea1f67859b2ccf3dec7ed", "ranks of two releases would take one plan for two"
 
 
 def test_the_golden_workload_can_be_planned_with_the_golden_partition(tmp_path: Path) -> None:
