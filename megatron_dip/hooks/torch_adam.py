@@ -45,7 +45,11 @@ def mended_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
     the step set from there is kept. And it sets one and the same step tensor for all parameters, which each of them would then count
     up: every parameter gets its own.
     """
-    distributed = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    # One of Megatron's functions may call the other: the repair already there stays.
+    distributed = [
+        part for part in _parts(optimizer)
+        if isinstance(part, DistributedOptimizer) and "_set_main_param_and_optimizer_states" not in vars(part)
+    ]
     for part in distributed:
         part._set_main_param_and_optimizer_states = _keeping_step(part, part._set_main_param_and_optimizer_states)
     try:
