@@ -1,7 +1,7 @@
 """A profile out of stage times measured while training, every rank busy: the loop from execution back to planning.
 
 What comes in: how long stages of known chunks and batch shapes took. What goes out: a :class:`~megatron_dip.spec.profile.Profile`
-whose costs give these stages' median times back. A chunk of n layers takes n times the layer's time, plus the module's ``first`` and
+whose costs give these stages' mean times back. A chunk of n layers takes n times the layer's time, plus the module's ``first`` and
 ``last`` parts where it holds them; the parts' times are the non-negative least-squares solution, the smallest one where chunks do
 not tell the parts apart (predictions for the measured chunks are the same for each solution).
 
@@ -18,13 +18,13 @@ import itertools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dip.spec.plan import StageKind
+from megatron_dip.spec.plan import Plan, StageKind
 from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint
 
 
@@ -100,6 +100,27 @@ def fit_profile(
     return Profile(format="megatron-dip/profile/1", modules=modules, p2p=p2p)
 
 
+def message_excess_ns(plan: Plan, spans: Mapping[int, tuple[int, int]]) -> float | None:
+    """By how much messages took longer than planned, in the median of those that a rank stood waiting for; None where none did.
+
+    Messages to and fro on idle ranks are faster than those beside computing ranks, so their latency is corrected by this.
+
+    Args:
+        spans: stage id -> measured (start, end) in ns, of all ranks on one clock.
+    """
+    excess = []
+    for order in plan.order:
+        free = -math.inf
+        for stage_id in order:
+            start, end = spans[stage_id]
+            stage = plan.stages[stage_id]
+            last = max(stage.deps, key=lambda dep: spans[dep.stage][1] + dep.lag, default=None)
+            if last is not None and plan.stages[last.stage].rank != stage.rank and spans[last.stage][1] > free:
+                excess.append(start - spans[last.stage][1] - last.lag)
+            free = end
+    return statistics.median(excess) if excess else None
+
+
 def _shape_times(kinds: Mapping[str, Mapping[tuple[int, bool, bool], list[int]]]) -> NDArray[np.float64]:
     """[part, (forward, backward to the inputs, backward to the weights)] in ns, of one batch shape."""
     solved = {kind: _solve_parts(chunks) for kind, chunks in kinds.items()}
@@ -125,9 +146,19 @@ def _on_a_grid(measured: Mapping[tuple[int, int], NDArray[np.float64]]) -> Mappi
 
 
 def _solve_parts(chunks: Mapping[tuple[int, bool, bool], list[int]]) -> NDArray[np.float64]:
-    """[layer, first, last] times in ns out of the chunks' median times."""
+    """[layer, first, last] times in ns out of the chunks' expected times."""
     rows = np.array([[count, first, last] for count, first, last in chunks], dtype=np.float64)
-    return _solve_nonnegative(rows, np.array([statistics.median(values) for values in chunks.values()], dtype=np.float64))
+    return _solve_nonnegative(rows, np.array([expected_time(values) for values in chunks.values()], dtype=np.float64))
+
+
+def expected_time(durations_ns: Sequence[int]) -> float:
+    """Mean of the durations, each counted as at most twice their median.
+
+    A makespan sums up what stages really take, so their mean counts: the distribution leans to the right, and plans from medians
+    are too short. The cut keeps a rare long interruption from raising a stage's time for good.
+    """
+    limit = 2 * statistics.median(durations_ns)
+    return statistics.fmean(min(duration, limit) for duration in durations_ns)
 
 
 def _solve_nonnegative(rows: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:

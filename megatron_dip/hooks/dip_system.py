@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.device import device_names
 from megatron_dip.cost.interface import CostModel
-from megatron_dip.cost.measured import PartBytes, StageSample, fit_profile
+from megatron_dip.cost.measured import PartBytes, StageSample, fit_profile, message_excess_ns
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.hooks.forward_backward import DipForwardBackward
 from megatron_dip.hooks.iterators import LookaheadIterator
@@ -88,11 +88,12 @@ class DipSystem(System):
             plan_function=self._plan, quick_plan_function=self._quick_plan, device=device,
             backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
         )
-        # What gloo takes on the host says nothing about NCCL.
-        self._p2p = (
-            measure_p2p(self.forward_backward.groups) if settings.device == "cpu"
-            else PointToPoint(latency_ns=analytic.p2p_latency_ns, bytes_per_second=analytic.p2p_bytes_per_second)
-        )
+        if warmed_by is not None:
+            self._p2p = warmed_by._p2p
+        elif settings.device == "cpu":
+            self._p2p = measure_p2p(self.forward_backward.groups)
+        else:  # What gloo takes on the host says nothing about NCCL.
+            self._p2p = PointToPoint(latency_ns=analytic.p2p_latency_ns, bytes_per_second=analytic.p2p_bytes_per_second)
         self._training_plan: Plan | None = None
         self._own_records: list[StageRecord] = []
         self._records: list[list[StageRecord]] | None = None
@@ -140,6 +141,12 @@ class DipSystem(System):
             return
         assert self._training_plan is not None
         self._measured.append(_samples(self._training_plan, records, self.partition))
+        spans = {record.stage: (record.start_ns, record.end_ns) for of_rank in records for record in of_rank}
+        excess = message_excess_ns(self._training_plan, spans)
+        if excess is not None and self.profile is not None:
+            # Half of it: the plan at hand may have been made before the last correction.
+            latency_ns = max(0.0, self._p2p.latency_ns + excess / 2)
+            self._p2p = PointToPoint(latency_ns=latency_ns, bytes_per_second=self._p2p.bytes_per_second)
         self.profile = fit_profile(
             [sample for iteration in self._measured for sample in iteration],
             {module.name: module.num_layers for module in self._model_spec.modules}, self._bytes, self._p2p,

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dip.cost.measured import PartBytes, StageSample, fit_profile
+from megatron_dip.cost.measured import PartBytes, StageSample, expected_time, fit_profile, message_excess_ns
 from megatron_dip.cost.profile import ProfileCost
+from megatron_dip.spec.plan import Dep, Plan, PlanStage
 from megatron_dip.spec.profile import PointToPoint, Profile
 
 TIMES = {"layer": 10.0, "first": 2.0, "last": 5.0}
@@ -76,10 +77,14 @@ def test_no_part_becomes_negative() -> None:
         assert all(min(point.forward_ns, point.backward_input_ns, point.backward_weight_ns) >= 0 for point in grid.points)
 
 
-def test_medians_ignore_a_stray_measurement() -> None:
+def test_a_stray_measurement_counts_as_twice_the_median_at_most() -> None:
     stray = samples([(2, True, True)], TIMES) * 5 + samples([(2, True, True)], {"layer": 999.0, "first": 0.0, "last": 0.0})
     forward, _ = predicted(fit_profile(stray, {"vit": 2}, SIZES, P2P), 2, True, True)
-    assert forward == pytest.approx(27_000)
+    assert forward == pytest.approx((5 * 27_000 + 54_000) / 6)
+
+
+def test_what_a_stage_takes_in_the_mean_is_expected() -> None:
+    assert expected_time([10, 10, 16]) == pytest.approx(12)
 
 
 def test_split_backward_keeps_its_parts() -> None:
@@ -106,3 +111,21 @@ def test_lengths_that_form_no_grid_still_make_a_profile(shapes: set[tuple[int, i
     costs = ProfileCost(fit_profile(measured, {"vit": 1}, SIZES, P2P))
     for instances, length in shapes:
         assert costs.part("vit", "layer", [length] * instances).forward_ns == pytest.approx(forward_ns(instances, instances * length), rel=0.01)
+
+
+def test_messages_that_ranks_wait_for_are_compared_with_their_plan() -> None:
+    """Rank 1 waits for rank 0's first forward (50 ns over the planned lag) and is still busy when the second one arrives."""
+    def forward(stage: int, rank: int, deps: list[Dep]) -> PlanStage:
+        return PlanStage(
+            id=stage, rank=rank, kind="fw", duration=100, mem_delta_start=0, mem_delta_end=0, deps=deps, module="lm", vp_stage=0, layers=(rank, 1),
+            microbatch=stage // 2, sub_microbatch=0, tokens=8, instances=1, strategy=["none"],
+        )
+
+    stages = [forward(0, 0, []), forward(1, 1, [Dep(0, 10)]), forward(2, 0, []), forward(3, 1, [Dep(2, 10)])]
+    plan = Plan(
+        format="megatron-dip/plan/1", ranks=2, memory_capacity=None, memory_initial=[0, 0], stages=stages, order=[[0, 2], [1, 3]], claimed_makespan=0,
+        lower_bound=0, bubble_fraction=0.0, peak_memory=[0, 0], planning_ns=0, evaluations=0, seed=0, chunks={}, sub_microbatch_size={},
+        actions=[[], []], inputs={}, local_inputs={}, outputs={},
+    )
+    assert message_excess_ns(plan, {0: (0, 100), 1: (160, 260), 2: (100, 200), 3: (260, 360)}) == 50
+    assert message_excess_ns(plan, {0: (0, 100), 1: (90, 190), 2: (100, 110), 3: (190, 290)}) == -20
