@@ -88,6 +88,7 @@ class DipSystem(System):
             plan_function=self._plan, quick_plan_function=self._quick_plan, device=device,
             backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
         )
+        self._p2p: PointToPoint
         if warmed_by is not None:
             self._p2p = warmed_by._p2p
         elif settings.device == "cpu":
