@@ -63,15 +63,16 @@ def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str) -> None
         else:
             axes.set_xticklabels([])
         top -= panel_height
-    kinds = [kind for kind in KIND_COLOUR if any(bar.kind == kind for timeline in drawn for bar in timeline.bars)]
+    shown = {(bar.module, bar.kind) for timeline in drawn for bar in timeline.bars}
     handles = [
         Patch(color=PALETTE[at % len(PALETTE)][KIND_COLOUR[kind]], label=f"{module} {KIND_LABEL[kind]}")
         for at, module in enumerate(modules)
-        for kind in kinds
+        for kind in KIND_COLOUR
+        if (module, kind) in shown
     ]
     handles.append(Patch(facecolor=IDLE, edgecolor="#bbbbbb", label="idle"))
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.06, 1 - 0.42 / height), ncol=len(handles), fontsize=9, frameon=False,
+        handles=handles, loc="upper left", bbox_to_anchor=(0.06, 1 - 0.42 / height), ncol=len(handles), fontsize=9 if len(handles) < 9 else 8, frameon=False,
         handlelength=1.2, columnspacing=1.2, borderaxespad=0,
     )
     try:
