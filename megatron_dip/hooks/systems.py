@@ -7,6 +7,7 @@ take turns on the same batches.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class StepFigures:
     """Forward and backward of all microbatches on this rank, gradients finalized."""
 
 
-class System:
+class System(ABC):
     """One schedule with its model; subclasses say how microbatches go through the pipeline."""
 
     def __init__(self, label: str, model: TrainingModel, example: Example, settings: RunSettings) -> None:
@@ -85,9 +86,9 @@ class System:
         self.microbatches_of_replica = settings.num_microbatches // settings.parallel.data
         self.start_data(0)
 
+    @abstractmethod
     def start_data(self, iteration: int) -> None:
         """Makes ``iteration`` the next one whose data are taken."""
-        raise NotImplementedError
 
     def _stream(self, iteration: int) -> Iterator[Any]:
         """This replica's microbatches from an iteration on, without end."""
@@ -96,17 +97,17 @@ class System:
             yield from self.example.dataset.microbatches(iteration, self.settings.num_microbatches)[replica::replicas]
             iteration += 1
 
+    @abstractmethod
     def run(self, step: Any, *, forward_only: bool, items: Sequence[Any] | None = None) -> list[dict[str, Any]]:
         """Runs forward (and backward) of an iteration's microbatches; returns the reports of the last pipeline rank.
 
         Args:
             items: what to run instead of the stream's next microbatches.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def timeline(self, title: str) -> Timeline | None:
         """The last training iteration as measured, on pipeline rank 0 of each replica (None elsewhere); all ranks must call it."""
-        raise NotImplementedError
 
     def train_step(self) -> StepFigures:
         """One training iteration, as Megatron's train_step: gradients cleared, all microbatches, optimizer, learning rate."""
@@ -123,7 +124,7 @@ class System:
         self.after_step()
         return StepFigures(loss=loss / max(tokens, 1.0), grad_norm=float(grad_norm or 0.0), pipeline_s=pipeline_s)
 
-    def after_step(self) -> None:
+    def after_step(self) -> None:  # noqa: B027  (a static schedule learns nothing)
         """What a schedule learns from the iteration that just ran."""
 
     def score(self) -> tuple[int, int]:
