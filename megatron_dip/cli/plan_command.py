@@ -24,7 +24,7 @@ from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.partition.offline import cheapest_work_ns, paper_partition
 from megatron_dip.planner.baselines import BASELINES, run_baseline
-from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.planner.iteration import MemoryChoice, PlanOptions, plan_iteration
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.schedule.grid import format_grid, plan_cells
 from megatron_dip.schedule.search import SearchMethod
@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="anneal ships; mcts, dfs and random are the paper's, fifo tries no orders (default anneal)")
     search.add_argument("--split-backward", action=argparse.BooleanOptionalAction, default=None,
                         help="plan the backward's input and weight parts apart (default: as the workload says)")
+    search.add_argument("--memory", choices=get_args(MemoryChoice), default="relaxation",
+                        help="how layers' memory strategies are chosen: relaxation, or exact, which solves the found orders' choice once more "
+                        "with HiGHS, up to 10 s a rank beyond the budget (default relaxation)")
     partition = parser.add_argument_group("partition")
     partition.add_argument("--partition", type=Path, metavar="FILE", help="a partition to use (format megatron-dip/partition/1)")
     partition.add_argument("--chunks", metavar="vit=2,lm=3", help="chunks a rank of these modules; the rest is chosen")
@@ -137,7 +140,9 @@ def _options(args: argparse.Namespace) -> PlanOptions:
     time_budget = args.time_budget
     if time_budget is None and args.evaluations is None:
         time_budget = 1.0
-    options = PlanOptions(time_budget_s=time_budget, evaluations=args.evaluations, threads=args.threads, seed=args.seed, search=args.search)
+    options = PlanOptions(
+        time_budget_s=time_budget, evaluations=args.evaluations, threads=args.threads, seed=args.seed, search=args.search, memory=args.memory,
+    )
     options.validate()
     return options
 

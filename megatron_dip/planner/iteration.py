@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
 from megatron_dip.schedule.bounds import problem_bound_ns
 from megatron_dip.schedule.checker import check_plan
+from megatron_dip.schedule.exact_memory import load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions, SearchResult, search
@@ -29,6 +31,8 @@ from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Dep, Plan, PlanStage
 from megatron_dip.spec.tasks import KIND_NAMES, WEIGHT
 from megatron_dip.spec.workload import Microbatch
+
+MemoryChoice = Literal["relaxation", "exact"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +52,19 @@ class PlanOptions:
     """Evaluation: forwards alone."""
     strategy: str | None = None
     """Memory strategy of every layer; None = chosen per layer."""
+    memory: MemoryChoice = "relaxation"
+    """``exact``: the found orders' memory strategies are chosen once more by HiGHS, up to 10 s a rank beyond the budget."""
 
     def validate(self) -> None:
-        """Raises InputError for budgets that never end or never begin."""
+        """Raises InputError for budgets that never end or never begin, and for a solver that is not installed."""
         if self.time_budget_s is not None and not 0 <= self.time_budget_s <= 3600:
             raise InputError("--time-budget", self.time_budget_s, "outside [0, 3600] seconds", "give a number of seconds")
         if self.evaluations is not None and not 1 <= self.evaluations <= 10**9:
             raise InputError("--evaluations", self.evaluations, "outside [1, 10^9]", "give the schedules to try")
         if not 1 <= self.threads <= 1024:
             raise InputError("--threads", self.threads, "outside [1, 1024]", "give at most the machine's cores")
+        if self.memory == "exact":
+            load_solver()
 
 
 def plan_iteration(
@@ -92,6 +100,8 @@ def plan_iteration(
     except DoesNotFit as error:
         assert capacity is not None
         raise _memory_error(error, capacity, initial) from error
+    if options.memory == "exact":
+        result = with_exact_memory(problem, limit, result)
     plan = _make_plan(problem, partition, result, capacity, initial, bound_ns, options.seed, began)
     check_plan(plan, microbatches)
     return plan

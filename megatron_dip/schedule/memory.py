@@ -6,7 +6,7 @@ live pairs fit at every instant. The sets of live pairs depend on the rank's ord
 times change. Source: DIP (arXiv 2504.14145), per-layer memory optimisation; its integer programme is solved here by Lagrangian
 relaxation: each instant at which memory can peak has a price per byte; prices move by subgradient steps (Polyak's length); at given
 prices each pair chooses alone. What the prices leave infeasible is repaired (best time per byte first), what they leave unused is
-given back (most time first). :func:`choose_exactly` solves the same programme with HiGHS, as an option and as a judge of the gap.
+given back (most time first). :mod:`megatron_dip.schedule.exact_memory` solves the same programme with HiGHS, as an option and as a judge of the gap.
 
 Memory rises only when a forward starts, so only the last start before something is given back can bind: those are the *points*. A split
 backward gives back floor(half) of its pair's bytes at the input part's end, the rest at the weight part's.
@@ -14,14 +14,13 @@ backward gives back floor(half) of its pair's bytes at the input part's end, the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dip.schedule.graph import StageProblem
-from megatron_dip.spec.errors import InputError
 
 ITERATIONS = 120
 """Subgradient steps; the gap to the exact optimum is then about 0.1 % (measured by tests and the benchmark)."""
@@ -334,60 +333,3 @@ def choose(
         if total < 0:
             return False
     return True
-
-
-def choose_exactly(
-    tables: MemoryTables, order: NDArray[np.int32], limit: int, choice: NDArray[np.int32], time_limit_s: float = 60.0, gap: float = 0.0
-) -> int:
-    """One rank's choice by integer programming (HiGHS), in place; returns the sum of times in ns.
-
-    Needs the optional dependency ``highspy``. Bytes of the half that a split backward leaves are rounded as the plan does.
-
-    Args:
-        gap: relative gap at which the solver may stop.
-
-    Raises:
-        InputError: highspy is not installed, or there is no feasible choice.
-    """
-    try:
-        import highspy
-    except ImportError as error:
-        raise InputError("--memory", "exact", "highspy is not installed", "pip install 'megatron-dip[solver]', or leave the choice to the relaxation") from error
-    problem = rank_problem(tables, order, limit)
-    solver = highspy.Highs()
-    solver.silent()
-    solver.setOptionValue("time_limit", time_limit_s)
-    solver.setOptionValue("mip_rel_gap", gap)
-    solver.setOptionValue("threads", 1)
-    columns: list[list[Any]] = []
-    rows: list[list[Any]] = [[] for _ in problem.room]
-    objective: list[Any] = []
-    # Megabytes and microseconds keep the solver's numbers near 1.
-    for index, pair in enumerate(problem.pair.tolist()):
-        kind = int(tables.pair_class[pair])
-        mine = []
-        for candidate in range(int(tables.num_candidates[kind])):
-            variable = solver.addBinary()
-            mine.append(variable)
-            held = int(tables.held_bytes[kind, candidate])
-            objective.append(float(tables.forward_ns[kind, candidate] + tables.backward_ns[kind, candidate]) * 1e-3 * variable)
-            for point in range(problem.first[index], problem.half[index]):
-                rows[point].append(held * 1e-6 * variable)
-            for point in range(problem.half[index], problem.last[index]):
-                rows[point].append((held - held // 2) * 1e-6 * variable)
-        columns.append(mine)
-        solver.addConstr(sum(mine[1:], mine[0]) == 1)
-    for room, row in zip(problem.room.tolist(), rows, strict=True):
-        if row:
-            solver.addConstr(sum(row[1:], row[0]) <= room * 1e-6)
-    solver.minimize(sum(objective[1:], objective[0]))
-    if solver.getModelStatus() not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
-        raise InputError("memory_capacity_bytes", limit, "no choice of memory strategies fits this order", "give more memory or another order")
-    total = 0
-    for pair, mine in zip(problem.pair.tolist(), columns, strict=True):
-        values = [solver.val(variable) for variable in mine]
-        picked = int(np.argmax(values))
-        choice[pair] = picked
-        kind = int(tables.pair_class[pair])
-        total += int(tables.forward_ns[kind, picked] + tables.backward_ns[kind, picked])
-    return total

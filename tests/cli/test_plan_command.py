@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,24 @@ def test_a_sample_chooses_the_partition(workload: Path, tmp_path: Path) -> None:
     assert plan(workload, "--sample", str(other.parent), str(workload), "--no-baselines") == 0
     other.unlink()
     assert plan(workload, "--sample", str(other.parent), "--no-baselines") == 2
+
+
+def test_the_memory_choice_may_be_exact(workload: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    change(workload, memory_capacity_bytes=300)
+    fixed = ("--chunks", "vit=1,lm=1", "--sub-microbatch", "vit=1,lm=1", "--no-baselines")
+    times = []
+    for memory in ("relaxation", "exact"):
+        assert plan(workload, "--memory", memory, *fixed) == 0
+        made = load_plan(workload.parent / "plan.json")
+        assert any("full" in stage.strategy for stage in made.stages)
+        assert max(made.peak_memory) <= 300
+        times.append(made.claimed_makespan)
+    assert times[1] <= times[0]
+    (workload.parent / "plan.json").unlink()
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    assert plan(workload, "--memory", "exact", *fixed) == 2
+    assert "highspy is not installed" in capsys.readouterr().err
+    assert not (workload.parent / "plan.json").exists()
 
 
 def test_the_papers_partitioner_is_there_too(workload: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -10,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dip.partition.online import split
+from megatron_dip.schedule.exact_memory import choose_exactly, load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem
 from megatron_dip.schedule.interleave import UNLIMITED, Policy, interleave, make_costs, make_kernel_graph, make_workspace
-from megatron_dip.schedule.memory import apply_choice, choose, choose_exactly, choose_kernel, make_tables
+from megatron_dip.schedule.memory import apply_choice, choose, choose_kernel, make_tables
+from megatron_dip.schedule.result import time_order
+from megatron_dip.schedule.search import SearchOptions, SearchResult, search
+from megatron_dip.spec.errors import InputError
 from tests import naive
 from tests.strategies import Case, cases, vlm_case
 
@@ -108,3 +113,34 @@ def test_gap_to_the_exact_choice_is_small(split_backward):
         assert bound <= exact * (1 + 1e-5)
         assert exact <= total * (1 + 1e-5)
         assert total <= 1.002 * exact
+
+
+@pytest.mark.parametrize("split_backward", [False, True])
+def test_the_exact_option_is_never_worse_and_fits(split_backward):
+    problem, orders = scheduled(vlm_case(num_microbatches=12, num_ranks=2), split_backward)
+    limit = np.array([peak * 3 // 4 for peak in naive.peak_memory(problem.fastest, [order.tolist() for order in orders])], dtype=np.int64)
+    found = search(problem, limit, SearchOptions(evaluations=30))
+    better = with_exact_memory(problem, limit, found)
+    assert better.schedule.makespan_ns <= found.schedule.makespan_ns
+    peaks = naive.peak_memory(better.schedule.graph, [order.tolist() for order in better.schedule.order])
+    assert all(peak <= most for peak, most in zip(peaks, limit.tolist(), strict=True))
+    assert better.schedule.graph.duration_ns.tolist() == problem.graph(better.choice).duration_ns.tolist()
+
+
+def test_the_exact_choice_improves_a_lean_schedule():
+    """Every pair at its leanest, though there is room: the exact choice takes it back."""
+    problem, orders = scheduled(vlm_case(num_microbatches=6, num_ranks=2), False)
+    schedule = time_order(problem.graph(problem.leanest()), orders)
+    lean = SearchResult(schedule=schedule, choice=problem.leanest(), evaluations=1)
+    limit = np.full(2, 10**6)
+    assert with_exact_memory(problem, limit, lean).choice.tolist() == [0] * problem.num_pairs
+    assert with_exact_memory(problem, np.full(2, UNLIMITED), lean) is lean
+
+
+def test_no_choice_and_no_solver_are_said(monkeypatch):
+    problem, orders = scheduled(vlm_case(num_microbatches=3, num_ranks=2), False)
+    with pytest.raises(InputError, match="no choice of memory strategies"):
+        choose_exactly(make_tables(problem), orders[0], 3, np.zeros(problem.num_pairs, dtype=np.int32))
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    with pytest.raises(InputError, match="highspy is not installed"):
+        load_solver()
