@@ -3,7 +3,7 @@
 In: the model, its partition, one replica's microbatches, costs, a budget. Out: a :class:`~megatron_dip.spec.plan.Plan`. Every plan
 that leaves here was lowered, dry-run on all ranks under rendezvous sends, and held against a checker that shares no code with the
 scheduler. Threads that plan beside training hold the interpreter's lock only for moments: graph, search, lowering and dry run are
-compiled without it.
+compiled without it, and the rest is Python in small steps (:mod:`megatron_dip.planner.courtesy`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.online import split
+from megatron_dip.planner.courtesy import no_collections
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
 from megatron_dip.schedule.bounds import problem_bound_ns
@@ -63,6 +65,8 @@ class PlanOptions:
             raise InputError("--evaluations", self.evaluations, "outside [1, 10^9]", "give the schedules to try")
         if not 1 <= self.threads <= 1024:
             raise InputError("--threads", self.threads, "outside [1, 1024]", "give at most the machine's cores")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError("--seed", self.seed, "outside [0, 2^32)", "give a whole number from 0")
         if self.memory == "exact":
             load_solver()
 
@@ -77,22 +81,23 @@ def plan_iteration(
     """
     options.validate()
     began = time.perf_counter_ns()
-    sub_microbatches = split(microbatches, model, partition, costs)
-    if not sub_microbatches:
-        raise InputError("microbatches", list(microbatches), "no microbatch has an instance", "give at least one instance")
-    problem = build_problem(
-        model, partition, sub_microbatches, costs, split_backward=options.split_backward, forward_only=options.forward_only,
-        only_strategy=options.strategy,
-    )
-    capacity = costs.memory_capacity_bytes()
-    initial = static_bytes(model, partition, costs)
-    limit = np.full(partition.num_ranks, UNLIMITED, dtype=np.int64)
-    if capacity is not None:
-        limit = np.array([capacity - held for held in initial], dtype=np.int64)
-    budget = options.time_budget_s
-    if budget is None and options.evaluations is None:
-        budget = 0.3
-    bound_ns = problem_bound_ns(problem, limit)
+    with no_collections():
+        sub_microbatches = split(microbatches, model, partition, costs)
+        if not sub_microbatches:
+            raise InputError("microbatches", list(microbatches), "no microbatch has an instance", "give at least one instance")
+        problem = build_problem(
+            model, partition, sub_microbatches, costs, split_backward=options.split_backward, forward_only=options.forward_only,
+            only_strategy=options.strategy,
+        )
+        capacity = costs.memory_capacity_bytes()
+        initial = static_bytes(model, partition, costs)
+        limit = np.full(partition.num_ranks, UNLIMITED, dtype=np.int64)
+        if capacity is not None:
+            limit = np.array([capacity - held for held in initial], dtype=np.int64)
+        budget = options.time_budget_s
+        if budget is None and options.evaluations is None:
+            budget = 0.3
+        bound_ns = problem_bound_ns(problem, limit)
     try:
         result = search(problem, limit, SearchOptions(
             method=options.search, time_budget_s=budget, evaluations=options.evaluations, threads=options.threads, seed=options.seed,
@@ -102,9 +107,10 @@ def plan_iteration(
         raise _memory_error(error, capacity, initial) from error
     if options.memory == "exact":
         result = with_exact_memory(problem, limit, result)
-    plan = _make_plan(problem, partition, result, capacity, initial, bound_ns, options.seed, began)
-    check_plan(plan, microbatches)
-    return plan
+    with no_collections():
+        plan = _make_plan(problem, partition, result, capacity, initial, bound_ns, options.seed)
+        check_plan(plan, microbatches)
+    return msgspec.structs.replace(plan, planning_ns=time.perf_counter_ns() - began)
 
 
 def _memory_error(error: DoesNotFit, capacity: int, initial: Sequence[int]) -> InputError:
@@ -120,8 +126,8 @@ def _memory_error(error: DoesNotFit, capacity: int, initial: Sequence[int]) -> I
 
 def _make_plan(
     problem: StageProblem, partition: Partition, result: SearchResult, capacity: int | None, initial: list[int], bound_ns: int, seed: int,
-    began: int,
 ) -> Plan:
+    """The plan but for ``planning_ns``."""
     schedule = result.schedule
     program = lower(schedule.graph, schedule.order)
     check_program(program)
@@ -137,7 +143,7 @@ def _make_plan(
         lower_bound=bound_ns,
         bubble_fraction=schedule.bubble_fraction,
         peak_memory=schedule.peak_memory(initial),
-        planning_ns=time.perf_counter_ns() - began,
+        planning_ns=0,
         evaluations=result.evaluations,
         seed=seed,
         chunks=partition.chunks,
@@ -160,6 +166,7 @@ def _plan_stages(problem: StageProblem, partition: Partition, result: SearchResu
     offset, dep_task, dep_lag = graph.dep_offset.tolist(), graph.dep_task.tolist(), graph.dep_lag_ns.tolist()
     sub_of_pair = problem.pair_sub_microbatch.tolist()
     strategies: dict[tuple[int, int], list[str]] = {}
+    layers: dict[tuple[str, int, int], tuple[int, int]] = {}
     stages = []
     for task in range(graph.num_tasks):
         pair = pairs[task]
@@ -167,11 +174,14 @@ def _plan_stages(problem: StageProblem, partition: Partition, result: SearchResu
         key = (int(problem.pair_class[pair]), choice[pair])
         if key not in strategies:
             strategies[key] = problem.strategies(pair, choice[pair])
+        place = (sub.module, vp_stage[task], rank[task])
+        if place not in layers:
+            layers[place] = partition.layer_range(*place)
         stages.append(PlanStage(
             id=task, rank=rank[task], kind=KIND_NAMES[kind[task]],  # type: ignore[arg-type]
             duration=duration[task], mem_delta_start=start[task], mem_delta_end=end[task],
-            deps=[Dep(dep_task[edge], dep_lag[edge]) for edge in range(offset[task], offset[task + 1])],
-            module=sub.module, vp_stage=vp_stage[task], layers=partition.layer_range(sub.module, vp_stage[task], rank[task]),
+            deps=tuple([Dep(dep_task[edge], dep_lag[edge]) for edge in range(offset[task], offset[task + 1])]),
+            module=sub.module, vp_stage=vp_stage[task], layers=layers[place],
             microbatch=sub.microbatch, sub_microbatch=sub.sub_microbatch, tokens=sum(sub.lengths), instances=len(sub.lengths),
             strategy=[] if kind[task] == WEIGHT else strategies[key],
         ))

@@ -81,21 +81,24 @@ class Program:
         bounds = self.action_offset.tolist()
         return [flat[first:last] for first, last in itertools.pairwise(bounds)]
 
-    def inputs(self) -> dict[int, list[int]]:
+    def inputs(self) -> dict[int, tuple[int, ...]]:
         """Stage -> tags it awaits (only stages that await some)."""
-        result: dict[int, list[int]] = {}
-        for consumer, tag in zip(self.consumer.tolist(), self.message_tag.tolist(), strict=True):
-            result.setdefault(consumer, []).append(tag)
-        return dict(sorted(result.items()))
+        return _grouped(self.consumer, self.message_tag)
 
-    def local_inputs(self) -> dict[int, list[int]]:
+    def local_inputs(self) -> dict[int, tuple[int, ...]]:
         """Stage -> stages of its own rank whose output it takes (only stages that take some)."""
-        result: dict[int, list[int]] = {}
-        for before, after, is_data in zip(self.local_before.tolist(), self.local_after.tolist(), self.local_is_data.tolist(), strict=True):
-            if is_data:
-                result.setdefault(after, []).append(before)
-        return dict(sorted(result.items()))
+        return _grouped(self.local_after[self.local_is_data], self.local_before[self.local_is_data])
 
     def outputs(self) -> dict[int, int]:
         """Tag -> stage that makes the message."""
-        return dict(sorted(zip(self.message_tag.tolist(), self.producer.tolist(), strict=True)))
+        by_tag = np.argsort(self.message_tag, kind="stable")
+        return dict(zip(self.message_tag[by_tag].tolist(), self.producer[by_tag].tolist(), strict=True))
+
+
+def _grouped(key: NDArray[np.integer], value: NDArray[np.integer]) -> dict[int, tuple[int, ...]]:
+    """Key -> its values in their order, keys rising."""
+    by_key = np.argsort(key, kind="stable")
+    keys, values = key[by_key], value[by_key].tolist()
+    first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))[: len(keys)])
+    bounds = [*first.tolist(), len(values)]
+    return {name: tuple(values[begin:end]) for name, (begin, end) in zip(keys[first].tolist(), itertools.pairwise(bounds), strict=True)}

@@ -11,8 +11,9 @@ whose output it takes; together they are the stage's data edges, one for each pr
 on its own forward, a W on its B) carry no tensor and stand in neither. ``outputs[tag]`` is the stage that makes the message. One
 message goes from one producer stage to one consumer stage.
 
-The small structs are not tracked by the garbage collector (``gc=False``; they cannot be in a cycle): a plan has tens of thousands of
-them, and the collections that they would set off hold the interpreter's lock for a tenth of a second beside training.
+The small structs are not tracked by the garbage collector (``gc=False``; they cannot be in a cycle), and what there is many of is a
+tuple, which the collector lets go of: a plan has tens of thousands of them, and the collections that they would set off hold the
+interpreter's lock for a tenth of a second beside training.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class PlanStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Bytes taken at the start (after the ends that fall on the same instant)."""
     mem_delta_end: int
     """Bytes taken at the end; negative = given back."""
-    deps: list[Dep]
+    deps: tuple[Dep, ...]
     module: str
     vp_stage: int
     """Chunk of the module on this rank, 0..K-1."""
@@ -93,6 +94,6 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     sub_microbatch_size: dict[str, int]
     """Module -> instances in a full sub-microbatch."""
     actions: list[list[Action]]
-    inputs: dict[int, list[int]]
-    local_inputs: dict[int, list[int]]
+    inputs: dict[int, tuple[int, ...]]
+    local_inputs: dict[int, tuple[int, ...]]
     outputs: dict[int, int]

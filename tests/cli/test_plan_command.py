@@ -135,6 +135,7 @@ BAD: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, ["--time-budget", "-1"], "--time-budget"),
     ({}, ["--evaluations", "0"], "--evaluations"),
     ({}, ["--threads", "0"], "--threads"),
+    ({}, ["--seed", "-1"], "--seed"),
     ({}, ["--chunks", "vit"], "--chunks"),
     ({}, ["--chunks", "audio=2"], "--chunks"),
     ({}, ["--chunks", "vit=1,vit=2"], "--chunks"),

@@ -96,7 +96,7 @@ def test_modules_must_be_a_vision_and_a_language_model() -> None:
 
 def stage(module: str, instances: int, tokens: int) -> PlanStage:
     return PlanStage(
-        id=0, rank=0, kind="fw", duration=1, mem_delta_start=0, mem_delta_end=0, deps=[], module=module, vp_stage=0, layers=(0, 1),
+        id=0, rank=0, kind="fw", duration=1, mem_delta_start=0, mem_delta_end=0, deps=(), module=module, vp_stage=0, layers=(0, 1),
         microbatch=0, sub_microbatch=0, tokens=tokens, instances=instances, strategy=["none"],
     )
 

@@ -28,7 +28,7 @@ def make_plan(
             duration=int(graph.duration_ns[task]),
             mem_delta_start=0,
             mem_delta_end=0,
-            deps=[Dep(int(graph.dep_task[e]), int(graph.dep_lag_ns[e])) for e in range(graph.dep_offset[task], graph.dep_offset[task + 1])],
+            deps=tuple([Dep(int(graph.dep_task[e]), int(graph.dep_lag_ns[e])) for e in range(graph.dep_offset[task], graph.dep_offset[task + 1])]),
             module=graph.module_names[graph.module[task]],
             vp_stage=int(graph.vp_stage[task]),
             layers=(int(graph.vp_stage[task]) * graph.num_ranks + int(graph.rank[task]), 1),

@@ -23,7 +23,7 @@ from megatron_dip.spec.timeline import Bar, Timeline, plan_timeline
 
 def stage(number: int, rank: int, kind: Any, duration: int, *deps: Dep, module: str = "lm") -> PlanStage:
     return PlanStage(
-        id=number, rank=rank, kind=kind, duration=duration, mem_delta_start=0, mem_delta_end=0, deps=list(deps), module=module, vp_stage=0,
+        id=number, rank=rank, kind=kind, duration=duration, mem_delta_start=0, mem_delta_end=0, deps=tuple(deps), module=module, vp_stage=0,
         layers=(0, 1), microbatch=0, sub_microbatch=0, tokens=1, instances=1, strategy=["none"],
     )
 
@@ -34,7 +34,7 @@ def two_rank_plan(order: list[list[int]] | None = None) -> Plan:
         format="megatron-dip/plan/1", ranks=2, memory_capacity=None, memory_initial=[0, 0],
         stages=[stage(0, 0, "fw", 10), stage(1, 1, "fw", 20, Dep(0, 5)), stage(2, 1, "bw", 40, Dep(1, 0)), stage(3, 0, "bw", 30, Dep(2, 5))],
         order=order or [[0, 3], [1, 2]], claimed_makespan=110, lower_bound=110, bubble_fraction=0.5, peak_memory=[0, 0], planning_ns=1,
-        evaluations=1, seed=0, chunks={"lm": [[1, 1]]}, sub_microbatch_size={"lm": 1}, actions=[[], []], inputs={1: [0], 3: [1]},
+        evaluations=1, seed=0, chunks={"lm": [[1, 1]]}, sub_microbatch_size={"lm": 1}, actions=[[], []], inputs={1: (0,), 3: (1,)},
         local_inputs={}, outputs={0: 0, 1: 2},
     )
 
