@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument("--data", type=int, default=1, metavar="D", help="replicas (default 1)")
     pipeline.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda; cpu is refused where CUDA is present")
     pipeline.add_argument("--partition", type=Path, metavar="FILE", help="dip: how the modules are cut (JSON); default: config.json's K, even layers")
-    pipeline.add_argument("--plan-time", type=float, default=0.02, metavar="S", help="dip: seconds of search for each plan (default 0.02)")
+    pipeline.add_argument("--plan-time", type=float, default=0.01, metavar="S", help="dip: seconds of search for each plan (default 0.01)")
+    pipeline.add_argument(
+        "--profile", metavar="FILE", help="dip: plan with these costs, from megatron-dip profile; default: measured while training"
+    )
     pipeline.add_argument("--split-backward", action="store_true", help="dip: plan weight gradients apart, to fill bubbles with them")
     pipeline.add_argument(
         "--stock-layout", choices=("scripts", "parameters"),
@@ -58,19 +61,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def make_settings(args: argparse.Namespace, config: ExampleConfig) -> RunSettings:
     """The command line and the example's config joined and checked."""
-    from megatron_dip.spec.codec import check_writable, load_partition
+    from megatron_dip.spec.codec import check_writable, load_partition, load_profile
     from megatron_dip.spec.training import RunSettings, SchedulePlan
-    from megatron_dip.spec.workload import Parallel
+    from megatron_dip.spec.workload import Parallel, check_measured
 
     interleaved = args.pipeline_schedule == "interleaved"
     if interleaved and args.stock_layout == "scripts":
         raise InputError("--stock-layout", "scripts", "Megatron's scripts cannot interleave a vision-language model", "use parameters")
     if args.threads < 1:
         raise InputError("--threads", args.threads, "must be at least 1", "give a positive whole number")
+    if args.profile is not None:
+        if args.pipeline_schedule != "dip":
+            raise InputError("--profile", args.profile, f"given for schedule {args.pipeline_schedule!r}, which is not planned", "leave one of them out")
+        check_measured(config.model.modules, load_profile(args.profile), "--profile")
     schedule = SchedulePlan(
         name=args.pipeline_schedule, layout=args.stock_layout or ("parameters" if interleaved else "scripts"),
         virtual=args.virtual_pipeline if interleaved else 1, partition=None if args.partition is None else load_partition(args.partition),
-        plan_s=args.plan_time, split_backward=args.split_backward,
+        plan_s=args.plan_time, profile=args.profile, split_backward=args.split_backward,
     )
     if args.record is not None:
         check_writable(args.record, "--record")

@@ -2,7 +2,7 @@
 
 The first iterations are planned from a rough analytic cost of the device. Every rank's stage times are gathered behind each of them and
 the profile fitted to these replaces the analytic cost; later iterations refresh it now and then. All ranks are busy while they are
-measured, which is what the plans are for.
+measured, which is what the plans are for. With a profile that was measured before (``SchedulePlan.profile``) every plan is made with it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.device import device_names
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.measured import PartBytes, StageSample, fit_profile, message_excess_ns
@@ -30,13 +31,13 @@ from megatron_dip.partition.offline import even_partition
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.runtime.groups import PipelineGroups
 from megatron_dip.runtime.timing import StageRecord, clock_offset, gather_records
-from megatron_dip.spec.codec import save
+from megatron_dip.spec.codec import load_profile, save
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Plan, PlanStage
 from megatron_dip.spec.profile import PointToPoint, Profile
 from megatron_dip.spec.timeline import Bar, Timeline, plan_timeline
 from megatron_dip.spec.training import RunSettings, SchedulePlan
-from megatron_dip.spec.workload import Microbatch, Training
+from megatron_dip.spec.workload import Microbatch, Training, check_measured
 
 PROFILED_FIRST = 8
 """Iterations at the start after each of which the profile is fitted anew."""
@@ -44,6 +45,8 @@ PROFILED_EVERY = 10
 """Later: iterations from one fit to the next."""
 SKIPPED = 1
 """Iterations at the very start that are not measured: allocators and caches warm up."""
+_LOOKED_THROUGH = 8
+"""Iterations whose batches are held against the range of a given profile."""
 KEPT_ITERATIONS = 24
 """Measured iterations that a fit looks back on."""
 
@@ -83,6 +86,10 @@ class DipSystem(System):
             assert warmed_by.partition == self.partition, "measured on another cut"
             self._costs, self.profile, self._iterations = warmed_by._costs, warmed_by.profile, warmed_by._iterations
             self._measured.extend(warmed_by._measured)
+        if schedule.profile is not None:
+            self.profile = load_profile(schedule.profile)
+            check_measured(spec, self.profile, "--profile")
+            self._costs = ProfileCost(self.profile, field="--profile")
         self.forward_backward = DipForwardBackward(
             staged_model=model.staged, chunks=model.chunks, partition=self.partition, metadata=model.staged.description.item_metadata,
             plan_function=self._plan, quick_plan_function=self._quick_plan, device=device,
@@ -135,13 +142,13 @@ class DipSystem(System):
 
     def after_step(self) -> None:
         measured = self._iterations - SKIPPED
-        if measured < 1 or (measured > PROFILED_FIRST and measured % PROFILED_EVERY):
+        if self._schedule.profile is not None or measured < 1 or (measured > PROFILED_FIRST and measured % PROFILED_EVERY):
             return
         records = self._gather()
         if records is None or not self.forward_backward.is_planner:
             return
         assert self._training_plan is not None
-        self._measured.append(_samples(self._training_plan, records, self.partition))
+        self._measured.append(stage_samples(self._training_plan, records, self.partition))
         spans = {record.stage: (record.start_ns, record.end_ns) for of_rank in records for record in of_rank}
         excess = message_excess_ns(self._training_plan, spans)
         if excess is not None and self.profile is not None:
@@ -153,8 +160,7 @@ class DipSystem(System):
             {module.name: module.num_layers for module in self._model_spec.modules}, self._bytes, self._p2p,
         )
         if all(module.name in self.profile.modules for module in self._model_spec.modules):
-            self._costs = ProfileCost(self.profile)
-            self.forward_backward.forget_plans()
+            self.use_profile(self.profile)
 
     def _gather(self) -> list[list[StageRecord]] | None:
         """The last training iteration's records; pipeline rank 0 of each replica gets them. All ranks must call it together."""
@@ -165,9 +171,26 @@ class DipSystem(System):
             self._is_gathered = True
         return self._records
 
+    def use_profile(self, profile: Profile) -> None:
+        """Plans with these costs from now on, until more is measured."""
+        self.profile, self._costs = profile, ProfileCost(profile)
+        self.forward_backward.forget_plans()
+
     def current_costs(self) -> CostModel:
         """What the next plan will be made with (of this rank: the planner rank's is the measured one)."""
         return self._costs
+
+    def warnings(self) -> list[str]:
+        """How far the first iterations' batches lie outside of what a given profile measured."""
+        if self._schedule.profile is None or self.profile is None:
+            return []
+        assert self.model.staged is not None
+        describe = self.model.staged.description.item_metadata
+        microbatches = [
+            describe(item)
+            for i in range(_LOOKED_THROUGH) for item in self.example.dataset.microbatches(i, self.settings.num_microbatches)
+        ]
+        return outside_profile(self.profile, microbatches, self.partition.sub_microbatch_size)
 
     def last_plan(self) -> Plan | None:
         return self._training_plan
@@ -208,7 +231,7 @@ def _bytes_per_token(costs: AnalyticCost, module: str) -> PartBytes:
     return PartBytes(activation=layer.activation_bytes / 64, boundary=layer.boundary_bytes / 64, output=last.boundary_bytes / 64)
 
 
-def _samples(plan: Plan, records: Sequence[Sequence[StageRecord]], partition: Partition) -> list[StageSample]:
+def stage_samples(plan: Plan, records: Sequence[Sequence[StageRecord]], partition: Partition) -> list[StageSample]:
     split = any(stage.kind == "w" for stage in plan.stages)
     samples = []
     for of_rank in records:

@@ -148,6 +148,10 @@ class System(ABC):
         self.scheduler.load_state_dict(extra["scheduler"])
         return iteration
 
+    def warnings(self) -> list[str]:
+        """What to know before training starts."""
+        return []
+
     def last_plan(self) -> Plan | None:
         """The plan of the last training iteration; None under Megatron's own schedules."""
         return None

@@ -57,6 +57,8 @@ def train(folder: Path, settings: RunSettings, log: Callable[[str], None]) -> No
     start_rank(settings)
     say = log if dist.get_rank() == 0 else lambda _: None
     system = build_system(settings.schedule, example, settings)
+    for sentence in system.warnings():
+        say(f"warning: {sentence}")
     _Run(system, settings, say).train()
 
 

@@ -133,8 +133,10 @@ class SchedulePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Chunks a rank under ``interleaved``."""
     partition: Partition | None = None
     """Of ``dip``; absent = even layers by the example's ``virtual_pipeline``."""
-    plan_s: float = 0.02
+    plan_s: float = 0.01
     """Seconds of search for each plan of ``dip``."""
+    profile: str | None = None
+    """File of measured costs that ``dip`` plans with; absent = measured while training."""
     split_backward: bool = False
     """Of ``dip``: weight gradients are stages of their own, which fill bubbles."""
 

@@ -107,17 +107,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
                     raise InputError(f"device.{field}", value, "not a positive number of a real device", "check the figure and its unit")
         if isinstance(self.profile, Profile):
             self.profile.validate()
-            for module in model.modules:
-                measured = self.profile.modules.get(module.name)
-                if measured is None:
-                    raise InputError(
-                        "profile.modules", sorted(self.profile.modules), f"module {module.name!r} is missing", "add its costs to the profile"
-                    )
-                if measured.num_layers != module.num_layers:
-                    raise InputError(
-                        f"profile.modules.{module.name}.num_layers", measured.num_layers, f"the model's module has {module.num_layers}",
-                        "give both the same number of layers",
-                    )
+            check_measured(model, self.profile)
         elif self.device is None:
             raise InputError("device", None, "missing, and there is no profile", 'name a device ("h800"), give its figures or give a profile')
         if not self.microbatches:
@@ -136,6 +126,19 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             if not any(microbatch.values()):
                 raise InputError(f"microbatches[{index}]", microbatch, "no module has an instance in it", "fill it or leave it out")
         check_consumers(model, self.microbatches)
+
+
+def check_measured(model: ModelSpec, profile: Profile, where: str = "profile") -> None:
+    """Raises InputError where a profile is not one of this model."""
+    for module in model.modules:
+        measured = profile.modules.get(module.name)
+        if measured is None:
+            raise InputError(f"{where}.modules", sorted(profile.modules), f"module {module.name!r} is missing", "add its costs to the profile")
+        if measured.num_layers != module.num_layers:
+            raise InputError(
+                f"{where}.modules.{module.name}.num_layers", measured.num_layers, f"the model's module has {module.num_layers}",
+                "give both the same number of layers",
+            )
 
 
 def check_consumers(model: ModelSpec, microbatches: Sequence[Microbatch]) -> None:

@@ -33,6 +33,8 @@ COMMAND = [sys.executable, "-m", "megatron_dip.cli.main", "train"]
         (["--pipeline-schedule", "interleaved", "--num-microbatches", "7"], "--num-microbatches = 7", "multiple"),
         (["--pipeline-schedule", "1f1b", "--overlap-grad-reduce"], "--overlap-grad-reduce = True", "without images"),
         (["--partition", "absent.json"], "absent.json", "cannot be read"),
+        (["--profile", "absent.json"], "absent.json", "cannot be read"),
+        (["--pipeline-schedule", "1f1b", "--profile", "absent.json"], "--profile = 'absent.json'", "not planned"),
         (["--record", "absent/record.json"], "--record", "directory does not exist"),
     ],
 )
