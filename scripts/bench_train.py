@@ -375,7 +375,7 @@ def _plain_loop(system: DipSystem, items: Sequence[Any]) -> float:
                     for vp_stage in range(system.partition.num_chunks(module)):
                         first, count = system.partition.layer_range(module, vp_stage, 0)
                         stage = PlanStage(
-                            id=0, rank=0, kind="fw", duration=0, mem_delta_start=0, mem_delta_end=0, deps=[], module=module, vp_stage=vp_stage,
+                            id=0, rank=0, kind="fw", duration=0, mem_delta_start=0, mem_delta_end=0, deps=(), module=module, vp_stage=vp_stage,
                             layers=(first, count), microbatch=index, sub_microbatch=part.sub_microbatch, tokens=sum(part.lengths),
                             instances=len(part.lengths), strategy=["none"] * count,
                         )
@@ -502,7 +502,7 @@ def _plan_of_schedule(schedule: Any) -> Plan:
             id=task, rank=int(graph.rank[task]), kind=KIND_NAMES[graph.kind[task]],  # type: ignore[arg-type]
             duration=int(graph.duration_ns[task]), mem_delta_start=0,
             mem_delta_end=0,
-            deps=[Dep(int(graph.dep_task[edge]), int(graph.dep_lag_ns[edge])) for edge in range(graph.dep_offset[task], graph.dep_offset[task + 1])],
+            deps=tuple([Dep(int(graph.dep_task[edge]), int(graph.dep_lag_ns[edge])) for edge in range(graph.dep_offset[task], graph.dep_offset[task + 1])]),
             module=graph.module_names[graph.module[task]], vp_stage=int(graph.vp_stage[task]), layers=(0, 1),
             microbatch=int(graph.microbatch[task]), sub_microbatch=int(graph.sub_microbatch[task]), tokens=1, instances=1, strategy=["none"],
         )

@@ -23,7 +23,8 @@ _was_enabled = False
 
 def switch_often() -> None:
     """Shortens the interpreter's switch interval to :data:`SWITCH_S`, for all threads of the process."""
-    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
+    if sys.getswitchinterval() > SWITCH_S:
+        sys.setswitchinterval(SWITCH_S)
 
 
 @contextlib.contextmanager
