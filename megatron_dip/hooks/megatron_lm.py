@@ -30,8 +30,10 @@ from megatron_dip.models.capture import CapturedCall
 from megatron_dip.models.description import ModelDescription, unwrap
 from megatron_dip.models.gpt import GptDescription
 from megatron_dip.models.layout import check_enough_layers, chunk_order
-from megatron_dip.models.llava import LANGUAGE, LlavaDescription
-from megatron_dip.models.provided import sketch_model
+from megatron_dip.models.llava import LlavaDescription
+from megatron_dip.models.mimo import MimoDescription
+from megatron_dip.models.parts import LANGUAGE
+from megatron_dip.models.provided import MimoModel, sketch_model
 from megatron_dip.models.staged import DescribedStagedModel
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
@@ -105,6 +107,8 @@ def build_chunks(
     description: ModelDescription
     if isinstance(sketch, LLaVAModel):
         description = LlavaDescription(sketch)
+    elif isinstance(sketch, MimoModel):
+        description = MimoDescription(sketch)
     else:
         assert isinstance(sketch, GPTModel)
         description = GptDescription(sketch, model_provider, arguments)

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.description import unwrap
 from megatron_dip.models.layout import ModuleCut
-from megatron_dip.models.llava import LANGUAGE, language_boundary, module_spec
+from megatron_dip.models.parts import LANGUAGE, boundary_dtype, language_boundary, language_spec
 from megatron_dip.models.provided import Sketch, bind_arguments, call_provider, cut_config, gpt_cut
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
@@ -49,10 +49,7 @@ class GptDescription:
 
     @property
     def model_spec(self) -> ModelSpec:
-        return ModelSpec(modules=[module_spec(
-            LANGUAGE, "lm", "backbone", self.config, trainable=True, causal=True, vocab_size=self._sketch.arguments["vocab_size"],
-            tied_embeddings=bool(self._sketch.arguments.get("share_embeddings_and_output_weights", False)),
-        )])
+        return ModelSpec(modules=[language_spec(self._sketch)])
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return bind_arguments(GPTModel.forward, args, kwargs)
@@ -82,8 +79,7 @@ class GptDescription:
             return call_provider(self._provider, **{**self._arguments, "config": config, "vp_stage": stage})
 
     def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
-        dtype = torch.float32 if self.config.fp32_residual_connection else self.config.params_dtype
-        return PayloadSpec(language_boundary(producer, self.config), dtype)
+        return PayloadSpec(language_boundary(producer, self.config), boundary_dtype(self.config))
 
     def run_chunk(
         self, chunk: torch.nn.Module, stage: PlanStage, batch: Mapping[str, Any], first_instance: int,

@@ -24,22 +24,28 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.description import unwrap
 from megatron_dip.models.layout import ModuleCut
-from megatron_dip.models.provided import Sketch, bind_arguments, cut_config
+from megatron_dip.models.parts import (
+    LANGUAGE,
+    VisionTower,
+    boundary_dtype,
+    build_language_chunk,
+    copy_attributes,
+    language_boundary,
+    language_spec,
+    module_spec,
+)
+from megatron_dip.models.provided import Sketch, bind_arguments
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
-from megatron_dip.spec.model import ModelSpec, ModuleSpec
+from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.workload import Microbatch
 
 VISION = "vit"
-LANGUAGE = "lm"
 
 _UNSUPPORTED_INPUTS = ("inference_context", "inference_params", "vision_packed_seq_params", "sound_clips", "imgs_sizes", "num_frames")
 """Arguments of LLaVAModel.forward (of some releases) that DIP cannot cut."""
-
-_STEM = ("conv1", "position_embeddings", "class_token", "embedder", "mask_token", "ln_pre")
-"""What stands before the layers, in the vision models."""
 
 
 class LlavaChunk(LLaVAModel):
@@ -55,10 +61,7 @@ class LlavaChunk(LLaVAModel):
         config: of the chunk's module, narrowed to its layers.
         """
         super(LLaVAModel, self).__init__(config=config)
-        own = vars(self)
-        for name, value in vars(sketch).items():
-            if name not in own:
-                setattr(self, name, value)
+        copy_attributes(sketch, self)
         self.vision_model = None
         self.vision_projection = None
         self.language_model = None
@@ -88,33 +91,6 @@ class LlavaChunk(LLaVAModel):
         return output if self.post_process else output[0]
 
 
-def vision_chunk_class(builder: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """The vision model's class, with a forward that starts from hidden states where the stem is elsewhere."""
-
-    class VisionChunk(builder):  # type: ignore[valid-type, misc]
-        has_stem = True
-
-        def keep(self, *, stem: bool, end: bool) -> None:
-            """Drops what stands before the layers, or behind them."""
-            self.has_stem = stem
-            if not stem:
-                for name in _STEM:
-                    if hasattr(self, name):
-                        delattr(self, name)
-            if not end:
-                self.ln_post = None
-
-        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if self.has_stem:
-                return super().forward(x, *args, **kwargs)
-            hidden = self.decoder(x.permute(1, 0, 2).contiguous(), attention_mask=None)
-            hidden = hidden.permute(1, 0, 2).contiguous()
-            return hidden if self.ln_post is None else self.ln_post(hidden)
-
-    VisionChunk.__name__ = VisionChunk.__qualname__ = f"{builder.__name__}Chunk"
-    return VisionChunk
-
-
 class LlavaDescription:
     """A script's LLaVAModel as :class:`megatron_dip.models.description.ModelDescription`."""
 
@@ -126,33 +102,19 @@ class LlavaDescription:
         assert isinstance(sketch.vision_projection, Sketch)
         assert isinstance(sketch.language_model, Sketch)
         self._sketch = sketch
-        self._vision: Sketch = sketch.vision_model
+        self._vision = VisionTower(sketch.vision_model)
         self._projection: Sketch = sketch.vision_projection
         self._language: Sketch = sketch.language_model
-        self._vision_class = vision_chunk_class(self._vision.builder)
-        self.vision_config: TransformerConfig = self._vision.arguments["transformer_config"]
         self.language_config: TransformerConfig = self._language.arguments["config"]
         if getattr(sketch, "_dynamic_resolution", False) or getattr(sketch, "dynamic_resolution", False):
             raise InputError("--dynamic-resolution", True, "tiles of different sizes cannot be divided yet", "leave it out")
 
     @property
     def model_spec(self) -> ModelSpec:
-        vision, language = self.vision_config, self.language_config
+        trainable = self._vision.trainable or self._projection.trainable
         return ModelSpec(modules=[
-            module_spec(VISION, "vit", "encoder", vision, trainable=self._vision.trainable or self._projection.trainable, causal=False),
-            module_spec(
-                LANGUAGE, "lm", "backbone", language, trainable=self._language.trainable, causal=True,
-                vocab_size=self._language.arguments["vocab_size"],
-                tied_embeddings=bool(self._language.arguments.get("share_embeddings_and_output_weights", False)),
-            ),
+            module_spec(VISION, "vit", "encoder", self._vision.config, trainable=trainable, causal=False), language_spec(self._language),
         ])
-
-    @property
-    def tile_length(self) -> int:
-        """s: tokens of a tile in the vision model."""
-        arguments = self._vision.arguments
-        patches = (arguments["img_h"] // arguments["patch_dim"]) * (arguments["img_w"] // arguments["patch_dim"])
-        return patches + (arguments["class_token_len"] if arguments.get("add_class_token", True) else 0)
 
     @property
     def embeddings_per_tile(self) -> int:
@@ -185,7 +147,7 @@ class LlavaDescription:
         length = min(merged, self._sketch._language_max_sequence_length)
         microbatch: Microbatch = {LANGUAGE: [length] * tokens.shape[0]}
         if count:
-            microbatch[VISION] = [self.tile_length] * count
+            microbatch[VISION] = [self._vision.length] * count
         return microbatch
 
     num_outputs = 2
@@ -206,27 +168,23 @@ class LlavaDescription:
         cut = ModuleCut.of_partition(partition, module)
         first, last, stage = (vp_stage, rank) == cut.first, (vp_stage, rank) == cut.last, cut.vp_stage(vp_stage)
         if module == LANGUAGE:
-            config = cut_config(self.language_config, cut)
-            chunk = LlavaChunk(self._sketch, config, stage)
+            language = build_language_chunk(self._language, cut, vp_stage, rank)
+            chunk = LlavaChunk(self._sketch, language.config, stage)  # type: ignore[arg-type]
             chunk.add_decoder, chunk.pre_process, chunk.post_process = True, first, last
-            chunk.language_model = self._language.build(config=config, pre_process=first, post_process=last, vp_stage=stage)
+            chunk.language_model = language
             return chunk
-        config = cut_config(self.vision_config, cut)
-        chunk = LlavaChunk(self._sketch, config, stage)
+        vision = self._vision.build_chunk(cut, vp_stage, rank)
+        chunk = LlavaChunk(self._sketch, vision.config, stage)  # type: ignore[arg-type]
         chunk.add_encoder, chunk._tile_tags = True, None
-        vision = self._vision_class(**{**self._vision.arguments, "transformer_config": config, "vp_stage": stage})
-        vision.requires_grad_(self._vision.trainable)
-        vision.keep(stem=first, end=last)  # type: ignore[operator]
         chunk.vision_model = vision
         if last:
             chunk.vision_projection = self._projection.build()
         return chunk
 
     def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
-        vision, language = self.vision_config, self.language_config
-        dtype = torch.float32 if language.fp32_residual_connection else language.params_dtype
+        language, dtype = self.language_config, boundary_dtype(self.language_config)
         if producer.module == VISION and consumer.module == VISION:
-            return PayloadSpec((producer.instances, self.tile_length, vision.hidden_size), dtype)
+            return PayloadSpec((producer.instances, self._vision.length, self._vision.config.hidden_size), dtype)
         if producer.module == VISION:
             return PayloadSpec((self.embeddings_per_tile, producer.instances, language.hidden_size), dtype)
         return PayloadSpec(language_boundary(producer, language), dtype)
@@ -241,7 +199,7 @@ class LlavaDescription:
             if own:
                 return model.run_vision(own[0])
             tiles = batch["images"][first_instance : first_instance + stage.instances]
-            return model.run_vision(tiles.to(self.vision_config.params_dtype))
+            return model.run_vision(tiles.to(self._vision.config.params_dtype))
         given = dict(batch)
         if given.get("num_image_tiles") is None:
             given["num_image_tiles"] = torch.ones(self.num_instances(batch)[VISION], dtype=torch.int, device=batch["input_ids"].device)
@@ -251,20 +209,3 @@ class LlavaDescription:
         embeddings = inputs.get(VISION, ())
         merged = torch.cat(list(embeddings), dim=1) if len(embeddings) > 1 else embeddings[0] if embeddings else None
         return model.run_language(merged, **given)
-
-
-def language_boundary(producer: PlanStage, config: TransformerConfig) -> tuple[int, int, int]:
-    """Hidden states between two chunks of a language model: [S (/ TP under sequence parallelism), b, h]."""
-    length = producer.tokens // producer.instances
-    if config.sequence_parallel:
-        length //= config.tensor_model_parallel_size
-    return (length, producer.instances, config.hidden_size)
-
-
-def module_spec(name: str, kind: Any, role: Any, config: TransformerConfig, *, causal: bool, trainable: bool, **others: Any) -> ModuleSpec:
-    """A module's spec from Megatron's config."""
-    return ModuleSpec(
-        name=name, kind=kind, role=role, num_layers=config.num_layers, hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size, num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups,
-        causal=causal, gated_mlp=bool(config.gated_linear_unit), trainable=trainable, **others,
-    )

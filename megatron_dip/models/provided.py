@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from types import ModuleType
@@ -19,10 +20,17 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.multimodal import llava_model
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.spec.errors import InputError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it says of itself, to whoever imports it, that it is experimental
+    from megatron.core.models.mimo import MimoModel
+    from megatron.core.models.mimo.model import base as mimo_model
+    from megatron.core.models.mimo.submodules import base as mimo_submodules
 
 _LLAVA_PARTS = ("GPTModel", "CLIPViTModel", "RADIOViTModel", "MultimodalProjector")
 _LLAVA_OTHERS = ("MambaModel", "HybridModel")
@@ -47,6 +55,19 @@ class Sketch(torch.nn.Module):
         module.requires_grad_(self.trainable)
         return module
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise _loads_too_early()
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise _loads_too_early()
+
+
+def _loads_too_early() -> InputError:
+    return InputError(
+        "model_provider", "a checkpoint of one part", "is loaded while the model is described, before its chunks exist",
+        "give a checkpoint of the whole model with --load",
+    )
+
 
 def bind_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by name, without ``self``; those that were not given are absent."""
@@ -56,7 +77,7 @@ def bind_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
 
 def sketch_model(provider: Callable[..., MegatronModule], **arguments: Any) -> MegatronModule:
-    """Runs a script's model provider and gives what it returns: a LLaVAModel whose parts are sketches, or a GPT model's sketch.
+    """Runs a script's model provider and gives what it returns: a LLaVAModel or MimoModel whose parts are sketches, or a GPT model's sketch.
 
     Args:
         arguments: what Megatron hands to providers; those that this provider does not take are left out.
@@ -64,11 +85,11 @@ def sketch_model(provider: Callable[..., MegatronModule], **arguments: Any) -> M
     Raises:
         InputError: for models that DIP cannot cut.
     """
-    with _sketching_llava(), _sketching_gpt():
+    with _sketching_llava(), _sketching_gpt(), _sketching_mimo():
         model = call_provider(provider, **arguments)
-    if not isinstance(model, LLaVAModel | GPTModel):
+    if not isinstance(model, LLaVAModel | GPTModel | MimoModel):
         raise InputError(
-            "model_provider", type(model).__name__, "DIP can cut LLaVAModel and GPTModel",
+            "model_provider", type(model).__name__, "DIP can cut LLaVAModel, MimoModel and GPTModel",
             "use --pipeline-schedule default for this model",
         )
     return model
@@ -127,6 +148,21 @@ def _sketching_gpt() -> Iterator[None]:
 
     original = GPTModel.__init__
     with _replaced(GPTModel, "__init__", sketch):
+        yield
+
+
+@contextlib.contextmanager
+def _sketching_mimo() -> Iterator[None]:
+    """MimoModel's constructor runs as it is and finds sketches where it would build encoders, projections and the language model."""
+
+    def build(spec: ModuleSpec | type, *args: Any, **kwargs: Any) -> Sketch:
+        if not isinstance(spec, ModuleSpec):
+            return Sketch(spec, kwargs)
+        builder = spec.module if isinstance(spec.module, type) else import_module(spec.module)
+        submodules = {} if spec.submodules is None else {"submodules": spec.submodules}
+        return Sketch(builder, {**(spec.params or {}), **submodules, **kwargs})
+
+    with _replaced(mimo_model, "build_module", build), _replaced(mimo_submodules, "build_module", build):
         yield
 
 

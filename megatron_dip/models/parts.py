@@ -1,0 +1,160 @@
+"""The parts that Megatron's multimodal models are made of, cut into chunks: vision models, and language models between two ranks.
+
+Letters: n images (tiles) in a sub-microbatch, s tokens of an image in the vision model, S tokens of a sequence, b sequences, h hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.models.vision.radio import RADIOViTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dip.models.layout import ModuleCut
+from megatron_dip.models.provided import Sketch, cut_config
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.model import ModuleSpec as Module
+from megatron_dip.spec.plan import PlanStage
+
+LANGUAGE = "lm"
+
+VISION_MODELS = (CLIPViTModel, RADIOViTModel)
+
+_STEM = ("conv1", "position_embeddings", "class_token", "embedder", "video_embedder", "mask_token", "ln_pre")
+"""What stands before the layers, in the vision models."""
+
+_VARYING = ("dynamic_resolution", "temporal_ckpt_compat", "separate_video_embedder")
+"""Arguments of vision models whose images differ in length."""
+
+
+def vision_chunk_class(builder: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The vision model's class, with a forward that starts from hidden states [n, s, h] where the stem is elsewhere."""
+
+    class VisionChunk(builder):  # type: ignore[valid-type, misc]
+        has_stem = True
+
+        def keep(self, *, stem: bool, end: bool) -> None:
+            """Drops what stands before the layers, or behind them."""
+            self.has_stem = stem
+            if not stem:
+                for name in _STEM:
+                    if hasattr(self, name):
+                        delattr(self, name)
+            if not end:
+                self.ln_post = None
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.has_stem:
+                return super().forward(x, *args, **kwargs)
+            hidden = self.decoder(x.permute(1, 0, 2).contiguous(), attention_mask=None)
+            hidden = hidden.permute(1, 0, 2).contiguous()
+            return hidden if self.ln_post is None else self.ln_post(hidden)
+
+    VisionChunk.__name__ = VisionChunk.__qualname__ = f"{builder.__name__}Chunk"
+    return VisionChunk
+
+
+class VisionTower:
+    """A script's vision model, to be cut."""
+
+    def __init__(self, sketch: Sketch) -> None:
+        """Raises InputError for vision models whose images differ in length."""
+        self._sketch = sketch
+        self._chunk_class = vision_chunk_class(sketch.builder)
+        defaults = {name: parameter.default for name, parameter in inspect.signature(sketch.builder.__init__).parameters.items()}
+        self._arguments = {**defaults, **sketch.arguments}
+        self.config: TransformerConfig = self._arguments["transformer_config"]
+        for name in _VARYING:
+            if self._arguments.get(name):
+                raise InputError(f"--{name.replace('_', '-')}", True, "images of different sizes cannot be divided yet", "leave it out")
+
+    @property
+    def trainable(self) -> bool:
+        return self._sketch.trainable
+
+    @property
+    def length(self) -> int:
+        """s."""
+        given = self._arguments
+        patches = (given["img_h"] // given["patch_dim"]) * (given["img_w"] // given["patch_dim"])
+        return int(patches + (given["class_token_len"] if given["add_class_token"] else 0))
+
+    def build_chunk(self, cut: ModuleCut, vp_stage: int, rank: int) -> torch.nn.Module:
+        """Frozen where the script froze it."""
+        changes = {"transformer_config": cut_config(self.config, cut), "vp_stage": cut.vp_stage(vp_stage)}
+        chunk = self._chunk_class(**{**self._sketch.arguments, **changes})
+        chunk.requires_grad_(self.trainable)
+        chunk.keep(stem=(vp_stage, rank) == cut.first, end=(vp_stage, rank) == cut.last)  # type: ignore[operator]
+        return chunk
+
+
+def build_language_chunk(sketch: Sketch, cut: ModuleCut, vp_stage: int, rank: int, **changes: Any) -> torch.nn.Module:
+    """A GPTModel with the cut's layers, embedding and head; frozen where the script froze it."""
+    arguments = {
+        "config": cut_config(sketch.arguments["config"], cut), "pre_process": (vp_stage, rank) == cut.first,
+        "post_process": (vp_stage, rank) == cut.last, "vp_stage": cut.vp_stage(vp_stage),
+        "transformer_layer_spec": cut_layer_spec(sketch.arguments["transformer_layer_spec"], cut, vp_stage, rank),
+    }
+    return sketch.build(**{**arguments, **changes})
+
+
+def cut_layer_spec(spec: Any, cut: ModuleCut, vp_stage: int, rank: int) -> Any:
+    """A spec for the layers of one chunk, from one for the whole module.
+
+    A spec of one layer stands for all of them; one that lists the layers (as for a mixture of experts) would be built as it is.
+    """
+    block = spec.submodules if isinstance(spec, ModuleSpec) else spec
+    if not isinstance(block, TransformerBlockSubmodules) or block.layer_specs is None:
+        return spec
+    before = sum(map(sum, cut.rows[:vp_stage])) + sum(cut.rows[vp_stage][:rank])
+    if len(block.layer_specs) != sum(map(sum, cut.rows)):
+        raise InputError(
+            "model_provider: transformer_layer_spec", len(block.layer_specs), f"lists other than the model's {sum(map(sum, cut.rows))} layers",
+            "give the spec of the whole model, whatever the pipeline rank",
+        )
+    own = replace(block, layer_specs=block.layer_specs[before : before + cut.rows[vp_stage][rank]])
+    return replace(spec, submodules=own) if isinstance(spec, ModuleSpec) else own
+
+
+def language_boundary(producer: PlanStage, config: TransformerConfig) -> tuple[int, int, int]:
+    """Hidden states between two chunks of a language model: [S (/ TP under sequence parallelism), b, h]."""
+    length = producer.tokens // producer.instances
+    if config.sequence_parallel:
+        length //= config.tensor_model_parallel_size
+    return (length, producer.instances, config.hidden_size)
+
+
+def boundary_dtype(config: TransformerConfig) -> torch.dtype:
+    """Of the hidden states between chunks."""
+    return torch.float32 if config.fp32_residual_connection else config.params_dtype
+
+
+def module_spec(name: str, kind: Any, role: Any, config: TransformerConfig, *, causal: bool, trainable: bool, **others: Any) -> Module:
+    """A module's spec from Megatron's config."""
+    return Module(
+        name=name, kind=kind, role=role, num_layers=config.num_layers, hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size, num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups,
+        causal=causal, gated_mlp=bool(config.gated_linear_unit), trainable=trainable, **others,
+    )
+
+
+def language_spec(sketch: Sketch) -> Module:
+    """Of a GPTModel that was sketched."""
+    return module_spec(
+        LANGUAGE, "lm", "backbone", sketch.arguments["config"], trainable=sketch.trainable, causal=True,
+        vocab_size=sketch.arguments["vocab_size"], tied_embeddings=bool(sketch.arguments.get("share_embeddings_and_output_weights", False)),
+    )
+
+
+def copy_attributes(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """What a model of Megatron's class was given and derived, for a chunk of it that is built without its constructor."""
+    own = vars(target)
+    for name, value in vars(source).items():
+        if name not in own:
+            setattr(target, name, value)
