@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from megatron_dip.planner.courtesy import switch_often
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.workload import Microbatch
 
@@ -30,7 +31,7 @@ LATE = "late"
 FAILED = "failed"
 KEPT_PLANS = 4
 MAX_WAITING = 8
-"""Batches handed in and not taken; beyond these the oldest is given up: its iteration will not come as it was foreseen."""
+"""Batches handed in and not taken, unless more are foreseen; beyond these the oldest is given up: its iteration will not come as foreseen."""
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,9 @@ class PlanService(Generic[P]):
         quick_function: makes a plan at once, on the caller's thread, when the other is late or fails; None: the plan function alone,
             waited for as long as it takes.
         num_threads: batches planned side by side; one suffices to plan one iteration ahead.
+        max_waiting: batches handed in and not taken before the oldest is given up.
+
+    Shortens the interpreter's switch interval, so that training gets its lock back soon from threads that plan.
 
     Every plan is taken once: a caller that runs an iteration again must keep its plan. Batches of equal metadata share a finished plan,
     but never a quick one.
@@ -79,7 +83,9 @@ class PlanService(Generic[P]):
         quick_function: Callable[[Sequence[Microbatch], bool], P] | None = None,
         *,
         num_threads: int = 1,
+        max_waiting: int = MAX_WAITING,
     ) -> None:
+        self._max_waiting = max_waiting
         self._plan_function = plan_function
         self._quick_function = quick_function
         self._lock = threading.Lock()
@@ -94,6 +100,7 @@ class PlanService(Generic[P]):
         self._logged: set[str] = set()
         self._taken = self._ahead = self._waited_ns = self._unseen = 0
         self._closed = False
+        switch_often()
         # Daemons: a plan under way must not keep a finished or failed training process alive.
         self._threads = [threading.Thread(target=self._work, name=f"dip-planner-{i}", daemon=True) for i in range(num_threads)]
         for thread in self._threads:
@@ -172,7 +179,7 @@ class PlanService(Generic[P]):
                 self._queue.put(request)
             else:
                 request.done.set()
-            if len(self._waiting) > MAX_WAITING:
+            if len(self._waiting) > self._max_waiting:
                 self._waiting.popitem(last=False)[1].is_given_up = True
         return request
 
