@@ -11,8 +11,9 @@ How the shipped search (``anneal``) goes:
    and can only find more.
 3. *Polish.* Every few rounds a chain's best order, if new, gets its own memory choice (:mod:`megatron_dip.schedule.memory`) and is
    timed with the durations that follow. The search's score is the makespan after that.
-4. *Refinement.* After each cycle a chain's best schedule is improved task by task (:mod:`megatron_dip.schedule.refine`) for a share
-   of the cycle's steps.
+4. *Refinement.* After each cycle a chain's best schedule is improved task by task (:mod:`megatron_dip.schedule.refine`): small problems
+   mostly so, large ones mostly by orders of priority.
+5. *Real times.* Under a limit the refined orders get their own memory choice, and the next cycle orders with the times that follow.
 
 The paper's methods (``mcts``, ``dfs``, ``random``; :mod:`megatron_dip.schedule.paper_search`) work on times of the leanest candidates
 and polish what they find; ``fifo`` is the portfolio's first row alone. Source: DIP (arXiv 2504.14145), schedule search.
@@ -53,7 +54,7 @@ from megatron_dip.schedule.memory import MemoryTables, apply_choice, choose, mak
 from megatron_dip.schedule.paper_search import METHODS as PAPER_METHODS
 from megatron_dip.schedule.paper_search import make_paper_state
 from megatron_dip.schedule.refine import RefineState, make_refine_state, refine_kernel
-from megatron_dip.schedule.result import Schedule, time_order
+from megatron_dip.schedule.result import Schedule, paths_ns, time_order
 
 SearchMethod = Literal["anneal", "mcts", "dfs", "random", "fifo"]
 
@@ -68,10 +69,15 @@ _FIRST_CYCLE = 256
 _POLISH_ROUNDS = 3
 _HOT, _COLD = 0.25, 0.01
 """First and last temperature of a cycle as shares of the gap between the chain's best and the bound."""
-_REFINE_SHARE = 4
-"""One step of refinement for so many steps of the cycle before it."""
-_REFINE_HOT = 0.3
-"""Its first temperature, as ``_HOT``."""
+_REFINE_STAGES = 1_000
+"""A problem of so many stages takes one step of refinement for each step of the cycle before it; a smaller one more, a larger one fewer."""
+_MOST_REFINEMENT, _LEAST_REFINEMENT = 8.0, 0.5
+_PROBES = 3
+"""Orders of the portfolio that are tried with every policy, level of saving and limit; the others only where these went best."""
+_BEST_PLACES = 3
+"""Pairs of level and limit that are tried with all orders."""
+_AHEAD = 3
+"""Light microbatches ahead of the heavy ones in one of the orders."""
 _LIMIT_SHARES = (1.0, 0.8, 0.64)
 """Limits on memory in flight, as shares of what the rank has."""
 
@@ -200,57 +206,93 @@ class _Searcher:
         starts: list[_Start] = []
         work = make_workspace(self.kernel)
         costs = make_costs(self.problem.fastest, self.kernel)
-        policies = [Policy(ALTERNATE), Policy(FORWARD_FIRST)]
-        if (self.problem.pair_weight >= 0).any():
-            policies += [Policy(ALTERNATE, weight_fit=0), Policy(FORWARD_FIRST, weight_fit=0)]
         annealing = self.options.method == "anneal"
-        if not annealing:
-            policies = policies[:1]
-        for level in levels:
+        orders = self.heuristic_orders() if annealing else [self.fifo()]
+
+        def interleaved(level: int, share: float, policies: Sequence[Policy], rows: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]) -> bool:
+            """False where the budget is spent."""
             choice = np.minimum(level, self.leanest).astype(np.int32)
             _set_choice(self.kernel, self.tables, costs, choice)
-            for share in _LIMIT_SHARES if self.bounded and annealing else (1.0,):
-                limit = _shared(self.limit, share)
-                if (costs.worst > limit).any():
-                    continue
-                for forward, backward in self.heuristic_orders():
-                    for policy in policies:
-                        if self.spent() and starts:
-                            return self.unlike(starts)
-                        value = int(interleave_kernel(self.kernel, costs, limit, forward, backward, policy.array(), NEVER, work))
-                        self.evaluations += 1
-                        starts.append(_Start(value, level, share, policy, forward, backward))
-                        if value < self.best_makespan:
-                            self.offer(work.orders(), choice)
+            limit = _shared(self.limit, share)
+            if (costs.worst > limit).any():
+                return True
+            for forward, backward in rows:
+                for policy in policies:
+                    if self.spent() and starts:
+                        return False
+                    value = int(interleave_kernel(self.kernel, costs, limit, forward, backward, policy.array(), NEVER, work))
+                    self.evaluations += 1
+                    starts.append(_Start(value, level, share, policy, forward, backward))
+                    if value < self.best_makespan:
+                        self.offer(work.orders(), choice)
+            return True
+
+        both = [Policy(ALTERNATE), Policy(FORWARD_FIRST)] if annealing else [Policy(ALTERNATE)]
+        eager = [Policy(ALTERNATE, weight_fit=0)] if annealing and (self.problem.pair_weight >= 0).any() else []
+        if not (self.bounded and annealing):
+            for level in levels:
+                if not (interleaved(level, 1.0, both, orders[:_PROBES]) and interleaved(level, 1.0, both[:1] + eager, orders[_PROBES:])):
+                    break
+            return self.unlike(starts)
+        # First what to save and how much to keep in flight, by a few orders; then all orders where that went best.
+        if all(interleaved(level, share, both + eager, orders[:_PROBES]) for level in levels for share in _LIMIT_SHARES):
+            places = dict.fromkeys((start.level, start.limit_share, start.policy) for start in sorted(starts, key=lambda start: start.makespan_ns))
+            for level, share, policy in list(places)[:_BEST_PLACES]:
+                if not interleaved(level, share, [policy], orders[_PROBES:]):
+                    break
         return self.unlike(starts)
 
     def heuristic_orders(self) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-        """Microbatches in the given order; heavy ones first; light ones first; light ones at both ends."""
-        forward, backward = self.fifo()
-        if self.options.method != "anneal":
-            return [(forward, backward)]
+        """Orders of forward and backward groups, the most promising first.
+
+        Microbatches by work: light ones at both ends, heavy ones first, light ones first, some light ones ahead of the heavy ones, light
+        and heavy ones in turns. Forwards of a microbatch together, or one module before the other; backwards always of the modules
+        nearest to the loss first: what is left of the encoders then fills the ranks while the pipeline drains.
+        """
         kernel, graph = self.kernel, self.problem.fastest
         work = np.zeros(len(kernel.unit_offset) - 1)
         np.add.at(work, np.repeat(kernel.segment_unit, kernel.num_ranks), graph.duration_ns)
-        forward_unit, backward_unit = kernel.group_unit[: kernel.num_forward_groups], kernel.group_unit[kernel.num_forward_groups :]
-        by_work = np.argsort(work, kind="stable")
-        both_ends = np.concatenate((by_work[::2], by_work[1::2][::-1]))
-        orders = [(forward, backward)]
-        for units in (by_work[::-1], by_work, both_ends):
+        light = np.argsort(work, kind="stable")
+        heavy, half = light[::-1], (len(light) + 1) // 2
+        ends = np.concatenate((light[::2], light[1::2][::-1]))
+        ahead = np.concatenate((light[:_AHEAD], light[_AHEAD:][::-1]))
+        turns = np.empty_like(light)
+        turns[::2], turns[1::2] = light[:half], light[half:][::-1]
+
+        # How far from the start of all a module's first stages lie, by chains alone.
+        head, _ = paths_ns(graph)
+        first = kernel.group_segment[kernel.group_offset[:-1]] * kernel.num_ranks
+        group_module = graph.module[first]
+        depth = np.zeros(len(graph.module_names), dtype=np.int64)
+        np.maximum.at(depth, graph.module[: kernel.num_forward * kernel.num_ranks], head[: kernel.num_forward * kernel.num_ranks])
+        group_depth = depth[group_module]
+        cut = kernel.num_forward_groups
+
+        def ordered(units: NDArray[np.int64], level: NDArray[np.int64], unit: NDArray[np.int32]) -> NDArray[np.int32]:
             place = np.empty(len(units), dtype=np.int64)
             place[units] = np.arange(len(units))
-            orders.append((
-                np.argsort(place[forward_unit], kind="stable").astype(np.int32),
-                np.argsort(place[backward_unit], kind="stable").astype(np.int32),
-            ))
-        return orders
+            return np.lexsort((place[unit], level)).astype(np.int32)
+
+        unit, by_depth = kernel.group_unit[:cut], group_depth[:cut]
+        together = np.zeros_like(by_depth)
+        forwards = [ordered(units, level, unit) for units, level in (
+            (ends, together), (heavy, by_depth), (light, together), (ends, by_depth), (ends, -by_depth), (heavy, together), (light, by_depth),
+            (ahead, together),
+        )]
+        backwards = [ordered(units, -group_depth[cut:], kernel.group_unit[cut:]) for units in (heavy, ends, ahead, turns)]
+        rows = sorted(((i, j) for i in range(len(forwards)) for j in range(len(backwards))), key=lambda row: (sum(row), row))
+        pairs = [(forwards[i], backwards[j]) for i, j in rows]
+        pairs.insert(_PROBES - 1, self.fifo())
+        return list({(forward.tobytes(), backward.tobytes()): (forward, backward) for forward, backward in pairs}.values())
 
     @staticmethod
     def unlike(starts: list[_Start]) -> list[_Start]:
-        """From best to worst, at most two of one level and share, so that chains do not all start at one place."""
+        """From best to worst, at most two of one level and share and one of a makespan, so that chains do not all start at one place."""
         taken: dict[tuple[int, float], int] = {}
-        result = []
+        result: list[_Start] = []
         for start in sorted(starts, key=lambda start: start.makespan_ns):
+            if result and start.makespan_ns == result[-1].makespan_ns:
+                continue
             key = (start.level, start.limit_share)
             taken[key] = taken.get(key, 0) + 1
             if taken[key] <= 2 or len(taken) == 1:
@@ -336,6 +378,8 @@ class _Chain:
         """Orders and memory choice behind ``score``."""
         self.refining: RefineState | None = None
         self.refine_length = self.refine_done = 0
+        self.refined: tuple[RefineState, int] | None = None
+        """The last refinement with the makespan that it reached."""
 
     @property
     def at_cycle_start(self) -> bool:
@@ -364,30 +408,36 @@ class _Chain:
         self.cycle_done += steps
         if self.cycle_done >= self.cycle_length:
             self.cycle_done, self.cycle_length = 0, 2 * self.cycle_length
-            if self.best is not None:
-                orders, choice = self.best
-                self.refining = make_refine_state(searcher.problem.graph(choice), orders)
-                self.refine_length, self.refine_done = self.cycle_length // (2 * _REFINE_SHARE), 0
+            self.begin_refinement(self.cycle_length // 2)
         self.rounds_unpolished += 1
         if state.makespan[1] < self.polished and (self.rounds_unpolished >= _POLISH_ROUNDS or self.steps <= _TRIAL_STEPS):
             self.polish()
+
+    def begin_refinement(self, cycle_length: int) -> None:
+        """Refines the best schedule next, from where the last refinement ended if nothing better has come since."""
+        if self.best is None:
+            return
+        orders, choice = self.best
+        if self.refined is None or self.refined[1] != self.score:
+            self.refined = (make_refine_state(self.searcher.problem.graph(choice), orders), self.score)
+        self.refining = self.refined[0]
+        share = min(_MOST_REFINEMENT, max(_LEAST_REFINEMENT, _REFINE_STAGES / self.searcher.problem.fastest.num_tasks))
+        self.refine_length, self.refine_done = max(1, int(share * cycle_length)), 0
 
     def refine(self, refining: RefineState, steps: int) -> None:
         """Takes some steps of refinement on the best schedule."""
         assert self.best is not None
         searcher = self.searcher
-        hot = max(1.0, _REFINE_HOT * (self.score - searcher.bound_ns))
-        fall = _COLD / _HOT
-        begin, end = self.refine_done / self.refine_length, min(1.0, (self.refine_done + steps) / self.refine_length)
-        value = int(refine_kernel(
-            refining, searcher.limit, self.state.random, steps, hot * fall**begin, hot * fall**end, searcher.bound_ns
-        ))
+        value = int(refine_kernel(refining, searcher.limit, self.state.random, steps, searcher.bound_ns))
         self.taken = steps
         if value < self.score:
             self._offer(list(refining.best_order.reshape(searcher.kernel.num_ranks, -1).copy()), self.best[1])
+            self.refined = (refining, self.score)
         self.refine_done += steps
         if self.refine_done >= self.refine_length:
             self.refining = None
+            if searcher.bounded:
+                self.choose_again()
 
     def polish(self) -> None:
         """Gives the best order its own memory choice and offers what comes out."""
@@ -404,6 +454,31 @@ class _Chain:
             choice = self.choice.copy()
             if choose(searcher.tables, orders, searcher.limit, choice):
                 self._offer(orders, choice)
+
+    def choose_again(self) -> None:
+        """Gives the best schedule's orders their own memory choice; the next cycle orders with the times that follow."""
+        assert self.best is not None
+        searcher = self.searcher
+        orders, choice = self.best
+        choice = choice.copy()
+        if choose(searcher.tables, orders, searcher.limit, choice):
+            self._offer(orders, choice)
+        self.take_times(self.best[1])
+
+    def take_times(self, choice: NDArray[np.int32]) -> None:
+        """Goes on with the durations and memory of a choice, unless a microbatch alone would then exceed the limit."""
+        searcher = self.searcher
+        if np.array_equal(choice, self.choice):
+            return
+        _set_choice(searcher.kernel, searcher.tables, self.costs, choice)
+        if (self.costs.worst > searcher.limit).any():
+            _set_choice(searcher.kernel, searcher.tables, self.costs, self.choice)
+            return
+        self.choice, self.limit = choice.copy(), searcher.limit
+        self.state.forward[:] = self.state.best_forward
+        self.state.backward[:] = self.state.best_backward
+        self.state.makespan[:] = NEVER
+        self.polished = int(NEVER)
 
     def _offer(self, orders: list[NDArray[np.int32]], choice: NDArray[np.int32]) -> None:
         schedule = time_order(self.searcher.problem.graph(choice), orders)
