@@ -9,7 +9,7 @@ they were split over the tensor-parallel ranks too; they are less than 0.1 % of 
 
 from __future__ import annotations
 
-from megatron_dip.cost.modules import STEM_INPUT, VIT_MERGE
+from megatron_dip.cost.modules import MODULATIONS, STEM_INPUT, TIMESTEP_INPUT, VIT_MERGE
 from megatron_dip.spec.model import ModuleSpec
 from megatron_dip.spec.workload import Training
 
@@ -24,10 +24,11 @@ def layer_parameters(module: ModuleSpec) -> int:
 
 
 def first_parameters(module: ModuleSpec) -> int:
-    """Parameters of the embedding or stem."""
+    """Parameters of the embedding or stem, and of a DiT's timestep embedding."""
     if module.kind == "lm":
         return (module.vocab_size or 0) * module.hidden_size
-    return STEM_INPUT[module.kind] * module.hidden_size
+    timestep = (TIMESTEP_INPUT + (1 + MODULATIONS) * module.hidden_size) * module.hidden_size if module.kind == "dit" else 0
+    return timestep + STEM_INPUT[module.kind] * module.hidden_size
 
 
 def last_parameters(module: ModuleSpec, consumer: ModuleSpec | None) -> int:

@@ -13,7 +13,8 @@ queries, keys, values, attention output; without fused attention also scores, ma
 
 ``selective`` recompute is Megatron's: the core attention runs again. Fused attention keeps no scores, so there only its softmax
 statistics would be saved. Assumptions on what the papers leave open: a ViT's projector joins 4 x 4 patches and is a two-layer MLP to the width
-of its consumer; a DiT shares one modulation among its layers (adaLN-single); stems are not sharded.
+of its consumer; a DiT's timestep is embedded and projected once for all layers (adaLN-single), each of which scales and shifts its two
+norms' outputs and gates its two blocks, in one pass over memory each; stems and timestep embedding are not sharded.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from megatron_dip.cost.interface import Part
 from megatron_dip.cost.operators import GraphBuilder, Lane, Operator, OperatorGraph
 from megatron_dip.spec.model import ModuleSpec
 
+TIMESTEP_INPUT = 256
+"""Frequencies that a DiT's timestep embedding takes."""
+MODULATIONS = 6
+"""Vectors of the hidden size that a timestep gives a DiT's layers: scale, shift and gate of two blocks."""
 VIT_MERGE = 16
 """Patches that become one token of the language model (spatial merge 4 in each direction)."""
 STEM_INPUT = {"vit": 3 * 14 * 14, "dit": 16 * 2 * 2, "audio": 3 * 128}
@@ -90,6 +95,8 @@ def build_part(
                 return None
             builder.embedding(module.vocab_size)
         else:
+            if module.kind == "dit":
+                builder.timestep()
             builder.stem(STEM_INPUT[module.kind])
     elif consumer is not None:
         boundary = builder.connector(consumer.hidden_size, VIT_MERGE if module.kind == "vit" and consumer.kind == "lm" else 1)
@@ -134,6 +141,7 @@ class _PartBuilder:
         query = self.hidden / self.tensor
         key_value = 2.0 * kv_heads * head
         self.norm("attention_norm")
+        self.modulate("attention_modulate")
         self.column_linear("qkv", self.hidden, query + key_value)
         if self.module.kind == "lm":
             self.elementwise("rope", 2.0 * self.tokens * (query + key_value / 2.0) * self.width)
@@ -142,6 +150,7 @@ class _PartBuilder:
         self.core_attention("attention", work, self.tokens * query * self.width, causal=causal,
                             exchanged_bytes=self.tokens * self.sharding.context * key_value * self.width)
         self.row_linear("proj", query, self.hidden)
+        self.gate("attention_gate")
         self.residual("attention_residual")
 
     def cross_attention_block(self, context: float) -> None:
@@ -161,10 +170,12 @@ class _PartBuilder:
         inner = self.module.ffn_hidden_size / self.tensor
         wide = inner * (2 if self.module.has_gated_mlp else 1)
         self.norm("mlp_norm")
+        self.modulate("mlp_modulate")
         self.column_linear("fc1", self.hidden, wide)
         self.forward.save(self.x)
         self.activation_function("act", self.tokens * wide * self.width, self.tokens * inner * self.width)
         self.row_linear("fc2", inner, self.hidden)
+        self.gate("mlp_gate")
         self.residual("mlp_residual")
 
     def embedding(self, vocabulary: int) -> None:
@@ -182,6 +193,19 @@ class _PartBuilder:
         self._steps.append(back)
         self.x = out
         self._exit_collective("embedding")
+
+    def timestep(self) -> None:
+        """A DiT's timestep of each instance: embedding of two products, and the projection to all layers' modulation."""
+        rows = float(self.num_instances)
+        self.x = self.forward.tensor("frequencies", rows * TIMESTEP_INPUT * self.width, saved=True)
+        inner = TIMESTEP_INPUT
+        for label, columns in (("time_fc1", self.hidden), ("time_fc2", self.hidden), ("time_projection", MODULATIONS * self.hidden)):
+            size = rows * columns * self.width
+            self._product(label, self.x, rows, inner, columns, size, input_gradient=inner != TIMESTEP_INPUT)
+            if label != "time_projection":
+                self.forward.save(self.x)
+                self.activation_function(f"{label}_act", size, size)
+            inner = columns
 
     def stem(self, numbers: int) -> None:
         self.x = self.forward.tensor("pixels", self.tokens * numbers * self.width, saved=True)
@@ -241,6 +265,18 @@ class _PartBuilder:
         self.forward.save(self.x)
         self._unary(label, 2.0 * self.stream_bytes, 4.0 * self.stream_bytes, self.stream_bytes)
         self.forward.save(self.x)
+
+    def modulate(self, label: str) -> None:
+        """A DiT's scale and shift of a norm's output, which the scale's gradient needs again."""
+        if self.module.kind == "dit":
+            self._unary(label, 2.0 * self.stream_bytes, 3.0 * self.stream_bytes, self.stream_bytes)
+            self.forward.save(self.x)
+
+    def gate(self, label: str) -> None:
+        """A DiT's gate on a block's output, which the gate's gradient needs again."""
+        if self.module.kind == "dit":
+            self.forward.save(self.x)
+            self._unary(label, 2.0 * self.stream_bytes, 3.0 * self.stream_bytes, self.stream_bytes)
 
     def activation_function(self, label: str, bytes_in: float, bytes_out: float) -> None:
         self._unary(label, bytes_in + bytes_out, 2.0 * bytes_in + bytes_out, bytes_out)

@@ -124,6 +124,25 @@ def test_a_dit_layer_is_costed_with_and_without_fused_attention() -> None:
     assert unfused.cost.activation_bytes - fused.cost.activation_bytes == pytest.approx(2 * heads * 2048 * (2048 + 128), rel=0.02)
 
 
+def test_a_dit_is_modulated_by_its_timestep() -> None:
+    model, parallel, clips = named_model("t2v-s"), Parallel(tensor=4, pipeline=4), [1024, 2048]
+    found = AnalyticCost(model, parallel, Training(), "h800")
+    hidden, tokens = model.module("dit").hidden_size, sum(clips)
+    layer, first = found.graphs("dit", "layer", clips), found.graphs("dit", "first", clips)
+    assert layer is not None
+    assert first is not None
+    names = [operator.name for operator in layer.forward.operators]
+    for before, after in (("attention_norm", "attention_modulate"), ("proj", "attention_gate"), ("mlp_norm", "mlp_modulate"), ("fc2", "mlp_gate")):
+        assert names.index(f"dit.{before}") < names.index(f"dit.{after}")
+    saved = {name: tensor.bytes for name, tensor in layer.forward.tensors.items() if tensor.saved}
+    # Scale, shift and gate need what they multiply in the backward: a shard of the stream in bf16 each.
+    assert saved["attention_norm"] == saved["attention_modulate"] == saved["mlp_norm"] == saved["mlp_modulate"] == tokens * hidden * 2 / 4
+    assert not any("modulate" in operator.name for operator in found.graphs("lm", "layer", [128]).forward.operators)  # type: ignore[union-attr]
+    # One timestep a clip: an embedding of two products and one to six vectors.
+    flops = sum(operator.flops for operator in first.forward.operators if operator.name.startswith("dit.time"))
+    assert flops == 2 * len(clips) * hidden * (256 + 7 * hidden)
+
+
 @pytest.mark.parametrize(("setup", "module", "billions"), [
     ("vlm-s", "lm", 8.0), ("vlm-m", "lm", 32.5), ("vlm-l", "lm", 72.7), ("vlm-l", "vit", 22.6), ("vlm-xl-8k", "lm", 175), ("t2v-s", "dit", 4.9),
     ("t2v-l", "dit", 29.0),
