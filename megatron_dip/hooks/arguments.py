@@ -17,6 +17,8 @@ from megatron_dip.spec.errors import InputError
 
 _GIB = 1 << 30
 
+MAX_LOOK_AHEAD = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DipOptions:
@@ -37,8 +39,8 @@ class DipOptions:
     """Search time for one iteration's plan."""
     evaluations: int | None
     """Schedules to try for each plan instead of a time; equal seeds then give equal plans."""
-    look_ahead: bool
-    """Whether the next iteration's batch is read and planned while this one trains."""
+    look_ahead: int
+    """How many of the next iterations' batches are read and planned while this one trains; 0: each is planned when it is there."""
     memory_limit_bytes: int | None
     split_backward: bool
     trace_dir: Path | None
@@ -66,8 +68,9 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="Search time for one iteration's plan.")
     group.add_argument("--dip-evaluations", type=int, default=None, metavar="N",
                        help="Schedules tried for a plan instead of a time: equal seeds then give equal plans.")
-    group.add_argument("--dip-look-ahead", type=int, default=1, choices=(0, 1),
-                       help="1: read the next iteration's batch and plan it while this one trains. 0: plan when the batch is there.")
+    group.add_argument("--dip-look-ahead", type=int, default=1, metavar="N",
+                       help="Read the batches of the next N iterations and plan them while this one trains. 0: plan when the batch is there. "
+                       "More than 1 where planning takes longer than training: as many plans are then made side by side.")
     group.add_argument("--dip-memory-limit", type=float, default=None, metavar="GIB",
                        help="Memory that plans may use on a rank. Default: the device's memory; none under --dip-profile.")
     group.add_argument("--dip-split-backward", action="store_true",
@@ -180,6 +183,10 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
     _at_least("--dip-planner-threads", threads, 1)
     _at_least("--dip-log-interval", args.dip_log_interval, 0)
     _at_least("--dip-seed", args.dip_seed, 0)
+    if not 0 <= args.dip_look_ahead <= MAX_LOOK_AHEAD:
+        raise InputError(
+            "--dip-look-ahead", args.dip_look_ahead, f"outside [0, {MAX_LOOK_AHEAD}]: every batch that is read ahead stays in memory", "give 1 or 2"
+        )
     if not 0 < args.dip_time_budget <= 3600:
         raise InputError("--dip-time-budget", args.dip_time_budget, "outside (0, 3600]", "give seconds such as 1.0")
     if args.dip_evaluations is not None:
@@ -195,7 +202,7 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         planner_threads=threads,
         time_budget_s=args.dip_time_budget,
         evaluations=args.dip_evaluations,
-        look_ahead=bool(args.dip_look_ahead),
+        look_ahead=args.dip_look_ahead,
         memory_limit_bytes=None if args.dip_memory_limit is None else int(args.dip_memory_limit * _GIB),
         split_backward=args.dip_split_backward,
         trace_dir=args.dip_trace_dir,

@@ -6,7 +6,7 @@ One call is one iteration of one replica:
 2. the planner rank (first pipeline, tensor and context rank of the replica) takes the batch's plan from its background service and
    broadcasts it; every rank then compares plan, batch, cut and health with every other, and replicas tell each other whether they
    can go on, so that a difference or a bad batch is one clear error on all ranks and not a hang;
-3. the planner rank hands the next batch's metadata to the service, which plans while this iteration runs;
+3. the planner rank hands the next batches' metadata to the service, which plans while this iteration runs;
 4. the executor runs the rank's actions; gradients are reduced in one canonical order of chunks (replicas run different plans);
 5. ``finalize_model_grads_func`` as ever.
 
@@ -20,24 +20,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import pickle
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, rerun_state_machine
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_push
 
 from megatron_dip.hooks.iterators import find_lookahead
 from megatron_dip.models.capture import CapturedCall, capture
 from megatron_dip.models.deferral import LinearWeightDeferral
 from megatron_dip.planner.message import PackedPlan, pack_plan, plan_digest, unpack_plan
-from megatron_dip.planner.service import PlanCounts, PlanService
+from megatron_dip.planner.service import MAX_WAITING, PlanCounts, PlanService
 from megatron_dip.runtime.compute import AutogradCompute
 from megatron_dip.runtime.executor import Executor, PlanLinks
 from megatron_dip.runtime.groups import PipelineGroups, new_process_groups
@@ -60,6 +61,9 @@ _REFUSED = {
 
 PlanFunction = Callable[[Sequence[Microbatch], bool], Plan]
 """(microbatches of this replica, forward only) -> plan"""
+
+UpcomingFunction = Callable[[int], Sequence[int]]
+"""(iterations) -> number of microbatches in each of the next training iterations; fewer numbers where training ends before"""
 
 _PLAN, _ERROR = 0, 1
 _FAILED, _MISFIT = 1, 2
@@ -86,6 +90,8 @@ class DipForwardBackward:
         timeout_s: after this long without a sign of another rank this one gives up with an error.
         plan_deadline_s: how long an iteration may wait for its plan.
         planner_threads: batches planned side by side.
+        look_ahead: how many of the next iterations' batches are planned while one runs, where the data iterator can look ahead.
+        upcoming: tells how many microbatches these iterations have; None: as many as the one that runs.
         num_outputs: how many values the model returns to forward_step; None = one tensor.
 
     Making it is collective over all ranks of the job (process groups).
@@ -106,6 +112,8 @@ class DipForwardBackward:
         timeout_s: float = 600.0,
         plan_deadline_s: float = 1.0,
         planner_threads: int = 1,
+        look_ahead: int = 1,
+        upcoming: UpcomingFunction | None = None,
         num_outputs: int | None = None,
     ) -> None:
         assert len(chunks) == len(staged_model.chunk_keys), (len(chunks), staged_model.chunk_keys)
@@ -116,6 +124,8 @@ class DipForwardBackward:
         self._num_outputs = num_outputs
         self._device = device
         self._plan_deadline_s = plan_deadline_s
+        self._look_ahead = look_ahead
+        self._upcoming = upcoming
         self.groups: PipelineGroups = new_process_groups(
             dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()),
             parallel_state.get_data_parallel_rank(),
@@ -133,7 +143,10 @@ class DipForwardBackward:
         if self.is_planner:
             pack = pack_plan if len(self.groups.control_ranks) > 1 else _unpacked
             quick = None if quick_plan_function is None else _then(pack, quick_plan_function)
-            self._service = PlanService(_then(pack, plan_function), quick, num_threads=planner_threads)
+            # Training and evaluation foresee batches in turn, and one must not drive out what the other will take.
+            self._service = PlanService(
+                _then(pack, plan_function), quick, num_threads=planner_threads, max_waiting=max(MAX_WAITING, 3 * look_ahead)
+            )
         self._last_taken: tuple[list[Microbatch], bool, PackedPlan] | None = None
         """The last iteration's batch, whether it was forward only, and its plan, for a replay."""
         p2p = PointToPoint(self.groups, device) if self.groups.num_ranks > 1 else None
@@ -181,7 +194,8 @@ class DipForwardBackward:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
         iterator = data_iterator[0] if isinstance(data_iterator, Sequence) else data_iterator
-        calls, plan = self._prepare(forward_step_func, iterator, num_microbatches, forward_only)
+        with _nvtx_range("dip prepare"):
+            calls, plan = self._prepare(forward_step_func, iterator, num_microbatches, forward_only)
         if pg_collection is None:
             pg_collection = _default_pg_collection()
         loss = _Loss(calls, config, num_microbatches, forward_only, collect_non_loss_data, pg_collection.cp.size(), self._device)
@@ -207,10 +221,11 @@ class DipForwardBackward:
             self._staged_model.end_iteration()
 
         if config.finalize_model_grads_func is not None and not forward_only:
-            config.finalize_model_grads_func(
-                chunks, loss.num_tokens if config.calculate_per_token_loss else None, pg_collection=pg_collection,
-                force_all_reduce=force_all_reduce,
-            )
+            with _nvtx_range("dip finalize"):
+                config.finalize_model_grads_func(
+                    chunks, loss.num_tokens if config.calculate_per_token_loss else None, pg_collection=pg_collection,
+                    force_all_reduce=force_all_reduce,
+                )
         if config.timers is not None:
             config.timers("forward-backward").stop()
         return loss.reports()
@@ -275,7 +290,7 @@ class DipForwardBackward:
             raise
         assert plan is not None
         self.plan = plan
-        if self._service is not None:
+        if self._service is not None and not is_replay:
             self._plan_next(iterator, num_microbatches, forward_only)
         return calls, plan
 
@@ -409,17 +424,25 @@ class DipForwardBackward:
         return None
 
     def _plan_next(self, iterator: Iterator[Any] | None, num_microbatches: int, forward_only: bool) -> None:
+        """Hands the batches of the next iterations to the service."""
         assert self._service is not None
         lookahead = find_lookahead(iterator)
-        items = [] if lookahead is None else lookahead.peek(num_microbatches)
-        if len(items) < num_microbatches:
+        if lookahead is None or self._look_ahead == 0:
             return
+        known = [num_microbatches] * self._look_ahead if forward_only or self._upcoming is None else self._upcoming(self._look_ahead)
+        for index, batch in enumerate(lookahead.look_ahead(known, self._describe)):
+            # An item that cannot be read ends the run when its iteration comes, on all ranks.
+            error = next((said for said in batch if isinstance(said, Exception)), None)
+            if error is None:
+                self._service.submit(batch, forward_only=forward_only)
+            elif index == 0:
+                self._service.count_unseen(lookahead.peek(1)[0], error)
+
+    def _describe(self, item: Any) -> Microbatch | Exception:
         try:
-            microbatches = [self._metadata(item) for item in items]
-        except Exception as error:  # a bad item ends the run when its iteration comes, on all ranks
-            self._service.count_unseen(items[0], error)
-        else:
-            self._service.submit(microbatches, forward_only=forward_only)
+            return self._metadata(item)
+        except Exception as error:
+            return error
 
     def _lost(self, failure: RuntimeError) -> PeerError:
         return PeerError(
@@ -510,7 +533,8 @@ class _Loss:
             self._reports[stage.microbatch] = loss_function(output, non_loss_data=True)
             return None
         else:
-            returned = loss_function(output)
+            with _validations_by_microbatch(stage.microbatch):
+                returned = loss_function(output)
             if len(returned) == 3:
                 loss, num_tokens, report = returned
                 if not self._config.calculate_per_token_loss:
@@ -531,8 +555,27 @@ class _Loss:
         return [self._reports[microbatch] for microbatch in sorted(self._reports)]
 
 
+@contextlib.contextmanager
+def _validations_by_microbatch(microbatch: int) -> Iterator[None]:
+    """Results that the loss function has validated are counted by microbatch, not in the order of losses.
+
+    Megatron's rerun state machine knows a result again, in the same iteration run a second time, by its number. A run that was started
+    again from a checkpoint may have another plan, and so another order.
+    """
+    machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE
+    if machine is None:  # asked for, it would be made, with a warning
+        yield
+        return
+    counts = machine.validation_counts
+    machine.validation_counts = defaultdict(lambda: microbatch)
+    try:
+        yield
+    finally:
+        machine.validation_counts = counts
+
+
 class _MegatronCompute(AutogradCompute):
-    """Stages inside Megatron's timers and autocast."""
+    """Stages inside Megatron's timers, NVTX ranges and autocast."""
 
     def __init__(self, model: StagedModel, loss: _Loss, deferral: LinearWeightDeferral | None, config: Any) -> None:
         super().__init__(model, loss, deferral, free_outputs=config.deallocate_pipeline_outputs)
@@ -540,28 +583,40 @@ class _MegatronCompute(AutogradCompute):
         self._autocast_dtype = config.autocast_dtype if config.enable_autocast else None
 
     def forward(self, links: StageLinks, inputs: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        if self._timers is None and self._autocast_dtype is None:
-            return super().forward(links, inputs)
-        with self._timed("forward-compute"):
+        with self._measured("forward-compute", links.forward):
             if self._autocast_dtype is None:
                 return super().forward(links, inputs)
             with torch.autocast("cuda", dtype=self._autocast_dtype):
                 return super().forward(links, inputs)
 
     def backward(self, links: StageLinks, grads: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        if self._timers is None:
-            return super().backward(links, grads)
-        with self._timed("backward-compute"):
+        assert links.backward is not None
+        with self._measured("backward-compute", links.backward):
             return super().backward(links, grads)
 
+    def weight(self, links: StageLinks) -> None:
+        assert links.weight is not None
+        with self._measured("backward-compute", links.weight):
+            super().weight(links)
+
     @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        if self._timers is None:
+    def _measured(self, timer: str, stage: PlanStage) -> Iterator[None]:
+        name = f"dip {stage.kind} {stage.module} chunk {stage.vp_stage} microbatch {stage.microbatch}.{stage.sub_microbatch}"
+        with _nvtx_range(name):
+            if self._timers is None:
+                yield
+                return
+            self._timers(timer, log_level=2).start()
             yield
-            return
-        self._timers(name, log_level=2).start()
-        yield
-        self._timers(name).stop()
+            self._timers(timer).stop()
+
+
+@contextlib.contextmanager
+def _nvtx_range(name: str) -> Iterator[None]:
+    """One of Megatron's NVTX ranges; nothing unless its profiling is on (``configure_nvtx_profiling``)."""
+    nvtx_range_push(name)
+    yield
+    nvtx_range_pop(name)
 
 
 def _refuse_unsupported(config: Any) -> None:

@@ -7,13 +7,14 @@ stock model building (Megatron then wraps every chunk), :func:`build_data_iterat
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.pipeline_parallel import schedules
@@ -68,8 +69,6 @@ class _BuiltModel:
     costs: CostModel
     keys: tuple[ChunkKey, ...]
     forward_backward: DipForwardBackward | None = None
-    iterations: int = 0
-    """Trained since the start of this process."""
 
 
 _built: dict[int, _BuiltModel] = {}
@@ -202,7 +201,7 @@ class _RunnableCosts:
 
 
 def build_data_iterators(build: Callable[..., tuple[Any, Any, Any]], dataset_provider: Callable[..., Any]) -> tuple[Any, Any, Any]:
-    """Megatron's data iterators, the training one with the next batches in view.
+    """Megatron's data iterators, with the next batches in view.
 
     The look-ahead stands below the iterator that the rerun state machine rewinds, so that a replay is served above it.
     """
@@ -210,10 +209,31 @@ def build_data_iterators(build: Callable[..., tuple[Any, Any, Any]], dataset_pro
 
     iterators = build(dataset_provider)
     if options_from_args(get_args()).look_ahead:
-        for iterator in iterators[:1]:
-            if iterator is not None and not isinstance(iterator, list):
-                iterator.iterable = LookaheadIterator(iterator.iterable)
+        for of_one_use in iterators:
+            for iterator in of_one_use if isinstance(of_one_use, list) else [of_one_use]:
+                if iterator is not None:
+                    iterator.iterable = LookaheadIterator(iterator.iterable)
     return iterators
+
+
+def upcoming_microbatches(args: Any, calculator: Any, iterations: int) -> list[int]:
+    """Number of microbatches in each of the iterations that follow the running one, as batch size ramp-up will have them.
+
+    Args:
+        args: Megatron's namespace, in which the running iteration is not counted yet.
+        calculator: Megatron's calculator of microbatches.
+
+    Returns:
+        ``iterations`` numbers, or fewer where training ends before.
+    """
+    foreseen = copy.copy(calculator)
+    samples = args.consumed_train_samples
+    numbers = [foreseen.get()]
+    for _ in range(min(iterations, args.train_iters - args.curr_iteration - 1)):
+        samples += numbers[-1] * args.micro_batch_size * args.data_parallel_size
+        foreseen.update(samples, consistency_check=False, verbose=False)
+        numbers.append(foreseen.get())
+    return numbers[1:]
 
 
 def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -229,7 +249,6 @@ def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
             built.forward_backward = _start(built, chunks)
         losses = built.forward_backward(**arguments)
         if not arguments["forward_only"]:
-            built.iterations += 1
             _report(built, built.forward_backward)
         return losses
 
@@ -238,23 +257,26 @@ def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 def _report(built: _BuiltModel, forward_backward: DipForwardBackward) -> None:
     """Writes the iteration's traces and its log line, as the flags ask for. The first replica speaks."""
+    from megatron.training import get_args
+
     options, plan = built.options, forward_backward.plan
-    due = options.log_interval > 0 and built.iterations % options.log_interval == 0
+    iteration = get_args().curr_iteration + 1
+    due = options.log_interval > 0 and iteration % options.log_interval == 0
     if plan is None or not (due or options.trace_dir is not None):
         return
     records = forward_backward.gather_records()
     if records is None or parallel_state.get_data_parallel_rank() or parallel_state.get_tensor_model_parallel_rank():
         return
-    measured = _measured(plan, records, f"iteration {built.iterations}, measured")
+    measured = _measured(plan, records, f"iteration {iteration}, measured")
     if options.trace_dir is not None:
         options.trace_dir.mkdir(parents=True, exist_ok=True)
-        save(options.trace_dir / f"iteration_{built.iterations:06d}_plan.json", plan)
-        save(options.trace_dir / f"iteration_{built.iterations:06d}_measured.json", measured)
+        save(options.trace_dir / f"iteration_{iteration:06d}_plan.json", plan)
+        save(options.trace_dir / f"iteration_{iteration:06d}_measured.json", measured)
     if due:
         counts = forward_backward.counts()
         assert counts is not None, "the rank that gathers records is the one that plans"
         print(
-            f" [DIP] iteration {built.iterations:8d} | planned (ms): {plan.claimed_makespan / 1e6:.1f} | measured (ms): "
+            f" [DIP] iteration {iteration:8d} | planned (ms): {plan.claimed_makespan / 1e6:.1f} | measured (ms): "
             f"{measured.makespan / 1e6:.1f} | bubbles planned: {plan.bubble_fraction:.1%} measured: {measured.bubble_fraction:.1%} | "
             f"planning (ms): {plan.planning_ns / 1e6:.1f} | plans replaced so far: {sum(counts.fallbacks.values())} | "
             f"batches not seen ahead: {counts.unseen}",
@@ -277,12 +299,14 @@ def _measured(plan: Plan, records: Sequence[Sequence[StageRecord]], title: str) 
 def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackward:
     options, description = built.options, built.description
     spec = description.model_spec
+    side_by_side = max(1, min(options.look_ahead, options.planner_threads))
+    """Plans being made at a time."""
     staged = DescribedStagedModel(description, dict(zip(built.keys, chunks, strict=True)))
 
     def plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
         return plan_iteration(spec, built.partition, microbatches, built.costs, PlanOptions(
             time_budget_s=None if options.evaluations is not None else options.time_budget_s, evaluations=options.evaluations,
-            threads=options.planner_threads, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
+            threads=options.planner_threads // side_by_side, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
         ))
 
     def quick_plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
@@ -293,10 +317,16 @@ def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackw
     def call_metadata(call: CapturedCall) -> Microbatch:
         return description.metadata(description.bind(call.args, call.kwargs))
 
+    def upcoming(iterations: int) -> list[int]:
+        from megatron.training import get_args
+
+        return upcoming_microbatches(get_args(), num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR, iterations)
+
     on_cpu = torch.cuda.current_device() == torch.device("cpu")
     return DipForwardBackward(
         staged_model=staged, chunks=chunks, partition=built.partition, metadata=description.item_metadata, call_metadata=call_metadata,
         plan_function=plan, quick_plan_function=None if options.evaluations is not None else quick_plan,
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
         backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, num_outputs=description.num_outputs,
+        planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming,
     )

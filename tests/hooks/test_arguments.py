@@ -29,14 +29,14 @@ def test_defaults_are_valid() -> None:
 def test_values_arrive_in_their_units(tmp_path: Path) -> None:
     options = options_from_args(parse(
         "--dip-chunks", "vit=2", "lm=3", "--dip-sub-microbatch-size", "vit=8,lm=1", "--dip-memory-limit", "1.5", "--dip-trace-dir",
-        str(tmp_path), "--dip-split-backward", "--dip-time-budget", "0.5", "--dip-planner-threads", "3", "--dip-look-ahead", "0",
+        str(tmp_path), "--dip-split-backward", "--dip-time-budget", "0.5", "--dip-planner-threads", "3", "--dip-look-ahead", "2",
         "--dip-seed", "7", "--dip-log-interval", "0",
     ))
     assert options.chunks == {"vit": 2, "lm": 3}
     assert options.sub_microbatch_size == {"vit": 8, "lm": 1}
     assert options.memory_limit_bytes == 3 << 29
     assert options.split_backward
-    assert (options.time_budget_s, options.planner_threads, options.look_ahead, options.seed, options.log_interval) == (0.5, 3, False, 7, 0)
+    assert (options.time_budget_s, options.planner_threads, options.look_ahead, options.seed, options.log_interval) == (0.5, 3, 2, 7, 0)
     assert options.trace_dir == tmp_path
 
 
@@ -53,6 +53,8 @@ def test_values_arrive_in_their_units(tmp_path: Path) -> None:
     (["--dip-profile", "/nowhere/profile.json"], "--dip-profile"),
     (["--dip-partition", "/nowhere/partition.json"], "--dip-partition"),
     (["--dip-log-interval", "-1"], "--dip-log-interval"),
+    (["--dip-look-ahead", "-1"], "--dip-look-ahead"),
+    (["--dip-look-ahead", "99"], "--dip-look-ahead"),
 ])
 def test_bad_values_name_their_flag(words: list[str], flag: str) -> None:
     with pytest.raises(InputError) as error:

@@ -67,6 +67,50 @@ def test_the_state_is_that_of_the_last_batch_handed_out() -> None:
         assert iterator.save_state() == {"read": consumed + 4}
 
 
+def test_batches_of_foreseen_sizes_are_described_once() -> None:
+    iterator = LookaheadIterator(Source(9))
+    described = []
+
+    def describe(item: int) -> str:
+        described.append(item)
+        return f"<{item}>"
+
+    assert next(iterator) == 0
+    assert iterator.look_ahead([1, 2], describe) == [["<1>"], ["<2>", "<3>"]]
+    assert next(iterator) == 1
+    assert iterator.look_ahead([2, 3, 2], describe) == [["<2>", "<3>"], ["<4>", "<5>", "<6>"], ["<7>", "<8>"]]
+    assert iterator.look_ahead([2, 3, 3], describe) == [["<2>", "<3>"], ["<4>", "<5>", "<6>"]]  # the source cannot fill the last one
+    assert described == list(range(1, 9))
+    assert list(iterator) == list(range(2, 9))
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_the_state_is_exact_however_far_ahead_is_read(iterations: int) -> None:
+    iterator = LookaheadIterator(Source(1000))
+    sizes = [2, 2, 4, 6, 8, 8, 8, 8]
+    consumed = 0
+    for number, size in enumerate(sizes[:-iterations]):
+        assert [next(iterator) for _ in range(size)] == list(range(consumed, consumed + size))
+        consumed += size
+        iterator.look_ahead(sizes[number + 1 : number + 1 + iterations], lambda item: item)
+        iterator.look_ahead(sizes[number + 1 : number + 1 + iterations], lambda item: item)  # as after an iteration that is run again
+        assert iterator.save_state() == {"read": consumed}
+
+
+def test_a_state_inside_of_a_batch_is_the_one_before_it_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    iterator = LookaheadIterator(Source(100))
+    iterator.look_ahead([4, 4], lambda item: item)
+    assert [next(iterator) for _ in range(6)] == list(range(6))
+    assert iterator.save_state() == {"read": 4}
+    assert "the last 2 items will come again" in caplog.text
+
+
+def test_a_source_that_cannot_save_gives_no_state() -> None:
+    iterator = LookaheadIterator(iter(range(4)))
+    assert iterator.look_ahead([2], str) == [["0", "1"]]
+    assert not hasattr(iterator, "save_state")  # Megatron then says so
+
+
 def test_other_attributes_are_the_sources() -> None:
     iterator = LookaheadIterator(Source(1))
     assert iterator.name == "source"
