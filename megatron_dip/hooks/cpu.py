@@ -95,10 +95,10 @@ def _replace_cuda_functions() -> None:
 
 
 def _wrap_optimizers() -> None:
-    from megatron.core.optimizer import distrib_optimizer, optimizer
+    from megatron.core.optimizer import distrib_optimizer, grad_scaler, optimizer
 
     classes = (
-        optimizer.MegatronOptimizer, optimizer.MixedPrecisionOptimizer, optimizer.Float16OptimizerWithFloat16Params,
+        grad_scaler.MegatronGradScaler, grad_scaler.DynamicGradScaler, optimizer.MegatronOptimizer, optimizer.MixedPrecisionOptimizer, optimizer.Float16OptimizerWithFloat16Params,
         optimizer.FP32Optimizer, optimizer.ChainedOptimizer, distrib_optimizer.DistributedOptimizer,
     )
     for cls in classes:
