@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.megatron_lm.runs import NO_EVALUATION, VARYING, VLM, finished, start
+
 VARIABLE = "MEGATRON_LM"
 
 
@@ -52,3 +54,12 @@ def patched_tree(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     target = copy_tree(checkout, tmp_path_factory.mktemp("patched"))
     write_state(inspect_tree(target), patched=True)
     return target
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights that all runs of the vision-language script start from, written by the unpatched script in one process."""
+    folder = tmp_path_factory.mktemp("vlm") / "checkpoint"
+    arguments = [*VLM, *NO_EVALUATION, "--train-iters", "1", "--save", str(folder), "--save-interval", "1"]
+    finished(start(checkout, VARYING, arguments, patched=False), 1)
+    return folder

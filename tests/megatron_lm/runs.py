@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
 VARYING = SCRIPTS / "pretrain_vlm_varying.py"
 TIME_LIMIT_S = 420
+
 
 def words(text: str) -> list[str]:
     return text.split()
@@ -39,6 +40,14 @@ NO_EVALUATION = words("--eval-iters 0 --eval-interval 1000 --split 100,0,0")
 DIP = words("--pipeline-schedule dip --dip-evaluations 20 --dip-device cpu")
 
 
+P2 = words("--pipeline-model-parallel-size 2")
+
+
+def fresh(checkpoint: Path, iterations: int | None = None) -> list[str]:
+    """Start at iteration 0 from the checkpoint's weights."""
+    return ["--load", str(checkpoint), "--finetune", *([] if iterations is None else ["--train-iters", str(iterations)])]
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     losses: list[float]
@@ -46,25 +55,39 @@ class Run:
     validation: list[float]
     loss_lines: list[str]
     """What the log says of each iteration's loss and gradient norm, letter by letter."""
+    log: list[dict[str, str]]
+    """Each iteration's log line but for its times: "lm loss", "loss scale", "consumed samples", ... -> what it says."""
     exit_code: int
     output: str
     """Of all ranks."""
 
 
-def start(tree: Path, script: Path, arguments: Sequence[str], *, ranks: int = 1, patched: bool = True) -> Run:
+def log_lines(text: str) -> list[dict[str, str]]:
+    """Megatron's lines ``iteration 1/ 3 | consumed samples: 8 | ...``, by name, without what differs from run to run."""
+    lines = []
+    for line in text.splitlines():
+        if re.search(r"iteration +\d+/ +\d+ \|", line):
+            pairs = (part.partition(":") for part in line.split("|")[1:] if ":" in part)
+            lines.append({name.strip(): value.strip() for name, _, value in pairs if "elapsed time" not in name})
+    return lines
+
+
+def start(
+    tree: Path, script: Path, arguments: Sequence[str], *, ranks: int = 1, patched: bool = True, environment: Mapping[str, str] | None = None
+) -> Run:
     """Runs a script of ``tree`` (through the launcher, or without any patch) on ``ranks`` processes and waits for them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {
-        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tree}", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    variables = {
+        **os.environ, **(environment or {}), "PYTHONPATH": f"{ROOT}{os.pathsep}{tree}", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo", "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     launcher = ["-m", "megatron_dip.launch", "--device", "cpu"] if patched else ["-m", "unpatched", str(tree)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", *launcher, str(script), *arguments], cwd=SCRIPTS, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.STDOUT, env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(ranks)
     ]
@@ -80,6 +103,7 @@ def start(tree: Path, script: Path, arguments: Sequence[str], *, ranks: int = 1,
         losses=[float(loss) for loss, _ in lines],
         validation=[float(loss) for loss in re.findall(r"validation loss at .*?lm loss value: (\S+)", outputs[-1])],
         loss_lines=[f"{loss} {norm}" for loss, norm in lines],
+        log=log_lines(outputs[-1]),
         exit_code=max(process.returncode for process in processes),
         output=text,
     )

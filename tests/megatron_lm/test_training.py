@@ -11,23 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.megatron_lm.runs import DIP, GPT, NO_EVALUATION, VARYING, VLM, Run, finished, start, words
+from tests.megatron_lm.runs import DIP, GPT, NO_EVALUATION, P2, VARYING, VLM, Run, finished, fresh, start, words
 
-P2 = words("--pipeline-model-parallel-size 2")
 LONG = 10
-
-
-@pytest.fixture(scope="module")
-def checkpoint(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vlm") / "checkpoint"
-    arguments = [*VLM, *NO_EVALUATION, "--train-iters", "1", "--save", str(folder), "--save-interval", "1"]
-    finished(start(checkout, VARYING, arguments, patched=False), 1)
-    return folder
-
-
-def fresh(checkpoint: Path, iterations: int) -> list[str]:
-    """Start at iteration 0 from the checkpoint's weights."""
-    return ["--load", str(checkpoint), "--finetune", "--train-iters", str(iterations)]
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,23 @@
 
 The script runs as it is, up to its main block and then that block; in between its data set is replaced. Model provider and forward_step
 stay the script's own, but that the provider is told of the old checkpoint format, on which it insists without depending on it.
+
+By the environment: SIGTERM_AT_SAMPLE sends this process a SIGTERM when that sample is read; STARTED_EARLIER_MINUTES lets the training
+loop think so; NODE_NAME gives this machine another name; RERUN_EVERY_ITERATION sets the mode that 0.16.1's --rerun-mode cannot name.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.datasets.gpt_dataset import MockGPTDataset
-from megatron.training import get_args
+from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+from megatron.training import get_args, initialize, training
 
 IMAGE_COUNTS = (3, 0, 1, 4, 2)
 TEXT_LENGTH = 24
@@ -30,6 +35,8 @@ class VaryingImages(MockGPTDataset):
     """Samples of equal text and IMAGE_COUNTS[index % 5] images; everything follows from the index."""
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if str(index) == os.environ.get("SIGTERM_AT_SAMPLE"):
+            os.kill(os.getpid(), signal.SIGTERM)
         text = super().__getitem__(index)
         generator = torch.Generator().manual_seed(index)
         size = (self.config.image_h, self.config.image_w)
@@ -65,6 +72,19 @@ def model_provider(**arguments: Any) -> torch.nn.Module:
         args.ckpt_format = given
 
 
+def pretend() -> None:
+    """What cannot be had at once in a test."""
+    if "NODE_NAME" in os.environ:
+        node = os.uname_result((os.uname().sysname, os.environ["NODE_NAME"], *os.uname()[2:]))
+        os.uname = lambda: node
+    earlier_s = 60 * float(os.environ.get("STARTED_EARLIER_MINUTES", "0"))
+    training._TRAIN_START_TIME -= earlier_s
+    if "RERUN_EVERY_ITERATION" in os.environ:
+        initialize.RerunMode = lambda name: RerunMode.REPORT_DETERMINISM_STATS
+        RerunStateMachine.REPORTING_INTERVAL_ITERATIONS = 1000  # its report asks for what its entries do not have any more
+
+
+pretend()
 script.update(get_batch=get_batch, model_provider=model_provider, MockMultimodalDataset=VaryingImages)
 
 if __name__ == "__main__":
