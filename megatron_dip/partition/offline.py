@@ -176,6 +176,11 @@ _LEADS = (1.0, 2 / 3, 1 / 3, 0.0)
 """First chunk's layers as a share of an even chunk's (at least one layer). A rank waits for its predecessors' first chunks when an
 iteration begins, and they run when it ends: a short first chunk cuts that time without more chunks."""
 
+_TILTS = (0.0, 0.25, 0.5, 0.75)
+"""By how much the first rank's first chunk is shorter, and the last rank's longer, than an even one, as a share of it; the last chunks make
+up for it. It cuts the time that later ranks wait for the first segment as a short first chunk does, without lengthening other segments.
+On two ranks 2 + 2 and 2 + 2 layers become 1 + 3 and 3 + 1."""
+
 Level = Literal["module", "work", "end"]
 """What the layers level over the ranks: each module's work by itself; all modules' work together; or when a rank's work ends, which
 lies a hop later from rank to rank, since later ranks start later and wait longer for what follows them."""
@@ -192,6 +197,8 @@ class Cut:
     """B by module"""
     lead: tuple[int, ...]
     """Index into :data:`_LEADS` by module"""
+    tilt: tuple[int, ...]
+    """Index into :data:`_TILTS` by module"""
     level: Level
 
 
@@ -225,6 +232,9 @@ def balanced_partition(model: ModelSpec, num_ranks: int, cut: Cut, work: Sequenc
             inner[0] += round(own.first / unit) if rank == 0 else 0.0
             inner[-1] += round(own.last / unit) if rank == num_ranks - 1 else 0.0
             inner[0] += (1.0 - _LEADS[cut.lead[index]]) * total / num_chunks
+            tilt = _TILTS[cut.tilt[index]] * total / num_chunks * (1 - 2 * rank / max(num_ranks - 1, 1))
+            inner[0] += tilt
+            inner[-1] -= tilt
             for vp_stage, layers in enumerate(_fill(total, inner, min(1, least))):
                 table[vp_stage][rank] = layers
             load[rank] += total * own.layer + extras[rank]
@@ -314,7 +324,8 @@ def choose_partition(
         given = None if chunks is None else chunks.get(module.name)
         chunk_options.append([given] if given is not None else [count for count in CHUNKS if count == 1 or count * num_ranks <= module.num_layers])
 
-    options = {"chunks": chunk_options, "sizes": size_options, "lead": [list(range(len(_LEADS)))] * len(model.modules)}
+    options = {"chunks": chunk_options, "sizes": size_options, "lead": [list(range(len(_LEADS)))] * len(model.modules),
+               "tilt": [list(range(len(_TILTS)))] * len(model.modules)}
 
     def build(cut: Cut) -> Partition:
         return balanced_partition(model, num_ranks, cut, [work_of(index, size) for index, size in enumerate(cut.sizes)])
@@ -351,10 +362,13 @@ def choose_partition(
             chunks=tuple(at(values, chunk_share) for values in chunk_options),
             sizes=tuple(at(values, size_share) for values in size_options),
             lead=(0,) * len(model.modules),
+            tilt=(0,) * len(model.modules),
             level="work",
         )
 
     starts = [start(*shares) for shares in ((0.0, 0.5), (0.3, 0.3), (0.9, 0.6), (0.3, 0.0), (0.6, 0.2))]
+    # Few chunks and large parts, whose first segment is short by its tilt alone: best where every further stage costs time.
+    starts.append(replace(start(0.3, 0.9), tilt=(_TILTS.index(0.5),) * len(model.modules)))
     ranked = sorted(dict.fromkeys(starts), key=lambda cut: score(cut, False))
     # Two descents: the better of two valleys, and a wider choice for the thorough look.
     ends = [descend(cut, False, max_candidates * (number + 1) // 2) for number, cut in enumerate(ranked[:2])]

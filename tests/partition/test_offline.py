@@ -58,14 +58,15 @@ works = st.builds(
 
 @given(
     layers=st.lists(st.integers(1, 60), min_size=1, max_size=3), num_ranks=st.integers(1, 6), chunks=st.integers(1, 4), work=st.data(),
-    level=st.sampled_from(["module", "work", "end"]), lead=st.integers(0, 3),
+    level=st.sampled_from(["module", "work", "end"]), lead=st.integers(0, 3), tilt=st.integers(0, 3),
 )
 def test_balanced_layers_are_complete_and_level(
-    layers: list[int], num_ranks: int, chunks: int, work: st.DataObject, level: Level, lead: int
+    layers: list[int], num_ranks: int, chunks: int, work: st.DataObject, level: Level, lead: int, tilt: int
 ) -> None:
     model = ModelSpec(modules=[module(f"m{index}", count) for index, count in enumerate(layers)])
     own = [work.draw(works) for _ in layers]
-    cut = Cut(chunks=(chunks,) * len(layers), sizes=(2,) * len(layers), lead=(lead,) * len(layers), level=level)
+    every = len(layers)
+    cut = Cut(chunks=(chunks,) * every, sizes=(2,) * every, lead=(lead,) * every, tilt=(tilt,) * every, level=level)
     partition = balanced_partition(model, num_ranks, cut, own)
     partition.validate({f"m{index}": count for index, count in enumerate(layers)}, num_ranks)
     if level == "module":
@@ -87,7 +88,7 @@ def test_balanced_layers_are_complete_and_level(
 def test_a_heavy_head_takes_layers_off_the_last_rank() -> None:
     model = ModelSpec(modules=[module("lm", 32)])
     partition = balanced_partition(
-        model, 4, Cut(chunks=(2,), sizes=(1,), lead=(0,), level="module"), [ModuleWork(layer=10.0, first=0.0, last=25.0, parts=1)]
+        model, 4, Cut(chunks=(2,), sizes=(1,), lead=(0,), tilt=(0,), level="module"), [ModuleWork(layer=10.0, first=0.0, last=25.0, parts=1)]
     )
     assert partition.chunks["lm"] == [[5, 5, 4, 4], [4, 4, 4, 2]]
 
@@ -95,11 +96,28 @@ def test_a_heavy_head_takes_layers_off_the_last_rank() -> None:
 def test_a_short_first_chunk_keeps_one_layer_and_the_ranks_level() -> None:
     model = ModelSpec(modules=[module("vit", 32)])
     rows = [
-        balanced_partition(model, 2, Cut(chunks=(4,), sizes=(1,), lead=(lead,), level="work"), [ModuleWork(10.0, 0.0, 0.0, 1)]).chunks["vit"]
+        balanced_partition(
+            model, 2, Cut(chunks=(4,), sizes=(1,), lead=(lead,), tilt=(0,), level="work"), [ModuleWork(10.0, 0.0, 0.0, 1)]
+        ).chunks["vit"]
         for lead in range(4)
     ]
     assert [row[0] for row in rows] == [[4, 4], [3, 3], [2, 2], [1, 1]]
     assert all([sum(column) for column in zip(*row, strict=True)] == [16, 16] for row in rows)
+
+
+def test_a_tilt_shortens_the_first_segments_start_and_keeps_the_ranks_level() -> None:
+    def rows(num_layers: int, num_ranks: int, tilt: int) -> list[list[int]]:
+        cut = Cut(chunks=(2,), sizes=(1,), lead=(0,), tilt=(tilt,), level="work")
+        model = ModelSpec(modules=[module("vit", num_layers)])
+        return balanced_partition(model, num_ranks, cut, [ModuleWork(10.0, 0.0, 0.0, 1)]).chunks["vit"]
+
+    assert rows(8, 2, 0) == [[2, 2], [2, 2]]
+    assert rows(8, 2, 2) == [[1, 3], [3, 1]]
+    tilted = rows(64, 4, 2)
+    assert tilted[0] == sorted(tilted[0])
+    assert sum(tilted[0]) == 32
+    assert tilted[0][0] == 4
+    assert [sum(column) for column in zip(*tilted, strict=True)] == [16] * 4
 
 
 def sublinear(num_layers: int, per_instance: float, fixed: float) -> ModuleProfile:
@@ -122,6 +140,15 @@ def test_the_papers_rules() -> None:
     partition = paper_partition(model, 2, batches, costs)
     assert {name: len(rows) for name, rows in partition.chunks.items()} == {"vit": 1, "lm": 4}
     assert {name: len(rows) for name, rows in paper_partition(model, 4, batches, costs).chunks.items()} == {"vit": 1, "lm": 2}
+
+
+def test_the_joint_choice_tilts_where_layers_are_level_and_chunks_given() -> None:
+    """An encoder before a backbone on two ranks: the second rank waits for the first chunk alone, so that is the short one."""
+    model = ModelSpec(modules=[module("vit", 8), module("lm", 4, role="backbone")])
+    costs = ProfileCost(profile({"vit": ModuleProfile(num_layers=8, layer=grid(100, 100, 100)), "lm": ModuleProfile(num_layers=4, layer=grid(100, 100, 100))}))
+    batches = [[{"vit": [1], "lm": [1]} for _ in range(6)]]
+    choice = joint_partition(model, 2, batches, costs, chunks={"vit": 2, "lm": 1}, sizes={"vit": 1, "lm": 1}, strategy="none")
+    assert choice.partition.chunks["vit"] == [[1, 3], [3, 1]]
 
 
 def test_the_joint_choice_finds_the_best_cut_of_a_plain_function() -> None:
