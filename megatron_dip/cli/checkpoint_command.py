@@ -1,8 +1,11 @@
-"""Say what a Megatron checkpoint holds, and under which cuts it loads.
+"""Say what a Megatron checkpoint holds and under which cuts it loads, or convert it to the other format.
 
 A torch_dist checkpoint loads under every cut of the chunks, every parallel size, and the stock schedule, optimizer state included. A
-checkpoint in the old torch format is one file for each rank: it loads under the cut and the sizes it was saved with and no others;
-load it there and save with --ckpt-format torch_dist to convert it.
+checkpoint in the old torch format is one file for each rank: it loads under the cut and the sizes it was saved with and no others.
+
+convert makes torch_dist of torch, and torch of torch_dist. It starts your training script on as many processes as the old format has
+files, with Megatron's own --ckpt-convert-* flags: the script builds the model, loads, saves in the other format, and ends. Give the
+arguments of your run behind the script's name.
 """
 
 from __future__ import annotations
@@ -13,20 +16,41 @@ import math
 from collections import Counter
 from pathlib import Path
 
-SUMMARY = "say what a checkpoint holds, and under which cuts it loads"
+SUMMARY = "say what a checkpoint holds and under which cuts it loads, or convert it"
+
+_PATH_HELP = "a folder that --save wrote, or one iteration's folder in it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("inspect",))
-    parser.add_argument("path", type=Path, metavar="PATH", help="a folder that --save wrote, or one iteration's folder in it")
-    parser.add_argument("--json", action="store_true", help="print one JSON object with every tensor's shape and type")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    inspect = actions.add_parser("inspect", help="say what it holds", allow_abbrev=False)
+    inspect.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
+    inspect.add_argument("--json", action="store_true", help="print one JSON object with every tensor's shape and type")
+    convert = actions.add_parser("convert", help="torch to torch_dist, or torch_dist to torch", allow_abbrev=False)
+    convert.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
+    convert.add_argument("target", type=Path, metavar="TARGET", help="the folder to make, for --load")
+    convert.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: without GPUs, over gloo; the layers must be local ones")
+    convert.add_argument("script", type=Path, metavar="SCRIPT", help="the training script of your Megatron-LM checkout")
+    convert.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments, as in training")
 
 
 def run(args: argparse.Namespace) -> int:
+    return _inspect(args.path, args.json) if args.action == "inspect" else _convert(args)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from megatron_dip.hooks.conversion import convert
+
+    written = convert(args.path, args.target, args.script, args.arguments, args.device)
+    print(f"{written.folder}: {written.format}, iteration {written.iteration}; load it with --load {args.target} --ckpt-format {written.format}")
+    return 0
+
+
+def _inspect(path: Path, as_json: bool) -> int:
     from megatron_dip.hooks.checkpoint_files import read_checkpoint
 
-    found = read_checkpoint(args.path)
-    if args.json:
+    found = read_checkpoint(path)
+    if as_json:
         tensors = {name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in found.tensors.items()}
         print(json.dumps({
             "folder": str(found.folder), "format": found.format, "iteration": found.iteration, "parallel": found.parallel, "tensors": tensors,
@@ -34,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"{found.folder}: {found.format}, iteration {found.iteration}")
     if found.format == "torch":
-        print(f"loads only with tensor parallel size {found.parallel['tensor']}, pipeline parallel size {found.parallel['pipeline']} and the same cut")
+        sizes = ", ".join(f"{name} parallel size {size}" for name, size in found.parallel.items())
+        print(f"loads only with {sizes} and the same cut; `megatron-dip checkpoint convert` makes torch_dist of it")
         return 0
     counts: Counter[str] = Counter()
     numbers: Counter[str] = Counter()

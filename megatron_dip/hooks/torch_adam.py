@@ -73,16 +73,17 @@ def _keeping_step(part: Any, original: Any) -> Any:
 
 
 def mend_distributed_optimizer() -> None:
-    """Makes every distributed optimizer give and take its state under these repairs."""
+    """Makes every distributed optimizer give and take its state under these repairs; ``load_parameter_state`` is that of the old
+    checkpoint format, which forgets that weights in fp32 are leaves of autograd."""
     cls: Any = DistributedOptimizer
-    for name in ("sharded_state_dict", "load_state_dict"):
+    for name in ("sharded_state_dict", "load_state_dict", "load_parameter_state"):
         setattr(cls, name, _mended(getattr(cls, name)))
 
 
 def _mended(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
         allocate_states(self)
-        with mended_steps(self):
+        with mended_steps(self), torch.no_grad():
             return original(self, *args, **kwargs)
 
     return wrapped

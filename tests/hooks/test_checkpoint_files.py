@@ -1,8 +1,10 @@
-"""`megatron-dip checkpoint inspect` on small folders of both formats."""
+"""`megatron-dip checkpoint` on small folders of both formats; tests/megatron_lm converts real ones."""
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_dip.cli.main import main
-from megatron_dip.spec.errors import EXIT_CODE
+from megatron_dip.hooks.conversion import convert
+from megatron_dip.spec.errors import EXIT_CODE, InputError
 
 
 @pytest.fixture
@@ -51,3 +54,88 @@ def test_what_is_no_checkpoint_is_refused(tracker: str | None, tmp_path: Path, c
         (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
     assert main(["checkpoint", "inspect", str(tmp_path)]) == EXIT_CODE
     assert "Remedy" in capsys.readouterr().err
+
+
+def test_formats_of_fsdp_and_of_older_releases_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fsdp, zarr = tmp_path / "iter_0000001", tmp_path / "iter_0000002"
+    dcp.save({"weight": torch.zeros(3)}, checkpoint_id=fsdp, no_dist=True)
+    zarr.mkdir()
+    (zarr / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr", "sharded_backend_version": 1}))
+    for folder, words in ((fsdp, "under FSDP alone"), (zarr, "with the release that wrote it")):
+        assert main(["checkpoint", "inspect", str(folder)]) == EXIT_CODE
+        message = capsys.readouterr().err
+        assert words in message
+        assert "Remedy" in message
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """In the old format, tensor size 2, pipeline size 2."""
+    for tensor in range(2):
+        for pipeline in range(2):
+            (tmp_path / f"old/iter_0000004/mp_rank_{tensor:02d}_{pipeline:03d}").mkdir(parents=True)
+    (tmp_path / "old/latest_checkpointed_iteration.txt").write_text("4")
+    return tmp_path / "old"
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "pretrain.py").write_text("")
+    return tmp_path / "pretrain.py"
+
+
+def test_convert_starts_the_script_on_the_checkpoints_ranks(old: Path, script: Path, tmp_path: Path) -> None:
+    target = tmp_path / "new"
+    started: list[list[str]] = []
+
+    def start(command: Sequence[str], environment: Mapping[str, str]) -> int:
+        started.append(list(command))
+        assert environment["CUDA_VISIBLE_DEVICES"] == ""
+        folder = Path(command[command.index("--ckpt-convert-save") + 1]) / "torch_dist"
+        dcp.save({"weight": torch.zeros(3)}, checkpoint_id=folder / "iter_0000004", no_dist=True)
+        (folder / "iter_0000004/metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+        (folder / "latest_checkpointed_iteration.txt").write_text("4")
+        return 0
+
+    written = convert(old, target, script, ["--use-distributed-optimizer", "--tensor-model-parallel-size", "2"], "cpu", start)
+    assert (written.format, written.iteration, written.folder) == ("torch_dist", 4, target / "iter_0000004")
+    (command,) = started
+    assert command[command.index("--nproc-per-node") + 1] == "4"
+    flags = dict(itertools.pairwise(command))
+    assert (flags["--tensor-model-parallel-size"], flags["--pipeline-model-parallel-size"]) == ("2", "2")
+    assert (flags["--load"], flags["--ckpt-format"], flags["--ckpt-convert-format"]) == (str(old), "torch", "torch_dist")
+    assert "--dist-ckpt-optim-fully-reshardable" in command
+    assert "--ckpt-step" not in command
+    assert not (tmp_path / "new.partial").exists()
+    convert(old / "iter_0000004", tmp_path / "again", script, [], "cpu", start)
+    assert dict(itertools.pairwise(started[1]))["--ckpt-step"] == "4"
+
+
+@pytest.mark.parametrize(("words", "field"), [
+    (["{old}", "{here}", "{script}"], "TARGET"),
+    (["{old}", "{here}/new", "{here}/nowhere.py"], "SCRIPT"),
+    (["{old}", "{here}/new", "{script}", "--pipeline-model-parallel-size", "4"], "--pipeline-model-parallel-size"),
+    (["{old}", "{here}/new", "{script}", "--tensor-model-parallel-size=x"], "--tensor-model-parallel-size"),
+    (["{here}", "{here}/new", "{script}"], "PATH"),
+])
+def test_what_cannot_be_converted_is_refused(
+    words: list[str], field: str, old: Path, script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [word.format(old=old, here=tmp_path, script=script) for word in words]
+    assert main(["checkpoint", "convert", "--device", "cpu", *arguments]) == EXIT_CODE
+    message = capsys.readouterr().err
+    assert field in message
+    assert "Remedy" in message
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_script_that_writes_nothing_is_a_failure_whatever_it_says(status: int, old: Path, script: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="without the converted checkpoint"):
+        convert(old, tmp_path / "new", script, [], "cpu", lambda command, environment: status)
+    assert not (tmp_path / "new").exists()
+
+
+def test_too_few_gpus_are_refused_before_anything_starts(old: Path, script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(InputError, match="needs 4 ranks"):
+        convert(old, tmp_path / "new", script, [], "cuda", lambda command, environment: 0)
