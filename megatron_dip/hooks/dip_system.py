@@ -61,8 +61,9 @@ class DipSystem(System):
         warmed_by: an earlier system of the same cut, whose measurements this one starts from.
         """
         spec = example.config.model.modules
-        self.partition = schedule.partition or even_partition(
-            spec, settings.parallel.pipeline, example.config.virtual_pipeline, example.config.sub_microbatch_size
+        ranks = settings.parallel.pipeline
+        self.partition = schedule.partition or example.config.given_partition(ranks) or even_partition(
+            spec, ranks, example.config.virtual_pipeline, example.config.sub_microbatch_size
         )
         model = build_dip_model(
             vlm_config(example, settings), self.partition, overlap_grad_reduce=settings.overlap_grad_reduce,

@@ -88,7 +88,7 @@ class ExampleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     format: Literal["megatron-dip/example/1"]
     model: VisionLanguageModel
     virtual_pipeline: dict[str, int]
-    """Module -> chunks on each rank (K). The layers are spread over them as evenly as their measured or estimated times allow."""
+    """Module -> chunks on each rank (K) of as many layers as can be equal."""
     sub_microbatch_size: dict[str, int]
     """Module -> instances in a full sub-microbatch (B)."""
     optimizer: OptimizerSpec
@@ -97,6 +97,13 @@ class ExampleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     iterations: int
     data: dict[str, Any]
     """Handed to the example's ``Dataset``, which knows its fields."""
+    chunks: dict[int, dict[str, list[list[int]]]] = {}
+    """Number of pipeline ranks -> module -> layers of each chunk on each rank: where they shall not be those of ``virtual_pipeline``."""
+
+    def given_partition(self, num_ranks: int) -> Partition | None:
+        """The cut that the file gives for so many pipeline ranks."""
+        rows = self.chunks.get(num_ranks)
+        return None if rows is None else Partition(chunks=rows, sub_microbatch_size=self.sub_microbatch_size)
 
     def validate(self) -> None:
         """Raises InputError, naming the field, for values that cannot be trained."""
@@ -111,6 +118,10 @@ class ExampleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             for name, value in given.items():
                 if value < 1:
                     raise InputError(f"{field}.{name}", value, "must be at least 1", "give a positive whole number")
+        for num_ranks in self.chunks:
+            partition = self.given_partition(num_ranks)
+            assert partition is not None
+            partition.validate({module.name: module.num_layers for module in self.model.modules.modules}, num_ranks, f"chunks.{num_ranks}")
         for field in ("num_microbatches", "iterations"):
             if getattr(self, field) < 1:
                 raise InputError(field, getattr(self, field), "must be at least 1", "give a positive whole number")
@@ -132,7 +143,7 @@ class SchedulePlan(msgspec.Struct, frozen=True, kw_only=True):
     virtual: int = 1
     """Chunks a rank under ``interleaved``."""
     partition: Partition | None = None
-    """Of ``dip``; absent = even layers by the example's ``virtual_pipeline``."""
+    """Of ``dip``; absent = the example's ``chunks`` for these ranks, or even layers by its ``virtual_pipeline``."""
     plan_s: float = 0.01
     """Seconds of search for each plan of ``dip``."""
     profile: str | None = None

@@ -29,7 +29,7 @@ def tiny(tmp_path: Path) -> Path:
     config = msgspec.to_builtins(load_example(DIGITS / "config.json"))
     for module in config["model"]["modules"]["modules"]:
         module |= {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
-    config |= {"num_microbatches": 4, "sub_microbatch_size": {"vit": 2, "lm": 1}}
+    config |= {"num_microbatches": 4, "sub_microbatch_size": {"vit": 2, "lm": 1}, "chunks": {}}
     config["data"] |= {"image_counts": [[0, 4]], "held_out": 12}
     (folder / "config.json").write_bytes(msgspec.json.encode(config))
     return folder

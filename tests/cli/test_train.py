@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -63,6 +64,23 @@ def test_an_unreadable_example_is_named(tmp_path: Path, capfd: pytest.CaptureFix
     assert "config.json" in error
 
 
+@pytest.mark.parametrize(
+    ("chunks", "problem"),
+    [
+        ({"2": {"vit": [[1, 3], [3, 2]], "lm": [[2, 2]]}}, "chunks.2.chunks.vit = [[1, 3], [3, 2]]: adds up to 9 layers, the module has 8"),
+        ({"4": {"vit": [[4, 4]], "lm": [[1, 1, 1, 1]]}}, "has 2 entries for 4 pipeline ranks"),
+        ({"2": {"vit": [[4, 4]]}}, "module 'lm' is missing"),
+    ],
+)
+def test_chunks_that_do_not_fit_the_model_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], chunks: dict[str, object], problem: str
+) -> None:
+    config = json.loads((DIGITS / "config.json").read_text()) | {"chunks": chunks}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["train", str(tmp_path), "--device", "cpu"]) == EXIT_CODE
+    assert problem in capfd.readouterr().err
+
+
 def run_train(*options: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [*COMMAND, str(DIGITS), "--device", "cpu", *options]
     return subprocess.run(
@@ -76,8 +94,8 @@ def errors(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.distributed
 def test_too_few_layers_end_every_rank_with_the_message(tmp_path: Path) -> None:
-    config = (DIGITS / "config.json").read_text().replace('"num_layers": 4', '"num_layers": 1')
-    (tmp_path / "config.json").write_text(config)
+    config = json.loads((DIGITS / "config.json").read_text().replace('"num_layers": 4', '"num_layers": 1')) | {"chunks": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "example.py").write_text((DIGITS / "example.py").read_text())
     result = subprocess.run(
         [*COMMAND, str(tmp_path), "--device", "cpu", "--pipeline", "2"], capture_output=True, text=True, timeout=240, check=False

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = msgspec.to_builtins(load_example(DIGITS / "config.json"))
     for module in config["model"]["modules"]["modules"]:
         module |= {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
-    config |= {"num_microbatches": 4, "virtual_pipeline": {"vit": 2, "lm": 1}}
+    config |= {"num_microbatches": 4, "virtual_pipeline": {"vit": 2, "lm": 1}, "chunks": {}}
     config["data"] |= {"image_counts": [[0, 3], [0, 0], [2, 4]], "held_out": 12}
     config["optimizer"] |= {"warmup_iterations": 2, "lr": 1e-3}
     (folder / "config.json").write_bytes(msgspec.json.encode(config))
