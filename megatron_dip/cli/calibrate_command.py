@@ -2,7 +2,8 @@
 
 Measurements are files of measured training steps (format megatron-dip/measured-steps/1), or profiles of layers
 (format megatron-dip/profile/1) together with --workload, which says what model and parallel sizes they are of. Steps say themselves
-whether they are held out; of a profile every fourth point is. The fitted device goes to a file that --device and workloads take.
+whether they are held out; of a profile every fourth batch shape is, its forward and its backward. The fitted device goes to a file
+that --device and workloads take.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class _LayerPoint:
     lengths: tuple[int, ...]
     backward: bool
     seconds: float
+    shape: int
+    """Number of the batch shape in the profile."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             raise InputError(str(path), kind, "holds no measurements", f"give files of {MEASURED_STEPS_FORMAT} or {PROFILE_FORMAT}")
     measured = [step.measured_s for step in steps] + [point.seconds for point in points]
-    fitted = [not step.held_out for step in steps] + [index % _HOLD_OUT_EVERY != _HOLD_OUT_EVERY - 1 for index in range(len(points))]
+    fitted = [not step.held_out for step in steps] + [point.shape % _HOLD_OUT_EVERY != _HOLD_OUT_EVERY - 1 for point in points]
     kernels = Kernels(attention=args.attention)
 
     def predict(candidate: DeviceDescription) -> list[float]:
@@ -93,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _profile_points(profile: Profile, workload: Workload, path: Path) -> list[_LayerPoint]:
-    points = []
+    points: list[_LayerPoint] = []
+    shape = 0
     names = [module.name for module in workload.model_spec.modules]
     for name, module in profile.modules.items():
         if name not in names:
@@ -104,9 +108,11 @@ def _profile_points(profile: Profile, workload: Workload, path: Path) -> list[_L
                 base, longer = divmod(point.tokens, point.instances)
                 lengths = tuple(base + (index < longer) for index in range(point.instances))
                 backward = point.backward_input_ns + point.backward_weight_ns
-                for is_backward, nanoseconds in ((False, point.forward_ns), (True, backward)):
-                    if nanoseconds > 0:
-                        points.append(_LayerPoint(module=name, part=part, lengths=lengths, backward=is_backward, seconds=nanoseconds / 1e9))  # type: ignore[arg-type]
+                points += [
+                    _LayerPoint(module=name, part=part, lengths=lengths, backward=is_backward, seconds=nanoseconds / 1e9, shape=shape)  # type: ignore[arg-type]
+                    for is_backward, nanoseconds in ((False, point.forward_ns), (True, backward)) if nanoseconds > 0
+                ]
+                shape += 1
     return points
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.partition.offline import cheapest_work_ns, paper_partition
@@ -107,6 +108,9 @@ def run(args: argparse.Namespace) -> int:
         plan = plan_iteration(
             task.model, partition, task.microbatches, task.costs, replace(options, split_backward=task.split_backward, strategy=task.strategy)
         )
+    if isinstance(workload.profile, Profile):
+        for sentence in outside_profile(workload.profile, task.microbatches, partition.sub_microbatch_size):
+            console.print(f"warning: {sentence}", soft_wrap=True, highlight=False, markup=False)
     save(args.output, plan)
     if args.save_partition is not None:
         save(args.save_partition, partition)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import runpy
 import sys
 import time
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megatron_dip.cost.analytic import check_parallel
+from megatron_dip.cost.analytic import DEFAULT_RULES, check_parallel
 from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.device import load_device
+from megatron_dip.cost.modules import Kernels
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.planner.simulation import SCHEDULES, SimulateOptions, Simulation, make_costs, simulate_whole
 from megatron_dip.spec.codec import check_writable, load_partition, load_workload, write_atomically
@@ -48,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME|FILE.json", help="device instead of the workload's")
     parser.add_argument("--partition", type=Path, metavar="FILE", help="how 'dip' cuts the modules (default: chosen by search)")
     parser.add_argument("--memory-timeline", type=Path, metavar="FILE.csv", help="write what each rank holds over time (rank, seconds, bytes)")
+    parser.add_argument("--rules", type=Path, metavar="FILE.py",
+                        help="Python that registers latency rules of operators (megatron_dip.cost.analytic.DEFAULT_RULES); it is executed")
+    parser.add_argument("--attention", choices=("fused", "unfused"), default="fused", help="attention kernels (default fused)")
+    parser.add_argument("--no-data-parallel-overlap", action="store_true", help="gradient and parameter collectives do not run beside the pipeline")
     parser.add_argument("--evaluations", type=int, default=500, metavar="N", help="schedules that 'dip' tries (default 500)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default 0)")
     grid = parser.add_argument_group("grid")
@@ -80,10 +86,18 @@ def run(args: argparse.Namespace) -> int:
             raise InputError("--device", args.device, "given for a workload with a profile", "remove one of them")
         load_device(args.device, "--device")
         workload = msgspec.structs.replace(workload, device=args.device)
-    options = SimulateOptions(evaluations=args.evaluations, seed=args.seed)
+    if args.rules is not None:
+        load_rules(args.rules)
+    options = SimulateOptions(
+        evaluations=args.evaluations, seed=args.seed, overlap_data_parallel=not args.no_data_parallel_overlap,
+        kernels=Kernels(attention=args.attention),
+    )
     if args.grid:
         return _run_grid(args, workload, options)
     partition = load_partition(args.partition) if args.partition is not None else None
+    layers = sum(module.num_layers for module in workload.model_spec.modules)
+    if partition is None and workload.parallel.pipeline > layers:
+        raise InputError("parallel.pipeline", workload.parallel.pipeline, f"the model has only {layers} layers", "use at most one rank a layer")
     if args.compare:
         return _run_compare(args, workload, partition, options)
     chosen: ScheduleName = args.schedule or workload.training.schedule
@@ -96,6 +110,17 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _print_result(_console(), result)
     return 0
+
+
+def load_rules(path: Path) -> None:
+    """Executes a user's file, which registers rules. Raises InputError where it cannot be, or registers none."""
+    before = DEFAULT_RULES.version
+    try:
+        runpy.run_path(str(path))
+    except Exception as error:
+        raise InputError("--rules", str(path), f"cannot be executed ({type(error).__name__}: {error})", "mend the file") from error
+    if DEFAULT_RULES.version == before:
+        raise InputError("--rules", str(path), "registers no rule", "call DEFAULT_RULES.register(name_or_kind, function)")
 
 
 def simulate_one(workload: Workload, name: ScheduleName, partition: Partition | None, options: SimulateOptions) -> Simulation:
@@ -208,8 +233,10 @@ def _grid_point(workload: Workload, parallel: Parallel, options: SimulateOptions
     return GridPoint(parallel=parallel, result=result)
 
 
-def search_grid(workload: Workload, gpus: int, options: SimulateOptions, *, workers: int, console: Console) -> list[GridPoint]:
-    """All points of the grid, the fastest first, those that cannot be last."""
+def search_grid(
+    workload: Workload, gpus: int, options: SimulateOptions, *, workers: int, console: Console, rules: Path | None = None
+) -> list[GridPoint]:
+    """All points of the grid, the fastest first, those that cannot be last; every process executes ``rules``."""
     parallels = grid_parallels(workload, gpus)
     if not parallels:
         raise InputError("--gpus", gpus, f"cannot be shared out for this model and {len(workload.microbatches)} microbatches",
@@ -220,7 +247,8 @@ def search_grid(workload: Workload, gpus: int, options: SimulateOptions, *, work
         bar = progress.add_task(f"{gpus} GPUs", total=len(parallels))
         # Numba's threads and locks do not survive a plain fork.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=min(workers, len(parallels)), mp_context=context) as pool:
+        prepare = (None, ()) if rules is None else (load_rules, (rules,))
+        with ProcessPoolExecutor(min(workers, len(parallels)), context, *prepare) as pool:
             for future in as_completed([pool.submit(_grid_point, workload, parallel, options) for parallel in parallels]):
                 points.append(future.result())
                 progress.advance(bar)
@@ -234,7 +262,7 @@ def _run_grid(args: argparse.Namespace, workload: Workload, options: SimulateOpt
     began = time.perf_counter()
     gpus = workload.parallel.num_gpus if args.gpus is None else args.gpus
     console = Console(stderr=True)
-    points = search_grid(workload, gpus, options, workers=args.workers or os.cpu_count() or 1, console=console)
+    points = search_grid(workload, gpus, options, workers=args.workers or os.cpu_count() or 1, console=console, rules=args.rules)
     feasible = [point for point in points if point.result is not None]
     if not feasible:
         raise InputError("--gpus", gpus, f"no way to share them out fits: {points[0].problem}", "use more GPUs or smaller microbatches")

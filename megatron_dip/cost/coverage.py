@@ -19,18 +19,24 @@ def outside_profile(profile: Profile, microbatches: Sequence[Microbatch], sub_mi
         batches = [microbatch[name] for microbatch in microbatches if microbatch.get(name)]
         if not batches:
             continue
-        most = max(map(len, batches))
-        if sub_microbatch_size is not None:
-            most = min(most, sub_microbatch_size.get(name, most))
+        size = None if sub_microbatch_size is None else sub_microbatch_size.get(name)
+        parts = {count for lengths in batches for count in _stages(len(lengths), size)}
         lengths = [length for lengths in batches for length in lengths]
         counts = _range(module.layer, "instances")
-        if most > counts[1]:
-            found.append(_sentence(name, "instances in a stage", most, counts))
+        for count in sorted({min(parts), max(parts)}):
+            if not counts[0] <= count <= counts[1]:
+                found.append(_sentence(name, "instances in a stage", count, counts))
         measured = _range(module.layer, "length")
         for length in sorted({min(lengths), max(lengths)}):
             if not measured[0] <= length <= measured[1]:
                 found.append(_sentence(name, "tokens in an instance", length, measured))
     return found
+
+
+def _stages(instances: int, size: int | None) -> tuple[int, int]:
+    """Instances of the smallest and the largest stage of a microbatch, cut into equal parts of at most ``size``."""
+    num_parts = 1 if size is None else -(-instances // size)
+    return instances // num_parts, -(-instances // num_parts)
 
 
 def _range(grid: ProfileGrid, axis: str) -> tuple[float, float]:

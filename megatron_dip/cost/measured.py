@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dip.cost.interface import CostModel, Part, PartCost
 from megatron_dip.spec.plan import Plan, StageKind
-from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint
+from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint, Strategy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,57 @@ def fit_profile(
             first=ProfileGrid(points=points["first"]), last=ProfileGrid(points=points["last"]),
         )
     return Profile(format="megatron-dip/profile/1", modules=modules, p2p=p2p)
+
+
+def slowdown(samples: Iterable[StageSample], costs: CostModel) -> float:
+    """Time that stages took over what ``costs`` say of them, all together; a stage counts for at most twice its cost, so that one long
+    interruption says little. Instances of a stage are taken to be of equal length. 1 where nothing was to be done."""
+    took = predicted = 0.0
+    for sample in samples:
+        cost = _stage_ns(sample, costs)
+        took += min(sample.duration_ns, 2 * cost)
+        predicted += cost
+    return took / predicted if predicted > 0 else 1.0
+
+
+def _stage_ns(sample: StageSample, costs: CostModel) -> float:
+    lengths = (sample.tokens // sample.instances,) * sample.instances
+    parts: list[tuple[Part, int]] = [("layer", sample.num_layers), ("first", sample.has_first), ("last", sample.has_last)]
+    total = 0.0
+    for part, count in parts:
+        if count:
+            cost = costs.part(sample.module, part, lengths)
+            inputs = cost.backward_input_ns + (0.0 if sample.split else cost.backward_weight_ns)
+            total += count * {"fw": cost.forward_ns, "bw": inputs, "w": cost.backward_weight_ns}[sample.kind]
+    return total
+
+
+class SlowedCost:
+    """``costs`` with every stage ``factor`` times as long: a machine's speed moves (clocks, neighbours) while its stages' ratios stay."""
+
+    def __init__(self, costs: CostModel, factor: float) -> None:
+        self._costs, self._factor = costs, factor
+        self.p2p_latency_ns = costs.p2p_latency_ns
+        self.p2p_bytes_per_second = costs.p2p_bytes_per_second
+
+    def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:
+        cost, factor = self._costs.part(module, part, lengths), self._factor
+        return PartCost(
+            forward_ns=factor * cost.forward_ns, backward_input_ns=factor * cost.backward_input_ns,
+            backward_weight_ns=factor * cost.backward_weight_ns, activation_bytes=cost.activation_bytes, boundary_bytes=cost.boundary_bytes,
+        )
+
+    def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
+        return self._costs.strategies(module, lengths)
+
+    def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
+        return self._costs.static_bytes(module, num_layers, first=first, last=last)
+
+    def memory_capacity_bytes(self) -> int | None:
+        return self._costs.memory_capacity_bytes()
+
+    def holds_encoder_outputs(self) -> bool:
+        return self._costs.holds_encoder_outputs()
 
 
 def message_excess_ns(plan: Plan, spans: Mapping[int, tuple[int, int]]) -> float | None:

@@ -117,6 +117,7 @@ class _PartBuilder:
         self.sharding = sharding
         self.width = sharding.bytes_per_number
         self.tensor = sharding.tensor
+        self.tensor_lane = self._lane(sharding.groups.tensor)
         self.tokens = sum(lengths) / sharding.context
         self.stream_tokens = self.tokens / self.tensor if sharding.sequence_parallel else self.tokens
         self.length_counts = sorted(Counter(lengths).items())
@@ -241,7 +242,7 @@ class _PartBuilder:
         losses = self._make("losses", 4.0 * self.tokens)
         seconds = 3.0 * self._collective_seconds("all_reduce", 4.0 * self.tokens, self.sharding.groups.tensor)
         if seconds:
-            self._forward(Operator(name=f"{name}.all_reduce", kind="collective", lane="nvlink", cause="tensor_parallel",
+            self._forward(Operator(name=f"{name}.all_reduce", kind="collective", lane=self.tensor_lane, cause="tensor_parallel",
                                    inputs=(probabilities,), outputs=(losses,), traffic_seconds=seconds))
 
         def back(gradient: str) -> str:
@@ -337,7 +338,7 @@ class _PartBuilder:
         statistics = self.forward.tensor(f"{label}_statistics", 4.0 * out_bytes / self.width / (self.hidden / self.module.num_attention_heads),
                                          saved=True, dropped_by_selective=True)
         exchange = self._collective_seconds("all_gather", exchanged_bytes, self.sharding.groups.context)
-        lane: Lane = "nvlink" if self.sharding.groups.context.within_node(self.sharding.device) else "network"
+        lane = self._lane(self.sharding.groups.context)
         self._forward(Operator(name=name, kind="attention", inputs=(source,), outputs=(out, statistics), flops=flops, memory_bytes=moved,
                                attention_work=forward_work, heads=heads, causal=causal, recompute=True))
         after = out
@@ -442,7 +443,7 @@ class _PartBuilder:
             if needs_sum and self.sharding.sequence_parallel and module_trains:
                 taken = self._make_backward(size)
                 gather_seconds = self._collective_seconds("all_gather", size, group)
-                self._backward(Operator(name=f"{name}.gather_input", kind="collective", lane="nvlink", cause="tensor_parallel",
+                self._backward(Operator(name=f"{name}.gather_input", kind="collective", lane=self.tensor_lane, cause="tensor_parallel",
                                         inputs=(gradient,), outputs=(taken,), traffic_seconds=gather_seconds, backward=True))
             made = self._make_backward(rows * inner * self.width) if input_gradient else gradient
             if input_gradient:
@@ -454,7 +455,7 @@ class _PartBuilder:
                 kind: CollectiveKind = "reduce_scatter" if self.sharding.sequence_parallel else "all_reduce"
                 summed = self._make_backward(self.stream_bytes)
                 sum_seconds = self._collective_seconds(kind, size, group)
-                self._backward(Operator(name=f"{name}.sum_gradient", kind="collective", lane="nvlink", cause="tensor_parallel",
+                self._backward(Operator(name=f"{name}.sum_gradient", kind="collective", lane=self.tensor_lane, cause="tensor_parallel",
                                         inputs=(made,), outputs=(summed,), traffic_seconds=sum_seconds, backward=True))
             if module_trains:
                 waits = (gradient,) if taken == "saved" else (gradient, taken)
@@ -474,7 +475,7 @@ class _PartBuilder:
         if self.tensor == 1 or not self.sharding.sequence_parallel:
             return
         source, out = self.x, self._make(f"{label}_gathered", self.full_bytes)
-        self._forward(Operator(name=self._name(f"{label}.gather"), kind="collective", lane="nvlink", cause="tensor_parallel",
+        self._forward(Operator(name=self._name(f"{label}.gather"), kind="collective", lane=self.tensor_lane, cause="tensor_parallel",
                                inputs=(source,), outputs=(out,),
                                traffic_seconds=self._collective_seconds("all_gather", self.full_bytes, self.sharding.groups.tensor)))
         self.x = out
@@ -489,7 +490,7 @@ class _PartBuilder:
         out = self._make(f"{label}_summed", size / self.tensor if sequence else size)
         group = self.sharding.groups.tensor
         kind: CollectiveKind = "reduce_scatter" if sequence else "all_reduce"
-        self._forward(Operator(name=self._name(f"{label}.sum"), kind="collective", lane="nvlink", cause="tensor_parallel", inputs=(source,),
+        self._forward(Operator(name=self._name(f"{label}.sum"), kind="collective", lane=self.tensor_lane, cause="tensor_parallel", inputs=(source,),
                                outputs=(out,), traffic_seconds=self._collective_seconds(kind, size, group)))
         self.x = out
 
@@ -497,7 +498,7 @@ class _PartBuilder:
             if not sequence:
                 return gradient
             made = self._make_backward(size)
-            self._backward(Operator(name=self._name(f"{label}.gather_gradient"), kind="collective", lane="nvlink", cause="tensor_parallel",
+            self._backward(Operator(name=self._name(f"{label}.gather_gradient"), kind="collective", lane=self.tensor_lane, cause="tensor_parallel",
                                     inputs=(gradient,), outputs=(made,), backward=True,
                                     traffic_seconds=self._collective_seconds("all_gather", size, group)))
             return made
@@ -511,6 +512,10 @@ class _PartBuilder:
         for step in reversed(self._steps):
             gradient = step(gradient)
         return self.backward.graph()
+
+    def _lane(self, group: Group) -> Lane:
+        """The link that a group's collectives are bound by."""
+        return "nvlink" if group.within_node(self.sharding.device) else "network"
 
     def _collective_seconds(self, kind: CollectiveKind, size: float, group: Group) -> float:
         return collective_seconds(kind, size, group, self.sharding.device)

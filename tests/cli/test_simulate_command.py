@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from megatron_dip.cli.main import main
 from megatron_dip.cli.profile_command import grid_shapes
 from megatron_dip.cli.simulate_command import grid_parallels
+from megatron_dip.cost.analytic import DEFAULT_RULES
 from megatron_dip.cost.device import load_device
 from megatron_dip.spec.codec import load_profile, load_workload, save
+from megatron_dip.spec.profile import ProfileGrid, ProfilePoint
 from megatron_dip.spec.workload import Parallel, Training, Workload
 from tests.strategies import vlm_case
 
@@ -114,6 +118,9 @@ def test_bad_arguments_end_with_exit_code_2(workload: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"parallel": {"tensor": 3, "pipeline": 4}}, "parallel.tensor"),
+    ({"parallel": {"tensor": 4, "pipeline": 200}}, "parallel.pipeline = 200: the model has only 95 layers"),
+    ({"parallel": {"tensor": 4, "pipeline": 4, "data": 5}}, "too few for 5 data-parallel replicas"),
+    ({"parallel": {"tensor": 4, "pipeline": 4, "context": 0}}, "parallel.context"),
     ({"device": {"peak_tflops": 1, "memory_gib": 1, "memory_tbs": 1, "nvlink_gbs": -200, "network_gbs": 1}}, "device.nvlink_gbs"),
     ({"memory_capacity_bytes": 1000}, "memory_capacity_bytes"),
 ])
@@ -131,6 +138,45 @@ def test_a_profile_warns_how_far_it_is_left(profiled: Path, capsys: pytest.Captu
     assert "warning: profile.modules.vit.layer: 3 instances in a stage lie 3 times above the measured range 1 to 1" in captured.err
     assert json.loads(captured.out)["mfu"] is None
     assert simulate(profiled, "--device", "h100") == 2
+
+
+RULES = """
+from megatron_dip.cost.analytic import DEFAULT_RULES
+DEFAULT_RULES.register("lm.attention", lambda operator, device: 5e8)
+"""
+
+
+def test_own_rules_count_everywhere(workload: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DEFAULT_RULES, "rules", {})
+    assert simulate(workload, "--json", "--schedule", "nnscaler") == 0
+    before = json.loads(capsys.readouterr().out)["iteration_time_s"]
+    rules = tmp_path / "rules.py"
+    for text, problem in (("1 / 0", "ZeroDivisionError"), ("pass", "registers no rule")):
+        rules.write_text(text)
+        assert simulate(workload, "--json", "--rules", str(rules)) == 2
+        assert problem in capsys.readouterr().err
+    rules.write_text(RULES)
+    assert simulate(workload, "--json", "--schedule", "nnscaler", "--rules", str(rules)) == 0
+    # Half a second for each of 32 attentions of 4 microbatches, on 4 ranks.
+    assert json.loads(capsys.readouterr().out)["iteration_time_s"] > before + 32 * 4 * 0.5 / 4
+    DEFAULT_RULES.version += 1
+    # Processes of the grid execute the file themselves.
+    assert simulate(workload, "--grid", "--gpus", "4", "--workers", "1", "--json", "--rules", str(rules)) == 0
+    assert min(plan["result"]["iteration_time_s"] for plan in json.loads(capsys.readouterr().out)["plans"]) > 32 * 4 * 0.5 / 4
+
+
+def test_what_an_implementation_lacks_costs_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "workload.json"
+    save(path, Workload(
+        format="megatron-dip/workload/1", model="vlm-s", parallel=Parallel(tensor=4, pipeline=4, data=2), training=Training(), device="h800",
+        microbatches=[{"vit": [2704] * n, "lm": [8192]} for n in (6, 2, 1, 4)],
+    ))
+    times = []
+    for more in ([], ["--no-data-parallel-overlap"], ["--attention", "unfused"]):
+        assert simulate(path, "--json", "--schedule", "nnscaler", *more) == 0
+        times.append(json.loads(capsys.readouterr().out)["iteration_time_s"])
+    assert times[0] < times[1]
+    assert times[0] < times[2]
 
 
 def test_the_grid_ranks_what_fits(workload: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +220,16 @@ def test_calibration_on_a_profile(profiled: Path, tmp_path: Path, capsys: pytest
     assert main(arguments) == 2
     assert "--workload" in capsys.readouterr().err
     assert main([*arguments, "--workload", str(profiled)]) == 0
+    capsys.readouterr()
+    layer = ProfileGrid(points=[
+        ProfilePoint(instances=n, tokens=n, forward_ns=1e3, backward_input_ns=1e3, backward_weight_ns=1e3, activation_bytes=0, boundary_bytes=0)
+        for n in (1, 2, 3, 4)
+    ])
+    measured = vlm_case().profile
+    save(profile, msgspec.structs.replace(measured, modules={**measured.modules, "vit": msgspec.structs.replace(measured.modules["vit"], layer=layer)}))
+    assert main([*arguments, "--workload", str(profiled)]) == 0
+    # Of six batch shapes the fourth is held out: its forward and its backward.
+    assert re.search(r"held out\W+2\W", capsys.readouterr().out)
     assert load_device(str(output)).efficiency.kernel_overhead_us < load_device("cpu").efficiency.kernel_overhead_us
 
 

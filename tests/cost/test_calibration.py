@@ -14,8 +14,9 @@ from megatron_dip.cost.operators import LatencyRules
 from megatron_dip.cost.step import gradient_seconds, optimizer_graph, optimizer_seconds, parameter_seconds
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import named_model
+from megatron_dip.spec.profile import ModuleProfile, ProfileGrid, ProfilePoint
 from megatron_dip.spec.workload import Parallel, Training
-from tests.strategies import vlm_case
+from tests.strategies import profile, vlm_case
 
 SHAPES = [("lm", 1024), ("lm", 8192), ("vit", 2704), ("vit", 676), ("lm", 512), ("vit", 5408)]
 
@@ -87,3 +88,16 @@ def test_what_a_profile_did_not_measure_is_said() -> None:
     assert "profile.modules.vit.layer: 3 instances in a stage lie 3 times above" in found[0]
     assert "40 tokens in an instance lie 4 times above the measured range 10 to 10" in found[1]
     assert outside_profile(case.profile, [{"vit": [1, 1, 1], "lm": [10]}], {"vit": 1, "lm": 1}) == []
+
+
+def test_a_stage_below_the_measured_range_is_told_too() -> None:
+    point = {"forward_ns": 1.0, "backward_input_ns": 1.0, "backward_weight_ns": 1.0, "activation_bytes": 0.0, "boundary_bytes": 0.0}
+    layer = ProfileGrid(points=[ProfilePoint(instances=count, tokens=10 * count, **point) for count in (4, 8)])
+    measured = profile({"vit": ModuleProfile(num_layers=2, layer=layer)})
+    found = outside_profile(measured, [{"vit": [10] * 6}, {"vit": [10] * 9}], {"vit": 8})
+    # Nine images run as five and four: all within.
+    assert found == []
+    found = outside_profile(measured, [{"vit": [10] * 2}, {"vit": [10] * 9}], {"vit": 8})
+    assert [sentence.split(";")[0] for sentence in found] == [
+        "profile.modules.vit.layer: 2 instances in a stage lie 2 times below the measured range 4 to 8"
+    ]
