@@ -21,7 +21,7 @@ from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.device import device_names
 from megatron_dip.cost.interface import CostModel
-from megatron_dip.cost.measured import PartBytes, StageSample, fit_profile, message_excess_ns
+from megatron_dip.cost.measured import PartBytes, SlowedCost, StageSample, fit_profile, message_excess_ns, slowdown
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.hooks.forward_backward import DipForwardBackward
 from megatron_dip.hooks.iterators import LookaheadIterator
@@ -49,6 +49,8 @@ _LOOKED_THROUGH = 8
 """Iterations whose batches are held against the range of a given profile."""
 KEPT_ITERATIONS = 24
 """Measured iterations that a fit looks back on."""
+SPEED_ITERATIONS = 5
+"""Last iterations whose median says how fast the machine is now against its profile."""
 
 
 class DipSystem(System):
@@ -82,11 +84,14 @@ class DipSystem(System):
         self.profile: Profile | None = None
         """What the planner rank measured so far."""
         self._measured: deque[list[StageSample]] = deque(maxlen=KEPT_ITERATIONS)
+        self._slowdowns: deque[float] = deque(maxlen=SPEED_ITERATIONS)
+        """Of the planner rank's stages against ``_costs``."""
         self._iterations = 0
         if warmed_by is not None:
             assert warmed_by.partition == self.partition, "measured on another cut"
             self._costs, self.profile, self._iterations = warmed_by._costs, warmed_by.profile, warmed_by._iterations
             self._measured.extend(warmed_by._measured)
+            self._slowdowns.extend(warmed_by._slowdowns)
         if schedule.profile is not None:
             self.profile = load_profile(schedule.profile)
             check_measured(spec, self.profile, "--profile")
@@ -115,14 +120,14 @@ class DipSystem(System):
             time_budget_s=self._schedule.plan_s, seed=self.settings.seed, strategy="none", forward_only=forward_only,
             split_backward=self._schedule.split_backward and not forward_only,
         )
-        return plan_iteration(self._model_spec, self.partition, microbatches, self._costs, options)
+        return plan_iteration(self._model_spec, self.partition, microbatches, self.current_costs(), options)
 
     def _quick_plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
         options = PlanOptions(
             evaluations=1, search="fifo", strategy="none", forward_only=forward_only,
             split_backward=self._schedule.split_backward and not forward_only,
         )
-        return plan_iteration(self._model_spec, self.partition, microbatches, self._costs, options)
+        return plan_iteration(self._model_spec, self.partition, microbatches, self.current_costs(), options)
 
     def start_data(self, iteration: int) -> None:
         self.data = LookaheadIterator(self._stream(iteration))
@@ -143,8 +148,16 @@ class DipSystem(System):
 
     def after_step(self) -> None:
         measured = self._iterations - SKIPPED
-        if self._schedule.profile is not None or measured < 1 or (measured > PROFILED_FIRST and measured % PROFILED_EVERY):
+        if self._schedule.profile is not None or measured < 1:
             return
+        if measured <= PROFILED_FIRST or measured % PROFILED_EVERY == 0:
+            self._refresh_profile()
+        if self.forward_backward.is_planner and self.profile is not None:
+            assert self._training_plan is not None
+            self._slowdowns.append(slowdown(stage_samples(self._training_plan, [self._own_records], self.partition), self._costs))
+
+    def _refresh_profile(self) -> None:
+        """Fits the profile to the last measured iterations; all ranks of the replica must call it together."""
         records = self._gather()
         if records is None or not self.forward_backward.is_planner:
             return
@@ -175,11 +188,13 @@ class DipSystem(System):
     def use_profile(self, profile: Profile) -> None:
         """Plans with these costs from now on, until more is measured."""
         self.profile, self._costs = profile, ProfileCost(profile)
+        self._slowdowns.clear()
         self.forward_backward.forget_plans()
 
     def current_costs(self) -> CostModel:
         """What the next plan will be made with (of this rank: the planner rank's is the measured one)."""
-        return self._costs
+        recent = list(self._slowdowns)
+        return SlowedCost(self._costs, statistics.median(recent)) if recent else self._costs
 
     def warnings(self) -> list[str]:
         """How far the first iterations' batches lie outside of what a given profile measured."""

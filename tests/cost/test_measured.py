@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dip.cost.measured import PartBytes, StageSample, expected_time, fit_profile, message_excess_ns
+from megatron_dip.cost.measured import (
+    PartBytes,
+    SlowedCost,
+    StageSample,
+    expected_time,
+    fit_profile,
+    message_excess_ns,
+    slowdown,
+)
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.spec.plan import Dep, Plan, PlanStage
 from megatron_dip.spec.profile import PointToPoint, Profile
@@ -51,6 +59,26 @@ def test_parts_are_told_apart_where_chunks_allow() -> None:
     assert module.last is not None
     assert module.last.points[0].forward_ns == pytest.approx(5_000)
     assert module.layer.points[0].boundary_bytes == 4.0 * 288
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_slower_machine_is_seen_and_taken_into_costs(split: bool) -> None:
+    chunks = [(2, True, False), (2, False, False), (2, False, True)]
+    costs = ProfileCost(fit_profile(samples(chunks, TIMES, split=split), {"vit": 6}, SIZES, P2P))
+    slower = samples(chunks, {part: 1.3 * time for part, time in TIMES.items()}, split=split)
+    assert slowdown(samples(chunks, TIMES, split=split), costs) == pytest.approx(1.0)
+    assert slowdown(slower, costs) == pytest.approx(1.3)
+    assert slowdown(slower, SlowedCost(costs, 1.3)) == pytest.approx(1.0)
+    assert slowdown([], costs) == 1.0
+
+
+def test_one_long_interruption_counts_as_twice_the_stage() -> None:
+    costs = ProfileCost(fit_profile(samples([(2, False, False)], TIMES), {"vit": 2}, SIZES, P2P))
+    forward, backward = samples([(2, False, False)], TIMES)
+    stuck = StageSample(
+        module="vit", kind="fw", num_layers=2, has_first=False, has_last=False, instances=2, tokens=288, split=False, duration_ns=10**9
+    )
+    assert slowdown([stuck, backward], costs) == pytest.approx((2 * forward.duration_ns + backward.duration_ns) / (forward.duration_ns + backward.duration_ns))
 
 
 @given(
