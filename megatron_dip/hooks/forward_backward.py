@@ -69,7 +69,7 @@ _PLAN, _ERROR = 0, 1
 _FAILED, _MISFIT = 1, 2
 _DIGEST = 32
 _TEXT = 384
-_ROW = 4 * _DIGEST + _TEXT
+_ROW = 5 * _DIGEST + _TEXT
 """Bytes that each rank tells the others: digests of plan, batch and cut, health, and the start of an error's message."""
 
 
@@ -83,6 +83,8 @@ class DipForwardBackward:
         metadata: instance lengths of one item of the data iterator.
         call_metadata: instance lengths of a captured microbatch ({}: this rank was not given its data), for scripts whose forward_step
             alone knows what an item means; ``metadata`` then only serves to plan ahead.
+        call_conditions: names of what a captured microbatch gives to every layer (masks, bounds of packed sequences), which all ranks must
+            have been given alike.
         plan_function: makes plans; called on a background thread of the planner rank.
         quick_plan_function: makes a plan at once where the other is late or fails; None: wait as long as it takes.
         device: where chunks compute.
@@ -105,6 +107,7 @@ class DipForwardBackward:
         partition: Partition,
         metadata: Callable[[Any], Microbatch],
         call_metadata: Callable[[CapturedCall], Microbatch] | None = None,
+        call_conditions: Callable[[CapturedCall], Sequence[str]] | None = None,
         plan_function: PlanFunction,
         quick_plan_function: PlanFunction | None = None,
         device: torch.device,
@@ -121,6 +124,7 @@ class DipForwardBackward:
         self._chunks = list(chunks)
         self._metadata = metadata
         self._call_metadata = call_metadata
+        self._call_conditions = call_conditions
         self._num_outputs = num_outputs
         self._device = device
         self._plan_deadline_s = plan_deadline_s
@@ -258,6 +262,7 @@ class DipForwardBackward:
         """Captures the microbatches, agrees on their plan and hands both to the model. Whatever goes wrong on one rank ends on all."""
         calls: list[CapturedCall] = []
         microbatches: list[Microbatch] | None = None
+        conditions = b""
         error: Exception | None = None
         is_replay = getattr(iterator, "replaying", False)  # Megatron's iterator while the rerun state machine repeats an iteration
         try:
@@ -271,6 +276,8 @@ class DipForwardBackward:
             if self._call_metadata is not None:
                 known = [self._call_metadata(call) for call in calls]
                 microbatches = known if all(known) else None
+            if self._call_conditions is not None and self.groups.num_ranks > 1:
+                conditions = _digest(msgspec.json.encode([self._call_conditions(call) for call in calls]))
         except StopIteration:
             error = InputError("data_iterator", num_microbatches, "ended before it gave this many microbatches", "give more data or fewer iterations")
         except Exception as caught:
@@ -284,7 +291,7 @@ class DipForwardBackward:
                     self._staged_model.begin_iteration(plan, calls, forward_only=forward_only)
                 except Exception as caught:
                     misfit = caught
-            self._compare(digest, microbatches, error, misfit)
+            self._compare(digest, microbatches, conditions, error, misfit)
         except Exception:
             self._staged_model.end_iteration()
             raise
@@ -330,7 +337,7 @@ class DipForwardBackward:
             return None, b"", unreadable
 
     def _compare(
-        self, digest: bytes, microbatches: list[Microbatch] | None, error: Exception | None, misfit: Exception | None
+        self, digest: bytes, microbatches: list[Microbatch] | None, conditions: bytes, error: Exception | None, misfit: Exception | None
     ) -> None:
         """Raises on every rank when one of them has an error, or another plan, batch or cut than its planner rank.
 
@@ -340,7 +347,7 @@ class DipForwardBackward:
         if len(self.groups.control_ranks) == 1:
             verdict = error or misfit
         else:
-            verdict = self._verdict_of_replica(digest, microbatches, error, misfit)
+            verdict = self._verdict_of_replica(digest, microbatches, conditions, error, misfit)
         if self.groups.peers is not None:
             verdict = self._verdict_of_all(self.groups.peers, verdict)
         if verdict is not None:
@@ -352,7 +359,7 @@ class DipForwardBackward:
             raise verdict
 
     def _verdict_of_replica(
-        self, digest: bytes, microbatches: list[Microbatch] | None, error: Exception | None, misfit: Exception | None
+        self, digest: bytes, microbatches: list[Microbatch] | None, conditions: bytes, error: Exception | None, misfit: Exception | None
     ) -> Exception | None:
         """This rank's error, or what the ranks of the replica do not agree on; None on all of them: nothing."""
         row = bytearray(_ROW)
@@ -360,10 +367,11 @@ class DipForwardBackward:
         if microbatches is not None:
             row[_DIGEST : 2 * _DIGEST] = _digest(msgspec.json.encode(microbatches, order="sorted"))
         row[2 * _DIGEST : 3 * _DIGEST] = self._cut_digest
+        row[3 * _DIGEST : 3 * _DIGEST + len(conditions)] = conditions
         if (said := error or misfit) is not None:
-            row[3 * _DIGEST] = _FAILED if error is not None else _MISFIT
+            row[4 * _DIGEST] = _FAILED if error is not None else _MISFIT
             text = _summary(said)
-            row[4 * _DIGEST : 4 * _DIGEST + len(text)] = text
+            row[5 * _DIGEST : 5 * _DIGEST + len(text)] = text
         mine = torch.frombuffer(row, dtype=torch.uint8)
         rows = [torch.empty_like(mine) for _ in self.groups.control_ranks]
         try:
@@ -398,8 +406,8 @@ class DipForwardBackward:
 
     def _failure(self, told: Sequence[bytes], kind: int) -> PeerError | None:
         for rank, other in zip(self.groups.control_ranks, told, strict=True):
-            if other[3 * _DIGEST] == kind:
-                message = other[4 * _DIGEST :].rstrip(b"\0").decode(errors="replace")
+            if other[4 * _DIGEST] == kind:
+                message = other[5 * _DIGEST :].rstrip(b"\0").decode(errors="replace")
                 return PeerError(f"rank {rank} could not prepare the iteration, so no rank runs it: {message}")
         return None
 
@@ -410,6 +418,8 @@ class DipForwardBackward:
             ("plan", 0, "the ranks hold different plans for this iteration", "run the same version of megatron_dip on all ranks"),
             ("data_iterator", 1, "the ranks of one replica got different batches", "give every rank of a replica the same data in the same order"),
             ("partition", 2, "the ranks cut the model differently", "give all ranks the same chunks and sub-microbatch sizes"),
+            ("forward_step", 3, "gives the model masks or bounds of packed sequences on some pipeline ranks only, so that layers would attend "
+             "differently", "use at most two pipeline ranks where the script reads data on the first and last one, or read it on all"),
         )
         for field, index, problem, remedy in fields:
             part = slice(index * _DIGEST, (index + 1) * _DIGEST)

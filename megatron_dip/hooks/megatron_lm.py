@@ -69,6 +69,8 @@ class _BuiltModel:
     costs: CostModel
     keys: tuple[ChunkKey, ...]
     forward_backward: DipForwardBackward | None = None
+    iterations: int = 0
+    """Trained since the start of this process."""
 
 
 _built: dict[int, _BuiltModel] = {}
@@ -249,6 +251,7 @@ def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
             built.forward_backward = _start(built, chunks)
         losses = built.forward_backward(**arguments)
         if not arguments["forward_only"]:
+            built.iterations += 1
             _report(built, built.forward_backward)
         return losses
 
@@ -257,10 +260,7 @@ def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 def _report(built: _BuiltModel, forward_backward: DipForwardBackward) -> None:
     """Writes the iteration's traces and its log line, as the flags ask for. The first replica speaks."""
-    from megatron.training import get_args
-
-    options, plan = built.options, forward_backward.plan
-    iteration = get_args().curr_iteration + 1
+    options, plan, iteration = built.options, forward_backward.plan, _running_iteration(built)
     due = options.log_interval > 0 and iteration % options.log_interval == 0
     if plan is None or not (due or options.trace_dir is not None):
         return
@@ -278,10 +278,21 @@ def _report(built: _BuiltModel, forward_backward: DipForwardBackward) -> None:
         print(
             f" [DIP] iteration {iteration:8d} | planned (ms): {plan.claimed_makespan / 1e6:.1f} | measured (ms): "
             f"{measured.makespan / 1e6:.1f} | bubbles planned: {plan.bubble_fraction:.1%} measured: {measured.bubble_fraction:.1%} | "
-            f"planning (ms): {plan.planning_ns / 1e6:.1f} | plans replaced so far: {sum(counts.fallbacks.values())} | "
+            f"planning (ms): {plan.planning_ns / 1e6:.1f} | waited for plans so far (ms): {counts.waited_ns / 1e6:.1f} | "
+            f"plans replaced so far: {sum(counts.fallbacks.values())} | "
             f"batches not seen ahead: {counts.unseen}",
             flush=True,
         )
+
+
+def _running_iteration(built: _BuiltModel) -> int:
+    """As Megatron's training loop counts it, from 1; in another loop, as counted here."""
+    try:
+        from megatron.training import get_args
+
+        return int(get_args().curr_iteration) + 1
+    except (ImportError, AssertionError):  # not installed; no arguments parsed
+        return built.iterations
 
 
 def _measured(plan: Plan, records: Sequence[Sequence[StageRecord]], title: str) -> Timeline:
@@ -317,6 +328,9 @@ def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackw
     def call_metadata(call: CapturedCall) -> Microbatch:
         return description.metadata(description.bind(call.args, call.kwargs))
 
+    def call_conditions(call: CapturedCall) -> list[str]:
+        return description.conditions(description.bind(call.args, call.kwargs))
+
     def upcoming(iterations: int) -> list[int]:
         from megatron.training import get_args
 
@@ -325,6 +339,7 @@ def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackw
     on_cpu = torch.cuda.current_device() == torch.device("cpu")
     return DipForwardBackward(
         staged_model=staged, chunks=chunks, partition=built.partition, metadata=description.item_metadata, call_metadata=call_metadata,
+        call_conditions=call_conditions,
         plan_function=plan, quick_plan_function=None if options.evaluations is not None else quick_plan,
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
         backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, num_outputs=description.num_outputs,

@@ -50,6 +50,10 @@ class ModelDescription(Protocol):
         """Module -> its instances in a bound batch, to compare with the plan's."""
         ...
 
+    def conditions(self, batch: Any) -> list[str]:
+        """Arguments of a bound batch, by name, that the layers of all chunks depend on: all pipeline ranks must have been given them."""
+        ...
+
     def build_chunk(self, partition: Partition, module: str, vp_stage: int, rank: int) -> torch.nn.Module:
         """The Megatron module of one chunk, with weights that do not depend on the partition."""
         ...

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.description import unwrap
 from megatron_dip.models.layout import ModuleCut
-from megatron_dip.models.parts import LANGUAGE, boundary_dtype, language_boundary, language_spec
+from megatron_dip.models.parts import LANGUAGE, boundary_dtype, language_boundary, language_conditions, language_spec
 from megatron_dip.models.provided import Sketch, bind_arguments, call_provider, cut_config, gpt_cut
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
@@ -70,6 +70,9 @@ class GptDescription:
 
     def num_instances(self, batch: Mapping[str, Any]) -> dict[str, int]:
         return {module: len(lengths) for module, lengths in self.metadata(batch).items()}
+
+    def conditions(self, batch: Mapping[str, Any]) -> list[str]:
+        return language_conditions(batch, "attention_mask", "packed_seq_params")
 
     def build_chunk(self, partition: Partition, module: str, vp_stage: int, rank: int) -> torch.nn.Module:
         cut = ModuleCut.of_partition(partition, module)

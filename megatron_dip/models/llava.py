@@ -31,6 +31,7 @@ from megatron_dip.models.parts import (
     build_language_chunk,
     copy_attributes,
     language_boundary,
+    language_conditions,
     language_spec,
     module_spec,
 )
@@ -130,9 +131,12 @@ class LlavaDescription:
         return batch
 
     def metadata(self, batch: Mapping[str, Any]) -> Microbatch:
-        """Lengths of a bound batch's instances, the merged sequences' among them. Raises InputError for images that do not fit."""
-        tokens, images = batch["input_ids"], batch.get("images")
-        count = 0 if images is None else images.shape[0]
+        """Lengths of a bound batch's instances, the merged sequences' among them; {} where the rank was not given it (examples/multimodal
+        reads data on the first and last pipeline rank alone, images on the first). Raises InputError for images that do not fit."""
+        tokens = batch.get("input_ids")
+        if tokens is None:
+            return {}
+        count = self._num_tiles(batch)
         index = batch.get("image_token_index")
         image_tokens = (tokens == (self._sketch.image_token_index if index is None else index)).sum(dim=1)
         tiles = batch.get("num_image_tiles")
@@ -150,19 +154,31 @@ class LlavaDescription:
             microbatch[VISION] = [self._vision.length] * count
         return microbatch
 
+    def _num_tiles(self, batch: Mapping[str, Any]) -> int:
+        images, tiles = batch.get("images"), batch.get("num_image_tiles")
+        return images.shape[0] if images is not None else 0 if tiles is None else int(tiles.sum())
+
     num_outputs = 2
     """LLaVAModel returns losses or logits, and a loss mask."""
 
     def item_metadata(self, item: Any) -> Microbatch:
-        """What :meth:`metadata` will say of a batch of pretrain_vlm.py's data loader. Raises InputError for items of another form."""
-        if not isinstance(item, dict) or not {"tokens", "image"} <= item.keys():
-            raise InputError("data_iterator", type(item).__name__, "items of this form are not known before forward_step reads them",
-                             "give dictionaries as pretrain_gpt.py and pretrain_vlm.py do, or --dip-look-ahead 0")
-        return self.metadata({"input_ids": item["tokens"], "images": item["image"]})
+        """What :meth:`metadata` will say of a batch of the data loaders of pretrain_vlm.py and examples/multimodal. Raises InputError for
+        items of another form."""
+        if isinstance(item, dict) and {"tokens", "image"} <= item.keys():
+            return self.metadata({"input_ids": item["tokens"], "images": item["image"]})
+        if isinstance(item, dict) and {"tokens", "imgs", "num_tiles"} <= item.keys():
+            given = {"images": item["imgs"], "num_image_tiles": item["num_tiles"]} if item["imgs"].dim() == 4 else {}  # [1, 1] says: none
+            return self.metadata({"input_ids": item["tokens"], **given})
+        raise InputError("data_iterator", type(item).__name__, "items of this form are not known before forward_step reads them",
+                         "give dictionaries as pretrain_vlm.py and examples/multimodal do, or --dip-look-ahead 0")
 
     def num_instances(self, batch: Mapping[str, Any]) -> dict[str, int]:
-        images = batch.get("images")
-        return {VISION: 0 if images is None else images.shape[0], LANGUAGE: batch["input_ids"].shape[0]}
+        if batch.get("input_ids") is None:
+            return {}
+        return {VISION: self._num_tiles(batch), LANGUAGE: batch["input_ids"].shape[0]}
+
+    def conditions(self, batch: Mapping[str, Any]) -> list[str]:
+        return language_conditions(batch, "attention_mask", "packed_seq_params")
 
     def build_chunk(self, partition: Partition, module: str, vp_stage: int, rank: int) -> LlavaChunk:
         cut = ModuleCut.of_partition(partition, module)
@@ -201,8 +217,8 @@ class LlavaDescription:
             tiles = batch["images"][first_instance : first_instance + stage.instances]
             return model.run_vision(tiles.to(self._vision.config.params_dtype))
         given = dict(batch)
-        if given.get("num_image_tiles") is None:
-            given["num_image_tiles"] = torch.ones(self.num_instances(batch)[VISION], dtype=torch.int, device=batch["input_ids"].device)
+        if given.get("num_image_tiles") is None and given.get("input_ids") is not None:
+            given["num_image_tiles"] = torch.ones(self._num_tiles(batch), dtype=torch.int, device=batch["input_ids"].device)
         given.pop("images", None)
         if own:
             return model.run_language(own[0], **given)

@@ -34,6 +34,7 @@ from megatron_dip.models.parts import (
     build_language_chunk,
     copy_attributes,
     language_boundary,
+    language_conditions,
     language_spec,
     module_spec,
 )
@@ -246,6 +247,9 @@ class MimoDescription:
             return {}
         inputs = {name: self._inputs(batch, modality) for name, modality in self._modalities.items()}
         return {**{name: 0 if given is None else given.shape[0] for name, given in inputs.items()}, LANGUAGE: batch["input_ids"].shape[0]}
+
+    def conditions(self, batch: Mapping[str, Any]) -> list[str]:
+        return language_conditions(batch, "attention_mask", "packing_kwargs")
 
     def build_chunk(self, partition: Partition, module: str, vp_stage: int, rank: int) -> MimoChunk:
         cut = ModuleCut.of_partition(partition, module)

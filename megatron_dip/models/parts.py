@@ -6,6 +6,7 @@ Letters: n images (tiles) in a sub-microbatch, s tokens of an image in the visio
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -150,6 +151,19 @@ def language_spec(sketch: Sketch) -> Module:
         LANGUAGE, "lm", "backbone", sketch.arguments["config"], trainable=sketch.trainable, causal=True,
         vocab_size=sketch.arguments["vocab_size"], tied_embeddings=bool(sketch.arguments.get("share_embeddings_and_output_weights", False)),
     )
+
+
+def language_conditions(batch: Mapping[str, Any], *names: str) -> list[str]:
+    """Those of ``names`` that a bound batch has and that change what a language model's layers attend to."""
+    return [name for name in names if batch.get(name) is not None and not (name == "attention_mask" and _is_causal(batch[name]))]
+
+
+def _is_causal(mask: torch.Tensor) -> bool:
+    """Whether a mask [1 or b, 1, S, S] says no more than that nobody looks ahead, which layers without a mask do by themselves."""
+    length = mask.shape[-1]
+    if mask.dim() != 4 or mask.shape[-2] != length:
+        return False
+    return bool((mask == torch.ones(length, length, dtype=torch.bool, device=mask.device).triu_(1)).all())
 
 
 def copy_attributes(source: torch.nn.Module, target: torch.nn.Module) -> None:

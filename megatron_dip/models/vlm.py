@@ -470,6 +470,9 @@ class VlmDescription:
         images = batch.get("images")
         return {VISION: 0 if images is None else len(images), LANGUAGE: 1}
 
+    def conditions(self, batch: dict[str, Any]) -> list[str]:
+        return []  # every rank is given every batch
+
     def build_chunk(self, partition: Partition, module: str, vp_stage: int, rank: int) -> VlmStage:
         return VlmStage(self.config, {module: ModuleCut.of_partition(partition, module)}, vp_stage, rank)
 
