@@ -9,13 +9,20 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_dip.spec.errors import InputError
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?$")
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+CUT_ATTRIBUTE = "dip_cut"
+"""Of Megatron's namespace, which is saved in every checkpoint: how the run has cut its modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +71,53 @@ def read_checkpoint(path: Path) -> CheckpointFiles:
     return CheckpointFiles(folder, "torch", iteration, sizes, {})
 
 
+def check_loadable(args: Any, cut: str) -> None:
+    """Refuses, before anything is loaded, a checkpoint that ``--load`` names and this run's cut does not fit.
+
+    Args:
+        args: Megatron's namespace.
+        cut: this run's, as :data:`CUT_ATTRIBUTE` of the saving run's namespace holds it.
+
+    Raises:
+        InputError: a checkpoint of the old format from another cut or other sizes, one of FSDP, or a format other than ``--ckpt-format``.
+    """
+    load = getattr(args, "load", None)
+    if load is None or not (Path(load) / _TRACKER).is_file():
+        return  # Megatron says what it then does
+    step = getattr(args, "ckpt_step", None)
+    found = read_checkpoint(Path(load) / f"iter_{step:07d}" if step else Path(load))
+    if found.format == "torch_dist":
+        if args.ckpt_format == "torch" and not getattr(args, "auto_detect_ckpt_format", False):
+            raise InputError("--ckpt-format", "torch", f"the checkpoint of --load {load} is torch_dist", "use --ckpt-format torch_dist")
+        return
+    sizes = {"tensor": args.tensor_model_parallel_size, "pipeline": args.pipeline_model_parallel_size}
+    if found.parallel != sizes:
+        saved: object = found.parallel
+    else:
+        saved = _saved_cut(found.folder)
+    if saved != cut:
+        raise InputError(
+            "--load", str(load),
+            f"is in the old format, one file for each rank, and was saved {_words(saved)}; it fits no other cut ({_words(cut)} this run)",
+            "convert it: megatron-dip checkpoint convert PATH TARGET SCRIPT ARGUMENTS (of the run that saved), then --load TARGET --ckpt-format torch_dist",
+        )
+
+
+def _saved_cut(folder: Path) -> str | None:
+    """The cut that a run under DIP has noted in a checkpoint of the old format; None: saved under the stock schedule."""
+    file = next(folder.glob("mp_rank_*/model_optim_rng.pt"))
+    # The file is a pickle that Megatron is about to load itself; mapped, only its small parts are read.
+    return getattr(torch.load(file, map_location="cpu", mmap=True, weights_only=False)["args"], CUT_ATTRIBUTE, None)
+
+
+def _words(cut: object) -> str:
+    if isinstance(cut, dict):
+        return "with " + ", ".join(f"{name} parallel size {size}" for name, size in cut.items())
+    return "under the stock schedule" if cut is None else f"cut into layers {cut}"
+
+
 def _iteration_folder(path: Path) -> Path:
-    tracker = path / "latest_checkpointed_iteration.txt"
+    tracker = path / _TRACKER
     if tracker.is_file():
         text = tracker.read_text().strip()
         path = path / (text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text)

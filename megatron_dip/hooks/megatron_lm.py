@@ -25,6 +25,7 @@ from megatron_dip.cost.device import device_names, load_device
 from megatron_dip.cost.interface import CostModel, Part, PartCost
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.hooks.arguments import DipOptions, options_from_args
+from megatron_dip.hooks.checkpoint_files import CUT_ATTRIBUTE, check_loadable
 from megatron_dip.hooks.forward_backward import DipForwardBackward
 from megatron_dip.hooks.iterators import LookaheadIterator
 from megatron_dip.models.capture import CapturedCall
@@ -117,6 +118,8 @@ def build_chunks(
     ranks = parallel_state.get_pipeline_model_parallel_world_size()
     rank = parallel_state.get_pipeline_model_parallel_rank()
     partition = make_partition(spec, ranks, options)
+    setattr(args, CUT_ATTRIBUTE, str(partition.chunks))
+    check_loadable(args, str(partition.chunks))
     if ranks == 1 and partition.num_chunks(LANGUAGE) > 1 and spec.module(LANGUAGE).tied_embeddings:
         raise InputError(
             "--dip-chunks", f"{LANGUAGE}={partition.num_chunks(LANGUAGE)}", "embedding and head share a weight and would lie in two chunks of one rank",
@@ -247,6 +250,11 @@ def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         built = _built.get(id(unwrap(chunks[0], torch.nn.Module)))
         if built is None:
             return stock(**arguments)
+        if arguments.get("collect_non_loss_data") and parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            raise InputError(
+                "process_non_loss_data_func", True, "Megatron's evaluation asks the last rank alone for it, and a pipeline needs all of its ranks",
+                "leave it out of the script's call of pretrain(), or use one pipeline rank; the stock schedules would wait without end",
+            )
         if built.forward_backward is None:
             built.forward_backward = _start(built, chunks)
         losses = built.forward_backward(**arguments)

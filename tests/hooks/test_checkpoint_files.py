@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_dip.cli.main import main
+from megatron_dip.hooks.checkpoint_files import check_loadable
 from megatron_dip.hooks.conversion import convert
 from megatron_dip.spec.errors import EXIT_CODE, InputError
 
@@ -139,3 +141,32 @@ def test_too_few_gpus_are_refused_before_anything_starts(old: Path, script: Path
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(InputError, match="needs 4 ranks"):
         convert(old, tmp_path / "new", script, [], "cuda", lambda command, environment: 0)
+
+
+def loading(folder: Path, **others: object) -> Namespace:
+    given = {"load": str(folder), "ckpt_format": "torch", "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "ckpt_step": None}
+    return Namespace(**{**given, **others})
+
+
+@pytest.mark.parametrize("saved_cut", [None, "{'lm': [[2, 2]]}"])
+def test_an_old_checkpoint_of_another_cut_is_refused_with_the_way_to_convert_it(saved_cut: str | None, old: Path) -> None:
+    args = Namespace() if saved_cut is None else Namespace(dip_cut=saved_cut)
+    for rank in old.glob("iter_*/mp_rank_*"):
+        torch.save({"args": args, "model": {"weight": torch.zeros(3)}}, rank / "model_optim_rng.pt")
+    if saved_cut is not None:
+        check_loadable(loading(old), saved_cut)
+        check_loadable(loading(old, ckpt_step=4), saved_cut)
+    with pytest.raises(InputError, match="convert") as error:
+        check_loadable(loading(old), "{'lm': [[1, 1], [1, 1]]}")
+    assert ("under the stock schedule" if saved_cut is None else saved_cut) in error.value.problem
+    with pytest.raises(InputError, match="tensor parallel size 2, pipeline parallel size 2"):
+        check_loadable(loading(old, pipeline_model_parallel_size=4), str(saved_cut))
+
+
+def test_a_new_checkpoint_fits_every_cut_but_not_the_flag_for_the_old_format(saved: Path, tmp_path: Path) -> None:
+    check_loadable(loading(saved, ckpt_format="torch_dist"), "any")
+    check_loadable(loading(saved, auto_detect_ckpt_format=True), "any")
+    with pytest.raises(InputError, match="use --ckpt-format torch_dist"):
+        check_loadable(loading(saved), "any")
+    check_loadable(loading(tmp_path / "nowhere"), "any")
+    check_loadable(Namespace(load=None), "any")

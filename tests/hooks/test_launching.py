@@ -85,3 +85,12 @@ def test_scripts_outside_of_a_checkout_are_refused(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "does not belong to a Megatron-LM checkout" in result.stderr
     assert start(tmp_path, "absent.py").returncode == 2
+
+
+def test_a_release_that_is_too_new_is_refused_with_the_remedy(tree: Path) -> None:
+    info = tree / "megatron/core/package_info.py"
+    info.write_text(info.read_text().replace("MINOR = 16", "MINOR = 99"))
+    result = start(tree, "run.py")
+    assert result.returncode == 2
+    assert "no patch for this version" in result.stderr
+    assert "use a newer megatron-dip" in result.stderr

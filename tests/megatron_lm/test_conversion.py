@@ -35,3 +35,16 @@ def test_old_checkpoints_train_on_under_dip_and_back_under_stock(
     assert main([*convert, str(new), str(back), str(VARYING), *VLM, *common]) == 0
     alone = finished(start(checkout, VARYING, [*OLD, *common, "--load", str(back)], patched=False), 2)
     np.testing.assert_allclose(alone.losses, expected.losses, rtol=1e-5)
+
+
+def test_an_old_checkpoint_fits_its_own_cut_alone(patched_tree: Path, tmp_path: Path) -> None:
+    common = [*OLD, *NO_EVALUATION, *DIP, *P2, "--train-iters", "3"]
+    folder, cut = tmp_path / "saved", words("--dip-chunks vit=2 lm=2")
+    whole = finished(start(patched_tree, VARYING, [*common, *cut, "--save", str(folder), *words("--save-interval 2")], ranks=2), 3)
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = finished(start(patched_tree, VARYING, [*common, *cut, "--load", str(folder)], ranks=2), 1)
+    np.testing.assert_allclose(resumed.losses, whole.losses[2:], rtol=1e-5)
+    refused = start(patched_tree, VARYING, [*common, "--load", str(folder)], ranks=2)
+    assert refused.exit_code != 0
+    assert "it fits no other cut" in refused.output
+    assert "megatron-dip checkpoint convert" in refused.output
