@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_dip.cost.collectives import groups, message_bandwidth
 from megatron_dip.cost.device import DeviceDescription, load_device
 from megatron_dip.cost.interface import Part, PartCost
-from megatron_dip.cost.memory import bytes_per_parameter, first_parameters, last_parameters, layer_parameters
+from megatron_dip.cost.memory import bytes_per_parameter, first_parameters, last_parameters, layer_parameters, unsplit_first_parameters
 from megatron_dip.cost.modules import Kernels, PartGraphs, Sharding, build_part
 from megatron_dip.cost.operators import Cause, LatencyRules, time_graph
 from megatron_dip.spec.errors import InputError
@@ -155,11 +155,11 @@ class AnalyticCost:
         parameters = num_layers * layer_parameters(spec)
         if last:
             parameters += last_parameters(spec, consumer)
-        total = parameters / self.parallel.tensor
+        unsplit = 0
         if first:
-            # Stems are whole on every tensor-parallel rank, embeddings are split.
-            total += first_parameters(spec) / (self.parallel.tensor if spec.kind == "lm" else 1)
-        return total
+            unsplit = unsplit_first_parameters(spec)
+            parameters += first_parameters(spec) - unsplit
+        return parameters / self.parallel.tensor + unsplit
 
     def memory_capacity_bytes(self) -> int | None:
         return self._capacity

@@ -28,7 +28,12 @@ def first_parameters(module: ModuleSpec) -> int:
     if module.kind == "lm":
         return (module.vocab_size or 0) * module.hidden_size
     timestep = (TIMESTEP_INPUT + (1 + MODULATIONS) * module.hidden_size) * module.hidden_size if module.kind == "dit" else 0
-    return timestep + STEM_INPUT[module.kind] * module.hidden_size
+    return timestep + unsplit_first_parameters(module)
+
+
+def unsplit_first_parameters(module: ModuleSpec) -> int:
+    """Those of them that every tensor-parallel rank holds whole: a stem's."""
+    return 0 if module.kind == "lm" else STEM_INPUT[module.kind] * module.hidden_size
 
 
 def last_parameters(module: ModuleSpec, consumer: ModuleSpec | None) -> int:

@@ -14,7 +14,7 @@ queries, keys, values, attention output; without fused attention also scores, ma
 ``selective`` recompute is Megatron's: the core attention runs again. Fused attention keeps no scores, so there only its softmax
 statistics would be saved. Assumptions on what the papers leave open: a ViT's projector joins 4 x 4 patches and is a two-layer MLP to the width
 of its consumer; a DiT's timestep is embedded and projected once for all layers (adaLN-single), each of which scales and shifts its two
-norms' outputs and gates its two blocks, in one pass over memory each; stems and timestep embedding are not sharded.
+norms' outputs and gates its two blocks, in one pass over memory each; stems are not sharded, the timestep's products by columns.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class _PartBuilder:
         inner = TIMESTEP_INPUT
         for label, columns in (("time_fc1", self.hidden), ("time_fc2", self.hidden), ("time_projection", MODULATIONS * self.hidden)):
             size = rows * columns * self.width
-            self._product(label, self.x, rows, inner, columns, size, input_gradient=inner != TIMESTEP_INPUT)
+            self._product(label, self.x, rows, inner, columns / self.tensor, size, input_gradient=inner != TIMESTEP_INPUT)
             if label != "time_projection":
                 self.forward.save(self.x)
                 self.activation_function(f"{label}_act", size, size)

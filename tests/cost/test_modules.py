@@ -140,7 +140,7 @@ def test_a_dit_is_modulated_by_its_timestep() -> None:
     assert not any("modulate" in operator.name for operator in found.graphs("lm", "layer", [128]).forward.operators)  # type: ignore[union-attr]
     # One timestep a clip: an embedding of two products and one to six vectors.
     flops = sum(operator.flops for operator in first.forward.operators if operator.name.startswith("dit.time"))
-    assert flops == 2 * len(clips) * hidden * (256 + 7 * hidden)
+    assert flops == 2 * len(clips) * hidden * (256 + 7 * hidden) / 4
 
 
 @pytest.mark.parametrize(("setup", "module", "billions"), [
@@ -160,3 +160,13 @@ def test_bytes_of_a_parameter() -> None:
     assert bytes_per_parameter(Training(), trainable=True, replicas=8) == 6 + 12 / 8
     assert bytes_per_parameter(Training(dtype="fp32"), trainable=True, replicas=1) == 16
     assert bytes_per_parameter(Training(), trainable=False, replicas=8) == 2
+
+
+def test_what_tensor_parallel_ranks_hold_of_a_first_chunk() -> None:
+    model = named_model("t2v-l")
+    one, eight = (AnalyticCost(model, Parallel(tensor=size), Training(), "h800") for size in (1, 8))
+    hidden, first = model.module("dit").hidden_size, {"first": True, "last": False}
+    whole = [costs.chunk_parameters("dit", 0, **first) for costs in (one, eight)]
+    # The stem stands whole on every rank, the timestep's products are split.
+    assert whole == [hidden * (64 + 256 + 7 * hidden), hidden * (64 + (256 + 7 * hidden) / 8)]
+    assert one.chunk_parameters("lm", 0, **first) == 8 * eight.chunk_parameters("lm", 0, **first)
