@@ -9,8 +9,14 @@ memory       3 s under the device's memory, against the bound without any recomp
 speedup      against every baseline, same durations for all (memory unlimited); the first column is interleaved with 2 chunks a rank
 baselines    against every baseline under the device's memory, each at its best setting
 convergence  makespan after 0.1 s to 10 s of search, relative to the best of them
+searches     every search method for --time-budget seconds: the shipped one and the paper's
+rules        the paper's rules for B and K beside the joint choice, planned alike
 threads      schedules tried a second with 1 and 2 threads
 startup      seconds from the command's start to a plan of a small batch, kernels cached
+
+and those of bench_planner_parts.py: kernels, gil, choice, exact, partition.
+
+--merge keeps what the record already holds of other sections and setups, so that a record can be made in pieces.
 
 Two bounds: the plan's own (its partition's work, heads and tails) and one free of the partition (the batch's cheapest work / ranks),
 so that an uneven or inefficient cut cannot hide; neither counts recomputation. The partition is chosen once, on other seeds than those
@@ -30,30 +36,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import get_args
+
+from bench_planner_parts import PARTS, UNLIMITED_BYTES, Row, parts_of
 
 from megatron_dip.cost.analytic import AnalyticCost
-from megatron_dip.partition.offline import PartitionChoice, cheapest_work_ns
+from megatron_dip.partition.offline import PartitionChoice, cheapest_work_ns, paper_partition
 from megatron_dip.partition.online import split
 from megatron_dip.planner.baselines import BASELINES, run_baseline
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.schedule.bounds import lower_bound_ns
 from megatron_dip.schedule.graph import build_task_graph
+from megatron_dip.schedule.search import SearchMethod
 from megatron_dip.spec.codec import save, write_atomically
 from megatron_dip.spec.named import FIVE_SETUPS, named_setup
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.workload import Microbatch, Workload
 from megatron_dip.workloads.generators import make_workload
 
-UNLIMITED_BYTES = 10**15
 SAMPLE_SEED = 1_000_000
 """Batches that the partition is chosen on start here; measured seeds start at 0."""
 NUM_SAMPLE = 8
 CONVERGENCE_S = (0.1, 0.3, 1.0, 3.0, 10.0)
-Row = dict[str, Any]
+ASKED = {
+    ("gaps", False): (1.01, 1.02, 1.04, 1.03, 1.05), ("gaps", True): (1.003, 1.005, 1.01, 1.005, 1.015),
+    ("memory", False): (1.03, 1.03, 1.06, 1.03, 1.05), ("speedup", False): (1.9, 2.1, 2.35, 1.5, 1.55),
+}
+"""(section, split backward) -> what was asked for on each of the five setups."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +82,9 @@ class Scenario:
     def batch(self, seed: int, num_microbatches: int) -> list[Microbatch]:
         return make_workload(self.name, seed=seed, num_microbatches=num_microbatches).microbatches
 
-    def plan(self, batch: list[Microbatch], time_budget_s: float, threads: int = 1) -> Plan:
+    def plan(self, batch: list[Microbatch], time_budget_s: float, threads: int = 1, search: SearchMethod = "anneal") -> Plan:
         setup = named_setup(self.name)
-        options = PlanOptions(time_budget_s=time_budget_s, threads=threads, split_backward=self.split_backward)
+        options = PlanOptions(time_budget_s=time_budget_s, threads=threads, split_backward=self.split_backward, search=search)
         return plan_iteration(setup.model, self.choice.partition, batch, self.costs, options)
 
     def own_bound_ns(self, batch: list[Microbatch]) -> int:
@@ -167,6 +179,31 @@ def convergence(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
                 emit(plan_row("convergence", given, seed, args.microbatches[0], budget))
 
 
+def searches(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
+    for name in args.setups:
+        given = scenario(name, args.microbatches[0], split_backward=False, with_memory=False)
+        for seed in range(args.seeds):
+            batch = given.batch(seed, args.microbatches[0])
+            bound = given.own_bound_ns(batch)
+            for method in get_args(SearchMethod):
+                plan = given.plan(batch, args.time_budget, search=method)
+                emit({"section": "searches", "setup": name, "seed": seed, "method": method, "makespan_ns": plan.claimed_makespan,
+                      "gap": plan.claimed_makespan / bound, "evaluations": plan.evaluations})
+
+
+def rules(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
+    for name in args.setups:
+        joint = scenario(name, args.microbatches[0], split_backward=False, with_memory=False)
+        setup = named_setup(name)
+        sample = [joint.batch(SAMPLE_SEED + index, args.microbatches[0]) for index in range(NUM_SAMPLE)]
+        began = time.perf_counter()
+        paper = replace(joint, choice=replace(joint.choice, partition=paper_partition(setup.model, setup.pipeline, sample, joint.costs)))
+        paper = replace(paper, partition_s=time.perf_counter() - began)
+        for seed in range(args.seeds):
+            for chooser, given in (("paper", paper), ("joint", joint)):
+                emit({**plan_row("rules", given, seed, args.microbatches[0], args.time_budget), "chooser": chooser})
+
+
 def threads(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
     for name in args.setups:
         given = scenario(name, args.microbatches[0], split_backward=False, with_memory=False)
@@ -189,7 +226,8 @@ def startup(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace, Callable[[Row], None]], None]] = {
-    "gaps": gaps, "memory": memory, "speedup": speedup, "baselines": baselines, "convergence": convergence, "threads": threads, "startup": startup,
+    "gaps": gaps, "memory": memory, "speedup": speedup, "baselines": baselines, "convergence": convergence, "searches": searches,
+    "rules": rules, "threads": threads, "startup": startup, **{name: part.measure for name, part in PARTS.items()},
 }
 
 
@@ -206,6 +244,11 @@ def spread(values: list[float], digits: int = 4) -> str:
     return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def asked(label: str, section: str, split_backward: bool, setups: list[str]) -> list[str]:
+    figures = dict(zip(FIVE_SETUPS, ASKED[section, split_backward], strict=True))
+    return [label, *(f"{figures[name]:g}" for name in setups)]
+
+
 def gap_table(rows: list[Row], setups: list[str]) -> str:
     lines = []
     for split_backward in (False, True):
@@ -217,6 +260,8 @@ def gap_table(rows: list[Row], setups: list[str]) -> str:
                     cells.append(spread(own) if own else "-")
                 if any(cell != "-" for cell in cells):
                     lines.append([f"{'split' if split_backward else 'whole'} backward, {count} microbatches, {label}", *cells])
+        if any(row["split_backward"] == split_backward for row in rows):
+            lines.append(asked(f"{'split' if split_backward else 'whole'} backward, asked for of the own bound", rows[0]["section"], split_backward, setups))
     return table(["makespan / bound: mean (least to most)", *setups], lines)
 
 
@@ -240,6 +285,8 @@ def ratio_table(rows: list[Row], setups: list[str]) -> str:
             fits = all(row.get("fits", {}).get(baseline, True) for row in own)
             cells.append(spread([row["over"][baseline] for row in own], 2) + ("" if fits else ", does not fit") if own else "-")
         lines.append([baseline, *cells])
+        if baseline == "interleaved, V = 2" and rows[0]["section"] == "speedup":
+            lines.append(asked("interleaved, V = 2: asked for", "speedup", False, setups))
     return table(["baseline's time / ours", *setups], lines)
 
 
@@ -266,16 +313,38 @@ def report(rows: list[Row], setups: list[str], head: str) -> str:
                 cells.append(spread(here) if here else "-")
             lines.append([f"{budget:g} s", *cells])
         text += ["## Makespan after a search budget, relative to the best of the row's seed\n", table(["budget", *setups], lines)]
+    if own := of("searches"):
+        lines = []
+        for method in dict.fromkeys(row["method"] for row in own):
+            cells = [[row["gap"] for row in own if (row["setup"], row["method"]) == (name, method)] for name in setups]
+            lines.append([method, *(spread(found) if found else "-" for found in cells)])
+        text += ["## Search methods at equal time, makespan / own bound\n",
+                 "mcts, dfs and random are the paper's, fifo the given order, anneal what ships.\n", table(["method", *setups], lines)]
+    if own := of("rules"):
+        lines = []
+        for name in setups:
+            for chooser in ("paper", "joint"):
+                found = [row for row in own if (row["setup"], row["chooser"]) == (name, chooser)]
+                if found:
+                    lines.append([
+                        name, chooser, json.dumps(found[0]["chunks"]), json.dumps(found[0]["sub_microbatch"]),
+                        spread([row["makespan_ns"] / 1e9 for row in found], 3), spread([row["gap"] for row in found], 3),
+                        spread([row["free_gap"] for row in found], 3),
+                    ])
+        text += ["## The paper's rules (B: 95 %, K: floor) beside the joint choice, same search, memory unlimited\n",
+                 table(["setup", "chosen by", "chunks a rank", "sub-microbatch", "makespan s", "/ own bound", "/ free bound"], lines)]
     if own := of("threads"):
         lines = []
         for name in setups:
             counts = {row["threads"]: row["evaluations"] for row in own if row["setup"] == name}
             if len(counts) == 2:
                 lines.append([name, str(counts[1]), str(counts[2]), f"{counts[2] / counts[1]:.2f}"])
-        text += ["## Schedules tried in 2 s\n", table(["setup", "1 thread", "2 threads", "ratio"], lines)]
+        text += ["## Schedules tried in 2 s\n", table(["setup", "1 thread", "2 threads", "ratio (asked for: 1.9)"], lines)]
     if own := of("startup"):
         seconds = [row["seconds"] for row in own[1:]]
-        text += ["## Start-up\n", f"Command to plan, kernels cached: {spread(seconds, 2)} s (interpreter, imports, one small batch).\n"]
+        text += ["## Start-up\n", f"Command to plan, kernels cached: {spread(seconds, 2)} s (interpreter, imports, one small batch). Asked for: < 0.5 s.\n"]
+    for name in parts_of(rows):
+        text += [f"## {PARTS[name].title}\n", PARTS[name].report(of(name)), ""]
     return "\n".join(text)
 
 
@@ -287,6 +356,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--time-budget", type=float, default=1.0)
     parser.add_argument("--output", type=Path, required=True, help="without suffix: .json and .md are added")
+    parser.add_argument("--merge", action="store_true", help="keep the record's rows of other sections and setups")
     args = parser.parse_args()
     rows: list[Row] = []
 
@@ -299,15 +369,24 @@ def main() -> int:
     for section in args.sections:
         SECTIONS[section](args, emit)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    command = "python scripts/bench_planner.py " + " ".join(sys.argv[1:])
+    runs: list[Row] = [{
+        "command": "python scripts/bench_planner.py " + " ".join(sys.argv[1:]), "commit": commit, "date": time.strftime("%Y-%m-%d", time.gmtime(began)),
+        "load": round(os.getloadavg()[0], 1), "seconds": round(time.time() - began), "measured": sorted({(row["section"], row.get("setup", "")) for row in rows}),
+    }]
+    if args.merge and args.output.with_suffix(".json").exists():
+        old = json.loads(args.output.with_suffix(".json").read_text())
+        again = {(row["section"], row.get("setup", "")) for row in rows}
+        rows = [row for row in old["rows"] if (row["section"], row.get("setup", "")) not in again] + rows
+        kept = {(row["section"], row.get("setup", "")) for row in rows} - again
+        runs = [run for run in old["runs"] if any(tuple(item) in kept for item in run["measured"])] + runs
     head = (
-        "# Planner record\n\n"
-        f"*Simulated* schedules on analytical H800 costs; *measured* planning times. {time.strftime('%Y-%m-%d', time.gmtime(began))}, commit "
-        f"{commit}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the end), Python "
-        f"{platform.python_version()}, one thread unless said, {time.time() - began:.0f} s in all.\n\n    {command}\n"
+        "# Planner record\n\n*Simulated* schedules on analytical H800 costs; *measured* planning times. "
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, one thread unless said.\n\n"
+        + "".join(f"    {run['command']}    # {run['date']}, commit {run['commit']}, {run['seconds']} s, load {run['load']} at the end\n" for run in runs)
     )
-    write_atomically(args.output.with_suffix(".json"), (json.dumps({"command": command, "commit": commit, "rows": rows}, indent=0) + "\n").encode())
-    write_atomically(args.output.with_suffix(".md"), report(rows, args.setups, head).encode())
+    setups = [name for name in FIVE_SETUPS if any(row.get("setup") == name for row in rows)]
+    write_atomically(args.output.with_suffix(".json"), (json.dumps({"runs": runs, "rows": rows}, indent=0) + "\n").encode())
+    write_atomically(args.output.with_suffix(".md"), report(rows, setups, head).encode())
     return 0
 
 

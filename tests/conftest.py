@@ -1,7 +1,11 @@
 """Settings of all tests."""
 
-from hypothesis import settings
+import os
+
+from hypothesis import HealthCheck, settings
 
 # Kernels compile on their first call: a deadline would measure that.
 settings.register_profile("no-deadline", deadline=None)
-settings.load_profile("no-deadline")
+# For tests/thorough alone: other property tests name their own number of cases.
+settings.register_profile("thorough", deadline=None, max_examples=20_000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "no-deadline"))

@@ -65,6 +65,39 @@ _times = st.integers(0, 50).map(float)
 
 
 @st.composite
+def arrangements(draw: st.DrawFn) -> Case:
+    """Models as users arrange them, by roles alone: encoders, a backbone or none, decoders; any of them frozen.
+
+    Encoders have instances only where something takes them; backbone and decoders are in every microbatch.
+    """
+    roles = ["encoder"] * draw(st.integers(0, 3)) + ["backbone"] * draw(st.integers(0, 1)) + ["decoder"] * draw(st.integers(0, 2))
+    if "backbone" not in roles and "decoder" not in roles:
+        roles.append("backbone")
+    num_ranks = draw(st.integers(1, 4))
+    modules, profiles, chunks, sizes = [], {}, {}, {}
+    for index, role in enumerate(roles):
+        name, num_layers = f"m{index}", draw(st.integers(1, 6))
+        modules.append(module(name, num_layers, role=role, trainable=draw(st.booleans())))
+        strategies = {"none": Strategy(), "full": Strategy(extra_forward=1.0, activation=draw(st.sampled_from([0.0, 0.1, 0.5])))}
+        if draw(st.booleans()):
+            strategies["selective"] = Strategy(extra_forward=0.2, activation=0.6)
+        profiles[name] = ModuleProfile(
+            num_layers=num_layers, layer=grid(draw(_times), draw(_times), draw(_times), draw(_times), draw(_times)),
+            last=grid(draw(_times), draw(_times), draw(_times), draw(_times), draw(_times)) if draw(st.booleans()) else None, strategies=strategies,
+        )
+        chunks[name], sizes[name] = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    microbatches: list[Microbatch] = [
+        {f"m{index}": draw(st.lists(st.integers(1, 9), min_size=0 if role == "encoder" else 1, max_size=4)) for index, role in enumerate(roles)}
+        for _ in range(draw(st.integers(1, 5)))
+    ]
+    model = ModelSpec(modules=modules)
+    return Case(
+        model=model, profile=profile(profiles, latency_ns=draw(_times), bytes_per_second=1e9),
+        partition=even_partition(model, num_ranks, chunks, sizes), microbatches=microbatches,
+    )
+
+
+@st.composite
 def cases(draw: st.DrawFn, max_modules: int = 3, max_ranks: int = 3, max_microbatches: int = 4) -> Case:
     """Any acyclic arrangement of up to ``max_modules`` modules, frozen ones among them, with microbatches that may lack modules."""
     num_ranks = draw(st.integers(1, max_ranks))

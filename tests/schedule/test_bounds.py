@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,40 +65,17 @@ def test_counts_heads_and_tails():
     assert lower_bound_ns(problem.fastest) == found.schedule.makespan_ns
 
 
-_CP_SAT = """
-import json, sys
-from ortools.sat.python import cp_model
-case = json.load(sys.stdin)
-model = cp_model.CpModel()
-horizon = case["horizon"]
-start, intervals = [], {}
-for task, (rank, duration) in enumerate(case["tasks"]):
-    start.append(model.new_int_var(0, horizon, ""))
-    intervals.setdefault(rank, []).append(model.new_fixed_size_interval_var(start[-1], duration, ""))
-for task, before, lag in case["edges"]:
-    model.add(start[task] >= start[before] + case["tasks"][before][1] + lag)
-for rank in intervals:
-    model.add_no_overlap(intervals[rank])
-end = model.new_int_var(0, horizon, "")
-for task, (_, duration) in enumerate(case["tasks"]):
-    model.add(end >= start[task] + duration)
-model.minimize(end)
-solver = cp_model.CpSolver()
-solver.parameters.num_workers = 2
-solver.parameters.max_time_in_seconds = 20
-status = solver.solve(model)
-print(json.dumps({"optimal": status == cp_model.OPTIMAL, "value": solver.objective_value, "bound": solver.best_objective_bound}))
-"""
+_CP_SAT = Path(__file__).parents[2] / "scripts" / "cp_sat.py"
 
 
 def exact(graph: TaskGraph, horizon: int) -> dict:
     """CP-SAT's answer, from a process of its own: ortools and highspy cannot be loaded into one."""
     case = {
-        "horizon": horizon,
+        "horizon": horizon, "seconds": 20,
         "tasks": [[int(rank), int(duration)] for rank, duration in zip(graph.rank, graph.duration_ns, strict=True)],
         "edges": [[task, before, lag] for task in range(graph.num_tasks) for before, lag in naive.edges(graph, task)],
     }
-    done = subprocess.run([sys.executable, "-c", _CP_SAT], input=json.dumps(case), capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, str(_CP_SAT)], input=json.dumps(case), capture_output=True, text=True, timeout=120, check=True)
     return json.loads(done.stdout)
 
 
