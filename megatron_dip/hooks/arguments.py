@@ -136,6 +136,8 @@ REFUSALS: Sequence[_Refusal] = (
              "it follows the stock order of virtual stages", "use --overlap-param-gather alone"),
     _Refusal("tp_comm_overlap", "--tp-comm-overlap", _is_set, "its buffers have one fixed shape, sub-microbatches vary", _LEAVE_OUT),
     _Refusal("hybrid_layer_pattern", "--hybrid-layer-pattern", _is_set, "state-space and hybrid layers are not supported yet", _LEAVE_OUT),
+    _Refusal("experimental_attention_variant", "--experimental-attention-variant", _is_set,
+             "its layers differ, or bring losses that the stock schedules scale", _LEAVE_OUT),
     _Refusal("heterogeneous_layers_config_path", "--heterogeneous-layers-config-path", _is_set, "layers of one module must be alike", _LEAVE_OUT),
     _Refusal("num_layers_per_virtual_pipeline_stage", "--num-layers-per-virtual-pipeline-stage", _is_set, _OWN_CUT, _USE_CHUNKS),
     _Refusal("num_virtual_stages_per_pipeline_rank", "--num-virtual-stages-per-pipeline-rank", _is_set, _OWN_CUT, _USE_CHUNKS),
@@ -163,6 +165,11 @@ def validate_dip_args(args: argparse.Namespace) -> None:
         raise InputError(
             "--recompute-granularity", "full", "DIP chooses for every stage how much to recompute",
             "leave it out; --dip-memory-limit makes plans recompute more",
+        )
+    if getattr(args, "fp8", None) and getattr(args, "fp8_recipe", "delayed") == "delayed" and args.data_parallel_size > 1:
+        raise InputError(
+            "--fp8-recipe", "delayed", "after every pass through a chunk its scales are reduced over replicas, which run different plans",
+            "use a recipe whose scales are not kept: tensorwise, blockwise or mxfp8",
         )
     options_from_args(args)
     from megatron_dip.hooks.megatron_lm import install_schedule

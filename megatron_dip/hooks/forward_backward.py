@@ -466,10 +466,13 @@ class DipForwardBackward:
         """Stage id -> gradient reductions to start once that stage has run (``_AT_START``: before the first stage).
 
         Replicas run different plans, but collectives must come in one order on all of them: chunk i is reduced once the last gradient
-        of chunks 0..i has been made. With ``force_all_reduce`` (or without overlap) ``finalize_model_grads`` does it all at the end.
+        of chunks 0..i has been made. With ``force_all_reduce``, several instances of the distributed optimizer (whose finish starts a
+        reduction whether one was started or not), or without overlap ``finalize_model_grads`` does it all at the end.
         """
         functions: dict[ChunkKey, Callable[[], None]] = {}
         for index, (key, chunk) in enumerate(zip(self._staged_model.chunk_keys, self._chunks, strict=True)):
+            if _has_several_optimizer_instances(chunk):
+                continue
             if config.grad_sync_func is not None:
                 function = config.grad_sync_func[index] if isinstance(config.grad_sync_func, list) else config.grad_sync_func
                 functions[key] = _bound(function, chunk)
@@ -637,14 +640,16 @@ def _refuse_unsupported(config: Any) -> None:
 
 def _set_auxiliary_loss_scale(config: Any, num_microbatches: int, context_parallel_size: int, device: torch.device) -> None:
     """Megatron sets these before every forward of every stage; they are constant within an iteration."""
-    scalers: list[tuple[Any, int]] = []
+    scalers: list[tuple[Any, str, int]] = []
     if getattr(config, "num_moe_experts", None) is not None:
-        scalers.append((MoEAuxLossAutoScaler, context_parallel_size))
+        scalers.append((MoEAuxLossAutoScaler, "moe_grad_scale_func", context_parallel_size))
     if getattr(config, "mtp_num_layers", None) is not None:
-        scalers.append((MTPLossAutoScaler, 1))
-    for scaler, factor in scalers:
+        scalers.append((MTPLossAutoScaler, "mtp_grad_scale_func", 1))
+    for scaler, own_function, factor in scalers:
         one = torch.ones(1, device=device)
         scale = one if config.grad_scale_func is None else config.grad_scale_func(one)
+        if (own := getattr(config, own_function, None)) is not None:  # from 0.19
+            scale = torch.as_tensor(own(), device=device)
         scaler.set_loss_scale(scale if config.calculate_per_token_loss else scale * factor / num_microbatches)
 
 
@@ -663,6 +668,11 @@ def _bucket_groups(chunk: Any) -> list[Any]:
 def _overlaps_grad_reduce(chunk: Any) -> bool:
     ddp_config = getattr(chunk, "ddp_config", None)
     return ddp_config is not None and ddp_config.overlap_grad_reduce
+
+
+def _has_several_optimizer_instances(chunk: Any) -> bool:
+    ddp_config = getattr(chunk, "ddp_config", None)
+    return ddp_config is not None and ddp_config.num_distributed_optimizer_instances > 1
 
 
 def _bound(function: Callable[..., None], chunk: torch.nn.Module) -> Callable[[], None]:

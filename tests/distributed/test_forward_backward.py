@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -125,7 +127,7 @@ def test_plans_are_made_while_the_iteration_before_runs() -> None:
     assert launch(_plan_ahead, 2) == [(4, 3, {}), None]
 
 
-def _plan_ahead_of_ramp_up(rank: int, num_ranks: int) -> tuple[int, int, list[bool]] | None:
+def _plan_ahead_of_ramp_up(rank: int, num_ranks: int) -> tuple[int, int] | None:
     from megatron_dip.hooks.iterators import LookaheadIterator
 
     sizes, done = [1, 1, 2, 3, 3], 0
@@ -271,7 +273,8 @@ def _ranges_and_timers(rank: int, num_ranks: int) -> tuple[list[str], list[str],
             pushed.append(name)
             deepest = max(deepest, sum(name.startswith("dip ") for name in open_ranges))
 
-    torch.cuda.nvtx = type("Nvtx", (), {"range_push": staticmethod(push), "range_pop": staticmethod(lambda: open_ranges.pop())})
+    cuda: Any = torch.cuda
+    cuda.nvtx = SimpleNamespace(range_push=push, range_pop=open_ranges.pop)
     configure_nvtx_profiling(True)
     model.config.timers = timers = Timers(log_level=2, log_option="all")
     _call(model, dip, iter(_items(0, (2, 0))), 2)
@@ -409,7 +412,7 @@ def test_every_form_of_loss_function_is_scaled_as_megatron_does() -> None:
     assert first["outputs"] == first["non_loss"] == []
 
 
-def _order_of_reductions(rank: int, num_ranks: int, seed: int) -> tuple[list[tuple[int, int]], list[int]]:
+def _order_of_reductions(rank: int, num_ranks: int, seed: int, optimizer_instances: int = 1) -> tuple[list[tuple[int, int]], list[int]]:
     from megatron_dip.hooks.setup import initialize_parallel
     from megatron_dip.models.vlm import VlmConfig
     from tests.distributed.vlm_plans import make_random_plan
@@ -423,6 +426,7 @@ def _order_of_reductions(rank: int, num_ranks: int, seed: int) -> tuple[list[tup
     started: list[tuple[int, int]] = []
     for index, chunk in enumerate(model.chunks):
         start = chunk.start_grad_sync
+        chunk.ddp_config = dataclasses.replace(chunk.ddp_config, num_distributed_optimizer_instances=optimizer_instances)
         chunk.start_grad_sync = lambda index=index, start=start: (started.append((index, len(dip.records()))), start())
     _call(model, dip, iter(_items(0, (3, 0, 1, 2))), 4)
     keys = dip.groups.rank, [model.staged.chunk_keys.index((plan.stages[s].module, plan.stages[s].vp_stage)) if plan.stages[s].kind == "bw" else -1
@@ -438,6 +442,11 @@ def test_gradients_are_reduced_in_one_order_whatever_the_plan(seed: int) -> None
             # Right behind the last backward of this chunk and of those before it.
             last = max(position for position, chunk in enumerate(backward_of) if 0 <= chunk <= index)
             assert stages_run == last + 1
+
+
+def test_several_optimizer_instances_reduce_once_at_the_end() -> None:
+    for started, _ in launch(_order_of_reductions, 2, 1, 2):
+        assert started == []
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------------------------

@@ -97,6 +97,21 @@ def test_full_recompute_is_the_planners_choice() -> None:
         validate_dip_args(parse(recompute_granularity="full"))
 
 
+@pytest.mark.parametrize(("others", "refused"), [
+    ({}, True),
+    ({"fp8_recipe": "tensorwise"}, False),
+    ({"data_parallel_size": 1}, False),
+    ({"fp8": None}, False),
+])
+def test_fp8_scales_are_not_reduced_over_replicas(others: dict[str, Any], refused: bool) -> None:
+    args = parse(**{"fp8": "e4m3", "fp8_recipe": "delayed", "data_parallel_size": 2, **others})
+    if refused:
+        with pytest.raises(InputError, match="use a recipe whose scales are not kept"):
+            validate_dip_args(args)
+    else:
+        validate_dip_args(args)
+
+
 def test_every_flag_has_help() -> None:
     text = add_dip_args(argparse.ArgumentParser(prog="x")).format_help()
     for flag in ("--dip-profile", "--dip-planner-threads", "--dip-time-budget", "--dip-look-ahead", "--dip-chunks",

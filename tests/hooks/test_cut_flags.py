@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from megatron_dip.spec.model import ModelSpec, ModuleSpec
 from megatron_dip.spec.partition import Partition
 
 RANKS = 2
-SIZES = {"hidden_size": 64, "ffn_hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 4}
+SIZES: dict[str, Any] = {"hidden_size": 64, "ffn_hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 4}
 SPEC = ModelSpec(modules=[
     ModuleSpec(name="vit", kind="vit", role="encoder", num_layers=4, **SIZES),
     ModuleSpec(name="lm", kind="lm", role="backbone", num_layers=6, vocab_size=128, **SIZES),
