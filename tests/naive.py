@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -223,3 +224,189 @@ def longest_paths(graph: TaskGraph) -> tuple[np.ndarray, np.ndarray]:
                     head[task], tail[other] = max(head[task], through), max(tail[other], back)
                     changed = True
     return head, tail
+
+
+def needs(graph: TaskGraph) -> tuple[list[int], list[int]]:
+    """Twin of what :func:`megatron_dip.schedule.interleave.refresh_costs` gives each rank: (largest unit's bytes, own work and shortest tail)."""
+    worst, rest = [], []
+    _, tail = longest_paths(graph)
+    for rank in range(graph.num_ranks):
+        mine = [task for task in range(graph.num_tasks) if graph.rank[task] == rank]
+        totals = [0]
+        for unit in set(graph.microbatch.tolist()):
+            forwards = [task for task in mine if graph.microbatch[task] == unit and graph.kind[task] == FORWARD]
+            kept = {task: max(0, int(graph.mem_start_bytes[task] + graph.mem_end_bytes[task])) for task in forwards}
+            moment = max((int(graph.mem_start_bytes[task]) - kept[task] for task in forwards), default=0)
+            totals.append(sum(kept.values()) + max(0, moment))
+        worst.append(max(totals))
+        rest.append(sum(int(graph.duration_ns[task]) for task in mine) + min(int(tail[task]) for task in mine))
+    return worst, rest
+
+
+def preemptive_bound(head: Sequence[int], duration: Sequence[int], tail: Sequence[int]) -> int:
+    """Twin of Jackson's preemptive schedule: at every instant at which something comes in or ends, what is in and has the longest tail runs."""
+    left = list(duration)
+    now = bound = 0
+    while any(left) or now < max(head):
+        ready = [task for task in range(len(left)) if head[task] <= now and left[task]]
+        coming = [moment for moment in head if moment > now]
+        if not ready:
+            now = min(coming)
+            continue
+        task = max(ready, key=lambda task: tail[task])
+        until = min([now + left[task], *coming])
+        left[task] -= until - now
+        now = until
+        if not left[task]:
+            bound = max(bound, now + tail[task])
+    return max([bound, *(head[task] + tail[task] for task in range(len(left)) if duration[task] == 0)])
+
+
+class Random:
+    """Twin of the kernels' generator (splitmix64), on Python's whole numbers."""
+
+    def __init__(self, state: int) -> None:
+        self.state = state
+
+    def draw(self) -> int:
+        mask = (1 << 64) - 1
+        self.state = (self.state + 0x9E3779B97F4A7C15) & mask
+        value = self.state
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+        return value ^ (value >> 31)
+
+    def uniform(self) -> float:
+        return ((self.draw() >> 11) + 1.0) / 2.0**53
+
+    def below(self, limit: int) -> int:
+        return self.draw() % limit
+
+    def shuffle(self, items: list[int], begin: int) -> None:
+        for index in range(len(items) - 1, begin, -1):
+            other = begin + self.below(index - begin + 1)
+            items[index], items[other] = items[other], items[index]
+
+
+def step(order: list[int], random: Random) -> list[int]:
+    """Twin of one annealing step: a group taken elsewhere (half of them), two swapped, a run turned around."""
+    size = len(order)
+    first = random.below(size)
+    distance = min(max(int(size ** random.uniform()), 1), size - 1)
+    sign = 1 if random.below(2) == 0 else -1
+    second = first + sign * distance
+    if not 0 <= second < size:
+        second = first - sign * distance
+    if not 0 <= second < size:
+        second = size - 1 - first if size - 1 - first != first else (first + 1) % size
+    kind = random.below(8)
+    if kind < 4:
+        rest = order[:first] + order[first + 1 :]
+        return [*rest[:second], order[first], *rest[second:]]
+    result = list(order)
+    if kind < 7:
+        result[first], result[second] = order[second], order[first]
+    else:
+        low, high = min(first, second), max(first, second)
+        result[low : high + 1] = order[low : high + 1][::-1]
+    return result
+
+
+Evaluate = Callable[[list[int], list[int]], int]
+"""(forward order, backward order) -> makespan"""
+
+
+def anneal(
+    evaluate: Evaluate, forward: list[int], backward: list[int], random: Random, steps: int, hot: float, cold: float
+) -> tuple[int, list[int], list[int]]:
+    """Twin of :func:`megatron_dip.schedule.anneal.anneal_kernel` from a fresh state: (best makespan, its orders)."""
+    current = evaluate(forward, backward)
+    best = (current, forward, backward)
+    temperature = hot
+    for _ in range(steps - 1):
+        at_forward = len(backward) < 2 or (len(forward) > 1 and random.below(len(forward) + len(backward)) < len(forward))
+        new_forward, new_backward = (step(forward, random), backward) if at_forward else (forward, step(backward, random))
+        allowed = current + int(-temperature * math.log(random.uniform()))
+        value = evaluate(new_forward, new_backward)
+        if value <= allowed:
+            current, forward, backward = value, new_forward, new_backward
+            if value < best[0]:
+                best = (value, forward, backward)
+        temperature *= (cold / hot) ** (1.0 / steps)
+    return best
+
+
+def halves(sequence: Sequence[int], num_forward: int) -> tuple[list[int], list[int]]:
+    """The two queues' orders in a sequence of all groups."""
+    return [item for item in sequence if item < num_forward], [item - num_forward for item in sequence if item >= num_forward]
+
+
+def random_search(evaluate: Evaluate, count: int, num_forward: int, random: Random, steps: int) -> int:
+    """Twin of the paper's random search."""
+    sequence, best = list(range(count)), UNLIMITED
+    for _ in range(steps):
+        random.shuffle(sequence, 0)
+        best = min(best, evaluate(*halves(sequence, num_forward)))
+    return int(best)
+
+
+def depth_first(evaluate: Evaluate, count: int, num_forward: int, steps: int) -> int:
+    """Twin of the paper's depth-first search: permutations in lexicographic order."""
+    first = itertools.islice(itertools.permutations(range(count)), steps)
+    return min(evaluate(*halves(sequence, num_forward)) for sequence in first)
+
+
+class _Node:
+    def __init__(self, item: int, parent: _Node | None) -> None:
+        self.item, self.parent = item, parent
+        self.children: list[_Node] = []
+        self.visits, self.best = 0, UNLIMITED
+
+
+def tree_search(
+    evaluate: Evaluate, count: int, num_forward: int, random: Random, steps: int, completions: int, alpha: float, beta: float
+) -> int:
+    """Twin of the paper's Monte Carlo tree search."""
+    root, reference, best, done = _Node(-1, None), 0, UNLIMITED, 0
+    sequence = list(range(count))
+
+    def bring_to(depth: int, item: int) -> None:
+        place = sequence.index(item, depth)
+        sequence[place], sequence[depth] = sequence[depth], sequence[place]
+
+    while done < steps:
+        node, depth = root, 0
+        while len(node.children) >= count - depth and node.children:
+            # Newest child first, as the kernel keeps them: it decides ties.
+            node = max(
+                reversed(node.children),
+                key=lambda child: (reference / child.best) ** alpha + beta * math.sqrt(math.log(max(2, child.parent.visits)) / child.visits),
+            )
+            bring_to(depth, node.item)
+            depth += 1
+        if depth < count:
+            for place in range(depth, count):
+                other = depth + random.below(count - depth)
+                sequence[place], sequence[other] = sequence[other], sequence[place]
+            known = {child.item for child in node.children}
+            item = next(item for item in sequence[depth:] if item not in known)
+            bring_to(depth, item)
+            child = _Node(item, node)
+            node.children.append(child)
+            node = child
+            depth += 1
+        least = UNLIMITED
+        for _ in range(completions):
+            random.shuffle(sequence, depth)
+            least = min(least, evaluate(*halves(sequence, num_forward)))
+            done += 1
+            if depth >= count - 1:
+                break
+        best = min(best, least)
+        reference = reference or least
+        above: _Node | None = node
+        while above is not None:
+            above.visits += 1
+            above.best = min(above.best, least)
+            above = above.parent
+    return int(best)

@@ -96,8 +96,11 @@ class _Node:
 class _Builder:
     """Collects the tasks of one baseline's layout, and prices them."""
 
-    def __init__(self, model: ModelSpec, num_ranks: int, microbatches: Sequence[Microbatch], costs: CostModel) -> None:
+    def __init__(
+        self, model: ModelSpec, num_ranks: int, microbatches: Sequence[Microbatch], costs: CostModel, layout_batch: Sequence[Microbatch]
+    ) -> None:
         self.model, self.num_ranks, self.microbatches, self.costs = model, num_ranks, microbatches, costs
+        self.layout_batch = layout_batch
         self.runs_backward = model.backward_modules()
         labels: dict[str, None] = {"none": None}
         for module in model.modules:
@@ -293,9 +296,9 @@ def _chain_weights(model: ModelSpec, by_parameters: bool, builder: _Builder) -> 
 
 
 def _mean_costs(module: ModuleSpec, builder: _Builder) -> tuple[float, float, float]:
-    """ns that the whole batch spends in one layer, in the first and in the last extra of a module, forward and backward."""
+    """ns that the layout's batch spends in one layer, in the first and in the last extra of a module, forward and backward."""
     totals = [0.0, 0.0, 0.0]
-    for microbatch in builder.microbatches:
+    for microbatch in builder.layout_batch:
         lengths = microbatch.get(module.name, ())
         for index, (layers, first, last) in enumerate(((1, False, False), (0, True, False), (0, False, True))):
             forward, backward, _ = builder.price(_Piece(module.name, layers, first, last), lengths)
@@ -436,6 +439,7 @@ class _Case:
     costs: CostModel
     with_memory: bool
     virtual_pipeline: int | None
+    layout_batch: Sequence[Microbatch]
 
     def virtual(self, module: str | None = None) -> list[int]:
         """Chunks a rank to try for a module, or for the chain of all."""
@@ -444,7 +448,7 @@ class _Case:
         return [chunks for chunks in wanted if chunks == 1 or chunks * self.num_ranks <= layers]
 
     def builder(self) -> _Builder:
-        return _Builder(self.model, self.num_ranks, self.microbatches, self.costs)
+        return _Builder(self.model, self.num_ranks, self.microbatches, self.costs, self.layout_batch)
 
     @property
     def num_layers(self) -> int:
@@ -670,18 +674,21 @@ def run_baseline(
     *,
     with_memory: bool = True,
     virtual_pipeline: int | None = None,
+    layout_batch: Sequence[Microbatch] | None = None,
 ) -> BaselineResult | None:
     """A baseline at the best of its settings: one that fits before one that does not, then the shortest makespan.
 
     Args:
         with_memory: recompute where the capacity demands it; False compares schedules alone, with the same durations for all.
         virtual_pipeline: only this number of chunks a rank, where the baseline has one to choose.
+        layout_batch: what layouts by cost are level for, since weights stay where they are during a run; None = these very microbatches,
+            in the baselines' favour.
 
     Returns:
         None where no setting of the baseline runs at all (fewer layers than stages).
     """
     if name not in _MAKERS:
         raise InputError("baseline", name, "no such baseline", f"use one of {', '.join(BASELINES)}")
-    case = _Case(model, num_ranks, microbatches, costs, with_memory, virtual_pipeline)
+    case = _Case(model, num_ranks, microbatches, costs, with_memory, virtual_pipeline, microbatches if layout_batch is None else layout_batch)
     results = [result for result in _MAKERS[name](case) if result is not None]
     return min(results, key=lambda result: (not result.fits, result.makespan_ns), default=None)

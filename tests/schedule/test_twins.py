@@ -1,0 +1,126 @@
+"""Search and bound kernels against their twins: the same random numbers give the same moves, the same trees, the same results."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dip.schedule import anneal as anneal_module
+from megatron_dip.schedule.anneal import anneal_kernel, make_state
+from megatron_dip.schedule.bounds import _jackson
+from megatron_dip.schedule.interleave import NEVER, UNLIMITED, Policy, make_costs, make_kernel_graph, make_workspace
+from megatron_dip.schedule.memory import _usage, make_tables, rank_problem
+from megatron_dip.schedule.paper_search import _ALPHA, _BETA, COMPLETIONS, METHODS, make_paper_state
+from megatron_dip.schedule.result import time_order
+from tests import naive
+from tests.schedule.test_interleave import problem_of
+from tests.schedule.test_memory import scheduled
+from tests.strategies import cases, vlm_case
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 2**64 - 1), st.integers(2, 40))
+def test_random_numbers_and_moves(seed, size):
+    state, twin = np.array([seed], dtype=np.uint64), naive.Random(seed)
+    assert [float(anneal_module.uniform(state)) for _ in range(3)] == [twin.uniform() for _ in range(3)]
+    assert [int(anneal_module.below(state, size)) for _ in range(3)] == [twin.below(size) for _ in range(3)]
+    order = np.arange(size, dtype=np.int32)
+    expected = order.tolist()
+    for _ in range(5):
+        anneal_module._step(order, state)
+        expected = naive.step(expected, twin)
+        assert order.tolist() == expected
+    assert int(state[0]) == twin.state
+
+
+class Small:
+    """A problem small enough for the slow interleaver, with what the search kernels take."""
+
+    def __init__(self, num_microbatches: int, seed: int, *, split_backward: bool = False) -> None:
+        self.graph = problem_of(vlm_case(num_microbatches, 2), split_backward=split_backward).fastest
+        self.kernel = make_kernel_graph(self.graph)
+        self.costs, self.work = make_costs(self.graph, self.kernel), make_workspace(self.kernel)
+        self.limit = self.costs.worst * 3 // 2
+        self.num_forward = self.kernel.num_forward_groups
+        self.count = len(self.kernel.group_unit)
+        self.state = make_state(np.arange(self.num_forward, dtype=np.int32), np.arange(self.count - self.num_forward, dtype=np.int32), seed)
+        self.twin = naive.Random(int(self.state.random[0]))
+
+    def evaluate(self, forward: list[int], backward: list[int]) -> int:
+        return naive.interleave(self.graph, self.limit.tolist(), forward, backward, Policy()).makespan
+
+
+@pytest.mark.parametrize(("num_microbatches", "seed", "split_backward"), [(3, 0, False), (4, 1, False), (3, 2, True)])
+def test_annealing_accepts_and_keeps_what_its_twin_does(num_microbatches, seed, split_backward):
+    small = Small(num_microbatches, seed, split_backward=split_backward)
+    steps, hot, cold = 40, 800.0, 30.0
+    forward, backward = list(range(small.num_forward)), list(range(small.count - small.num_forward))
+    best, best_forward, best_backward = naive.anneal(small.evaluate, forward, backward, small.twin, steps, hot, cold)
+    taken = anneal_kernel(small.kernel, small.costs, small.limit, Policy().array(), small.work, small.state, steps, hot, cold, 0)
+    assert taken == steps
+    assert int(small.state.makespan[1]) == best
+    assert small.state.best_forward.tolist() == best_forward
+    assert small.state.best_backward.tolist() == best_backward
+    assert int(small.state.random[0]) == small.twin.state
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("method", ["random", "dfs", "mcts"])
+def test_the_papers_searches_meet_what_their_twins_meet(method, seed):
+    small = Small(2, seed)
+    steps = 60
+    paper = make_paper_state(method, small.kernel)
+    done = METHODS[method](small.kernel, small.costs, small.limit, Policy().array(), small.work, small.state, paper, steps)
+    assert done >= steps
+    if method == "random":
+        expected = naive.random_search(small.evaluate, small.count, small.num_forward, small.twin, steps)
+    elif method == "dfs":
+        expected = naive.depth_first(small.evaluate, small.count, small.num_forward, steps)
+    else:
+        expected = naive.tree_search(small.evaluate, small.count, small.num_forward, small.twin, steps, COMPLETIONS, _ALPHA, _BETA)
+        assert int(small.state.random[0]) == small.twin.state
+    assert int(small.state.makespan[1]) == expected < NEVER
+
+
+@settings(max_examples=60)
+@given(cases(), st.booleans())
+def test_needs_and_rests(case, split_backward):
+    graph = problem_of(case, split_backward=split_backward).fastest
+    costs = make_costs(graph, make_kernel_graph(graph))
+    worst, rest = naive.needs(graph)
+    assert costs.worst.tolist() == worst
+    assert costs.rest.tolist() == rest
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=12))
+def test_the_preemptive_bound(tasks):
+    tasks = sorted(tasks)
+    head, duration, tail = (np.array(column, dtype=np.int64) for column in zip(*tasks, strict=True))
+    assert _jackson(head, duration, tail) == naive.preemptive_bound(head.tolist(), duration.tolist(), tail.tolist())
+
+
+@settings(max_examples=80)
+@given(cases(), st.booleans(), st.integers(0, 500), st.integers(0, 2**32 - 1))
+def test_the_points_of_a_rank_hold_its_peak(case, split_backward, limit, seed):
+    """The largest excess over the points' room is the peak of the whole rank less its limit, for any choice."""
+    problem, orders = scheduled(case, split_backward)
+    rng = np.random.default_rng(seed)
+    choice = (rng.integers(0, 1000, problem.num_pairs) % problem.num_candidates[problem.pair_class]).astype(np.int32)
+    tables = make_tables(problem)
+    peaks = naive.peak_memory(problem.graph(choice), [order.tolist() for order in orders])
+    for rank, order in enumerate(orders):
+        points = rank_problem(tables, order, np.int64(limit))
+        excess = int(_usage(tables, points, choice[points.pair], np.empty(len(points.room), dtype=np.int64)))
+        assert max(excess, -limit) == peaks[rank] - limit
+
+
+def test_limits_of_the_small_problem_bind():
+    """Else the twins above would never see the admission check."""
+    small = Small(4, 0)
+    free = naive.interleave(small.graph, [int(UNLIMITED)] * 2, [0, 1, 2, 3, 4, 5, 6], list(range(small.count - small.num_forward)), Policy())
+    schedule = time_order(small.graph, [np.array(order, dtype=np.int32) for order in free.order])
+    assert schedule is not None
+    assert any(peak > most for peak, most in zip(schedule.peak_memory([0, 0]), small.limit.tolist(), strict=True))
