@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from megatron_dip.cost.interface import CostModel, Part, PartCost
 from megatron_dip.spec.plan import Plan, StageKind
 from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint, Strategy
+from megatron_dip.spec.timeline import plan_timeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,25 @@ def slowdown(samples: Iterable[StageSample], costs: CostModel) -> float:
     return took / predicted if predicted > 0 else 1.0
 
 
+def waiting(plan: Plan, rank: int, spans: Mapping[int, tuple[int, int]]) -> float:
+    """How much longer a rank took from its first stage to its last than planned, beyond what its own stages took longer.
+
+    Stages vary, and a rank waits for the later of two: a plan of mean times is too short even where every mean is right. 1 = no more
+    waiting than planned, or a rank without stages.
+
+    Args:
+        spans: stage id -> measured (start, end) in ns, of the rank's stages.
+    """
+    if not spans:
+        return 1.0
+    planned = [bar for bar in plan_timeline(plan, "").bars if bar.rank == rank]
+    planned_span = max(bar.end for bar in planned) - min(bar.start for bar in planned)
+    planned_work = sum(bar.end - bar.start for bar in planned)
+    span = max(end for _, end in spans.values()) - min(start for start, _ in spans.values())
+    work = sum(end - start for start, end in spans.values())
+    return span / planned_span * planned_work / work
+
+
 def _stage_ns(sample: StageSample, costs: CostModel) -> float:
     lengths = (sample.tokens // sample.instances,) * sample.instances
     parts: list[tuple[Part, int]] = [("layer", sample.num_layers), ("first", sample.has_first), ("last", sample.has_last)]
@@ -125,7 +145,10 @@ def _stage_ns(sample: StageSample, costs: CostModel) -> float:
 
 
 class SlowedCost:
-    """``costs`` with every stage ``factor`` times as long: a machine's speed moves (clocks, neighbours) while its stages' ratios stay."""
+    """``costs`` with every stage ``factor`` times as long: a machine's speed moves (clocks, neighbours) while its stages' ratios stay.
+
+    The order that a plan chooses is the same for every factor, as far as messages take no time; its makespan is what is foretold better.
+    """
 
     def __init__(self, costs: CostModel, factor: float) -> None:
         self._costs, self._factor = costs, factor

@@ -21,7 +21,7 @@ from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.device import device_names
 from megatron_dip.cost.interface import CostModel
-from megatron_dip.cost.measured import PartBytes, SlowedCost, StageSample, fit_profile, message_excess_ns, slowdown
+from megatron_dip.cost.measured import PartBytes, SlowedCost, StageSample, fit_profile, message_excess_ns, slowdown, waiting
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.hooks.forward_backward import DipForwardBackward
 from megatron_dip.hooks.iterators import LookaheadIterator
@@ -51,6 +51,8 @@ KEPT_ITERATIONS = 24
 """Measured iterations that a fit looks back on."""
 SPEED_ITERATIONS = 5
 """Last iterations whose median says how fast the machine is now against its profile."""
+WAITING_ITERATIONS = 15
+"""Last iterations whose median says how much longer ranks wait for each other than planned."""
 
 
 class DipSystem(System):
@@ -86,12 +88,14 @@ class DipSystem(System):
         self._measured: deque[list[StageSample]] = deque(maxlen=KEPT_ITERATIONS)
         self._slowdowns: deque[float] = deque(maxlen=SPEED_ITERATIONS)
         """Of the planner rank's stages against ``_costs``."""
+        self._waitings: deque[float] = deque(maxlen=WAITING_ITERATIONS)
         self._iterations = 0
         if warmed_by is not None:
             assert warmed_by.partition == self.partition, "measured on another cut"
             self._costs, self.profile, self._iterations = warmed_by._costs, warmed_by.profile, warmed_by._iterations
             self._measured.extend(warmed_by._measured)
             self._slowdowns.extend(warmed_by._slowdowns)
+            self._waitings.extend(warmed_by._waitings)
         if schedule.profile is not None:
             self.profile = load_profile(schedule.profile)
             check_measured(spec, self.profile, "--profile")
@@ -155,6 +159,8 @@ class DipSystem(System):
         if self.forward_backward.is_planner and self.profile is not None:
             assert self._training_plan is not None
             self._slowdowns.append(slowdown(stage_samples(self._training_plan, [self._own_records], self.partition), self._costs))
+            spans = {record.stage: (record.start_ns, record.end_ns) for record in self._own_records}
+            self._waitings.append(waiting(self._training_plan, self.forward_backward.groups.rank, spans))
 
     def _refresh_profile(self) -> None:
         """Fits the profile to the last measured iterations; all ranks of the replica must call it together."""
@@ -193,8 +199,8 @@ class DipSystem(System):
 
     def current_costs(self) -> CostModel:
         """What the next plan will be made with (of this rank: the planner rank's is the measured one)."""
-        recent = list(self._slowdowns)
-        return SlowedCost(self._costs, statistics.median(recent)) if recent else self._costs
+        slower, waits = list(self._slowdowns), list(self._waitings)
+        return SlowedCost(self._costs, statistics.median(slower) * max(1.0, statistics.median(waits))) if slower else self._costs
 
     def warnings(self) -> list[str]:
         """How far the first iterations' batches lie outside of what a given profile measured."""

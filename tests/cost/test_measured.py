@@ -14,6 +14,7 @@ from megatron_dip.cost.measured import (
     fit_profile,
     message_excess_ns,
     slowdown,
+    waiting,
 )
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.spec.plan import Dep, Plan, PlanStage
@@ -141,8 +142,8 @@ def test_lengths_that_form_no_grid_still_make_a_profile(shapes: set[tuple[int, i
         assert costs.part("vit", "layer", [length] * instances).forward_ns == pytest.approx(forward_ns(instances, instances * length), rel=0.01)
 
 
-def test_messages_that_ranks_wait_for_are_compared_with_their_plan() -> None:
-    """Rank 1 waits for rank 0's first forward (50 ns over the planned lag) and is still busy when the second one arrives."""
+def plan_of_two_ranks() -> Plan:
+    """Two microbatches' forwards of 100 ns on each rank; messages take 10 ns."""
     def forward(stage: int, rank: int, deps: list[Dep]) -> PlanStage:
         return PlanStage(
             id=stage, rank=rank, kind="fw", duration=100, mem_delta_start=0, mem_delta_end=0, deps=deps, module="lm", vp_stage=0, layers=(rank, 1),
@@ -150,10 +151,23 @@ def test_messages_that_ranks_wait_for_are_compared_with_their_plan() -> None:
         )
 
     stages = [forward(0, 0, []), forward(1, 1, [Dep(0, 10)]), forward(2, 0, []), forward(3, 1, [Dep(2, 10)])]
-    plan = Plan(
+    return Plan(
         format="megatron-dip/plan/1", ranks=2, memory_capacity=None, memory_initial=[0, 0], stages=stages, order=[[0, 2], [1, 3]], claimed_makespan=0,
         lower_bound=0, bubble_fraction=0.0, peak_memory=[0, 0], planning_ns=0, evaluations=0, seed=0, chunks={}, sub_microbatch_size={},
         actions=[[], []], inputs={}, local_inputs={}, outputs={},
     )
+
+
+def test_messages_that_ranks_wait_for_are_compared_with_their_plan() -> None:
+    """Rank 1 waits for rank 0's first forward (50 ns over the planned lag) and is still busy when the second one arrives."""
+    plan = plan_of_two_ranks()
     assert message_excess_ns(plan, {0: (0, 100), 1: (160, 260), 2: (100, 200), 3: (260, 360)}) == 50
     assert message_excess_ns(plan, {0: (0, 100), 1: (90, 190), 2: (100, 110), 3: (190, 290)}) == -20
+
+
+def test_waiting_beyond_the_plan_is_told_from_slower_stages() -> None:
+    plan = plan_of_two_ranks()
+    assert waiting(plan, 1, {1: (110, 210), 3: (210, 310)}) == pytest.approx(1.0)
+    assert waiting(plan, 1, {1: (110, 260), 3: (260, 410)}) == pytest.approx(1.0)  # half as fast again, no pause
+    assert waiting(plan, 1, {1: (110, 210), 3: (230, 330)}) == pytest.approx(1.1)
+    assert waiting(plan, 1, {}) == 1.0
