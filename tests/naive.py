@@ -69,8 +69,10 @@ def interleave(
         """Bytes that the unit's forwards on the rank still keep, plus what one of all its forwards takes for a moment."""
         mine = [t for t in range(num_tasks) if graph.microbatch[t] == unit and graph.rank[t] == rank and graph.kind[t] == FORWARD]
         kept = {t: int(graph.mem_start_bytes[t] + graph.mem_end_bytes[t]) for t in mine}
+        if all(start[t] >= 0 for t in mine):
+            return 0
         keep = sum(max(0, kept[t]) for t in mine if start[t] < 0)
-        return keep + max(max(int(graph.mem_start_bytes[t]), kept[t]) - max(0, kept[t]) for t in mine) if keep else 0
+        return keep + max(max(int(graph.mem_start_bytes[t]), kept[t]) - max(0, kept[t]) for t in mine)
 
     def admissible(task: int, rank: int) -> bool:
         if all(value >= UNLIMITED for value in limit):

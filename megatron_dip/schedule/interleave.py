@@ -76,6 +76,8 @@ class KernelGraph(NamedTuple):
     """forward groups of each unit"""
     unit_tasks: NDArray[np.int32]
     """[U * P] tasks of a unit on a rank"""
+    unit_forwards: NDArray[np.int32]
+    """[U * P] of these: forwards"""
 
 
 class Costs(NamedTuple):
@@ -130,6 +132,8 @@ class Workspace(NamedTuple):
     """[U * P]"""
     unit_left: NDArray[np.int32]
     """[U * P] tasks"""
+    forwards_left: NDArray[np.int32]
+    """[U * P]"""
     admitted: NDArray[np.int32]
     """[U] units in order of admission"""
     admitted_at: NDArray[np.int32]
@@ -196,6 +200,7 @@ def make_kernel_graph(graph: TaskGraph) -> KernelGraph:
         unit_offset=np.concatenate(([0], np.cumsum(np.bincount(group_unit[:num_forward_groups], minlength=len(units))))).astype(np.int32),
         unit_group=np.argsort(group_unit[:num_forward_groups], kind="stable").astype(np.int32),
         unit_tasks=np.repeat(np.bincount(segment_unit, minlength=len(units)), num_ranks).astype(np.int32),
+        unit_forwards=np.repeat(np.bincount(segment_unit[:num_forward], minlength=len(units)), num_ranks).astype(np.int32),
         task_rank=(np.arange(num_tasks) % num_ranks).astype(np.int32), task_segment=(np.arange(num_tasks) // num_ranks).astype(np.int32),
     )
 
@@ -257,7 +262,7 @@ def make_workspace(kernel: KernelGraph) -> Workspace:
         segment_at=int32(num_segments), group_base=int32(len(kernel.group_unit)), bits=np.zeros(2 * num_ranks * words, dtype=np.uint64),
         summary=np.zeros(2 * num_ranks * (words // 64 + 1), dtype=np.uint64), heap_time=int64(num_tasks), heap_task=int32(num_tasks),
         weights=int32(num_tasks), unit_held=int64(num_units * num_ranks), unit_need=int64(num_units * num_ranks),
-        unit_left=int32(num_units * num_ranks), admitted=int32(num_units), admitted_at=int32(num_units),
+        unit_left=int32(num_units * num_ranks), forwards_left=int32(num_units * num_ranks), admitted=int32(num_units), admitted_at=int32(num_units),
         ranks=np.zeros((11, num_ranks), dtype=np.int64),
     )
 
@@ -296,8 +301,8 @@ def interleave_kernel(kernel, costs, limit, forward_order, backward_order, polic
     start, order, deps_left, ready = work.start, work.order, work.deps_left, work.ready
     position, segment_at, bits, summary = work.position, work.segment_at, work.bits, work.summary
     heap_time, heap_task, weights = work.heap_time, work.heap_task, work.weights
-    unit_held, unit_need, unit_left, admitted, admitted_at = (
-        work.unit_held, work.unit_need, work.unit_left, work.admitted, work.admitted_at,
+    unit_held, unit_need, unit_left, forwards_left, admitted, admitted_at = (
+        work.unit_held, work.unit_need, work.unit_left, work.forwards_left, work.admitted, work.admitted_at,
     )
     free_at, act_at, heap_size, available, executed = work.ranks[0], work.ranks[1], work.ranks[2], work.ranks[3], work.ranks[4]
     weight_head, weight_tail, last_queue = work.ranks[5], work.ranks[6], work.ranks[7]
@@ -323,6 +328,7 @@ def interleave_kernel(kernel, costs, limit, forward_order, backward_order, polic
         unit_held[:] = 0
         unit_need[:] = costs.need
         unit_left[:] = kernel.unit_tasks
+        forwards_left[:] = kernel.unit_forwards
         admitted_at[:] = -1
     for task in range(num_forward_tasks):
         if deps_left[task] == 0:
@@ -363,7 +369,7 @@ def interleave_kernel(kernel, costs, limit, forward_order, backward_order, polic
                     before = np.int64(admitted_at[unit]) if admitted_at[unit] >= 0 else num_admitted
                     if _admissible(
                         mem_start, mem_end, segment * num_ranks + rank, held[rank], limit[rank], worst[rank], oldest[rank], before,
-                        rank, num_ranks, admitted, unit_left, unit_need, unit_held, extra,
+                        rank, num_ranks, admitted, unit_left, forwards_left, unit_need, unit_held, extra,
                     ):
                         break
                     tests += 1
@@ -419,6 +425,7 @@ def interleave_kernel(kernel, costs, limit, forward_order, backward_order, polic
             held[rank] += kept
             if queue == 0:
                 unit_need[at] -= max(kept, 0)
+                forwards_left[at] -= 1
             unit_left[at] -= 1
             while oldest[rank] < num_admitted and unit_left[admitted[oldest[rank]] * num_ranks + rank] == 0:
                 oldest[rank] += 1
@@ -524,7 +531,8 @@ def _first_of_unit(kernel, bits, base, group_base, unit):  # type: ignore[no-unt
 
 @numba.njit(nogil=True, cache=True)
 def _admissible(
-    mem_start, mem_end, task, held, limit, worst, oldest, before, rank, num_ranks, admitted, unit_left, unit_need, unit_held, extra,
+    mem_start, mem_end, task, held, limit, worst, oldest, before, rank, num_ranks, admitted, unit_left, forwards_left, unit_need, unit_held,
+    extra,
 ):  # type: ignore[no-untyped-def]
     """Banker's check: the forward fits now, and after it the units admitted ``before`` its own can finish in order of admission."""
     kept = mem_start[task] + mem_end[task]
@@ -537,7 +545,8 @@ def _admissible(
         at = admitted[index] * num_ranks + rank
         if unit_left[at] > 0:
             need = unit_need[at]
-            if need > 0:
+            # Also a forward that keeps nothing (a frozen module's) takes memory for a moment.
+            if forwards_left[at] > 0:
                 need += extra[at]
             if held + need + kept > limit:
                 return False
