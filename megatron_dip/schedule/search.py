@@ -66,6 +66,10 @@ _TRIAL_STEPS = 64
 """Steps that every first chain takes before the best go on."""
 _FIRST_CYCLE = 256
 """Steps of the first cooling cycle; each cycle is twice as long as the one before."""
+_SMALL_STAGES = 400
+"""A problem of at most so many stages takes an eighth of both, since refinement is what finishes it, and every other cycle begins at
+another start: its optimum lies in one of many valleys. Its cycles' lengths grow as in Luby, Sinclair, Zuckerman, Optimal speedup of Las
+Vegas algorithms (1993)."""
 _POLISH_ROUNDS = 3
 _HOT, _COLD = 0.25, 0.01
 """First and last temperature of a cycle as shares of the gap between the chain's best and the bound."""
@@ -156,6 +160,10 @@ class _Searcher:
         everything = costs.need.reshape(-1, self.kernel.num_ranks).sum(axis=0) + costs.extra.max(initial=0)
         self.limit = np.where(limit >= everything, UNLIMITED, limit).astype(np.int64)
         self.bounded = bool((self.limit < UNLIMITED).any())
+        self.small = problem.fastest.num_tasks <= _SMALL_STAGES
+        shorter = 8 if self.small else 1
+        self.starts: list[_Start] = []
+        self.trial_steps, self.first_cycle = _TRIAL_STEPS // shorter, _FIRST_CYCLE // shorter
         self.evaluations = 0
         self.best_makespan = int(NEVER)
         self.best_orders: list[NDArray[np.int32]] = []
@@ -171,7 +179,7 @@ class _Searcher:
             self.portfolio(range(most, most + 1))
             self.rounds([_PaperChain(self, most, *self.fifo(), make_paper_state(self.options.method, self.kernel))])
             return
-        starts = self.portfolio(range(most + 1))
+        starts = self.starts = self.portfolio(range(most + 1))
         if self.options.method == "anneal" and not self.spent():
             chains = [self.chain_from(start, number) for number, start in enumerate(starts[: max(_FIRST_CHAINS, self.options.threads)])]
             self.rounds(chains)
@@ -311,12 +319,12 @@ class _Searcher:
 
     def rounds(self, chains: Sequence[_Chain]) -> None:
         """Runs chains until the budget is spent: all of them for a trial, then the best, one for each thread."""
-        steps = min(_ROUND_STEPS, max(4, _ROUND_STAGES // self.problem.fastest.num_tasks))
+        steps = min(self.first_cycle, _ROUND_STEPS, max(4, _ROUND_STAGES // self.problem.fastest.num_tasks))
         with ThreadPoolExecutor(self.options.threads) as pool:
             trial = True
-            # Whole rounds only: a larger budget has to go through the same states. One step more each for the polish.
-            while not self.spent(len(chains) * (steps + 1)):
-                if trial and min(chain.steps for chain in chains) >= _TRIAL_STEPS:
+            # Whole rounds only: a larger budget has to go through the same states. Two steps more each: the polish, and another start's end.
+            while not self.spent(len(chains) * (steps + 2)):
+                if trial and min(chain.steps for chain in chains) >= self.trial_steps:
                     trial = False
                     chains = sorted(chains, key=lambda chain: chain.score)[: self.options.threads]
                 if self.options.threads == 1:
@@ -370,7 +378,9 @@ class _Chain:
         self.found: list[tuple[list[NDArray[np.int32]], NDArray[np.int32], int]] = []
         """Schedules worth offering, of the last round: orders, memory choice, makespan."""
         self.score = int(NEVER)
-        self.cycle_length, self.cycle_done, self.rounds_unpolished = _FIRST_CYCLE, 0, 0
+        self.cycle, self.cycle_length, self.cycle_done, self.rounds_unpolished = 0, searcher.first_cycle, 0, 0
+        self.kept: tuple[NDArray[np.int32], NDArray[np.int32], int, NDArray[np.int64]] | None = None
+        """Best orders of priority, their makespan and policy, while a cycle from another start runs."""
         self.polished = int(NEVER)
         """Best makespan before the memory choice that was polished."""
         self.hot = 1.0
@@ -392,6 +402,8 @@ class _Chain:
             return
         searcher, state = self.searcher, self.state
         if self.cycle_done == 0:
+            if searcher.small and not searcher.bounded and self.cycle % 2 == 1:
+                self.leave()
             best = int(state.makespan[1])
             reference = best if best < NEVER else searcher.best_makespan
             self.hot = max(1.0, _HOT * (reference - searcher.bound_ns))
@@ -407,11 +419,51 @@ class _Chain:
         self.steps += steps
         self.cycle_done += steps
         if self.cycle_done >= self.cycle_length:
-            self.cycle_done, self.cycle_length = 0, 2 * self.cycle_length
-            self.begin_refinement(self.cycle_length // 2)
+            done, self.cycle_done = self.cycle_length, 0
+            self.cycle += 1
+            self.cycle_length = searcher.first_cycle * _luby(self.cycle // 2 + 1) if searcher.small else 2 * done
+            if self.kept is None:
+                self.begin_refinement(done)
+            else:
+                self.come_back(done)
         self.rounds_unpolished += 1
-        if state.makespan[1] < self.polished and (self.rounds_unpolished >= _POLISH_ROUNDS or self.steps <= _TRIAL_STEPS):
+        if state.makespan[1] < self.polished and (self.rounds_unpolished >= _POLISH_ROUNDS or self.steps <= searcher.trial_steps):
             self.polish()
+
+    def leave(self) -> None:
+        """Begins a cycle at another row of the portfolio."""
+        state, starts = self.state, self.searcher.starts
+        start = starts[(self.cycle // 2 + 1) % len(starts)]
+        self.kept = (state.best_forward.copy(), state.best_backward.copy(), int(state.makespan[1]), self.policy)
+        self.policy = start.policy.array()
+        state.best_forward[:], state.best_backward[:] = start.forward, start.backward
+        state.makespan[:] = NEVER
+
+    def come_back(self, cycle_length: int) -> None:
+        """Refines what a cycle from another start has found, and goes on from the better of both."""
+        assert self.kept is not None
+        state = self.state
+        self.interleave_best()
+        orders = self.work.orders()
+        self._offer(orders, self.choice)
+        self.refining = make_refine_state(self.searcher.problem.graph(self.choice), orders)
+        self.refine_length, self.refine_done = self.refinement_steps(cycle_length), 0
+        if self.kept[2] <= state.makespan[1]:
+            state.best_forward[:], state.best_backward[:], state.makespan[1], self.policy = self.kept
+        self.kept = None
+
+    def interleave_best(self) -> None:
+        """Leaves the best orders' schedule in the workspace."""
+        searcher, state = self.searcher, self.state
+        value = interleave_kernel(
+            searcher.kernel, self.costs, self.limit, state.best_forward, state.best_backward, self.policy, NEVER, self.work
+        )
+        assert value == state.makespan[1], (value, state.makespan[1])
+        self.taken += 1
+
+    def refinement_steps(self, cycle_length: int) -> int:
+        share = min(_MOST_REFINEMENT, max(_LEAST_REFINEMENT, _REFINE_STAGES / self.searcher.problem.fastest.num_tasks))
+        return max(1, int(share * cycle_length))
 
     def begin_refinement(self, cycle_length: int) -> None:
         """Refines the best schedule next, from where the last refinement ended if nothing better has come since."""
@@ -421,8 +473,7 @@ class _Chain:
         if self.refined is None or self.refined[1] != self.score:
             self.refined = (make_refine_state(self.searcher.problem.graph(choice), orders), self.score)
         self.refining = self.refined[0]
-        share = min(_MOST_REFINEMENT, max(_LEAST_REFINEMENT, _REFINE_STAGES / self.searcher.problem.fastest.num_tasks))
-        self.refine_length, self.refine_done = max(1, int(share * cycle_length)), 0
+        self.refine_length, self.refine_done = self.refinement_steps(cycle_length), 0
 
     def refine(self, refining: RefineState, steps: int) -> None:
         """Takes some steps of refinement on the best schedule."""
@@ -431,6 +482,7 @@ class _Chain:
         value = int(refine_kernel(refining, searcher.limit, self.state.random, steps, searcher.bound_ns))
         self.taken = steps
         if value < self.score:
+            # Without a limit every choice is the fastest one; with one only the best is refined, under its own choice.
             self._offer(list(refining.best_order.reshape(searcher.kernel.num_ranks, -1).copy()), self.best[1])
             self.refined = (refining, self.score)
         self.refine_done += steps
@@ -443,12 +495,8 @@ class _Chain:
         """Gives the best order its own memory choice and offers what comes out."""
         searcher, state = self.searcher, self.state
         self.polished, self.rounds_unpolished = int(state.makespan[1]), 0
-        value = interleave_kernel(
-            searcher.kernel, self.costs, self.limit, state.best_forward, state.best_backward, self.policy, NEVER, self.work
-        )
-        assert value == state.makespan[1], (value, state.makespan[1])
+        self.interleave_best()
         orders = self.work.orders()
-        self.taken += 1
         self._offer(orders, self.choice)
         if searcher.bounded:
             choice = self.choice.copy()
@@ -511,6 +559,15 @@ class _PaperChain(_Chain):
         self.steps += steps
         if self.state.makespan[1] < self.polished:
             self.polish()
+
+
+def _luby(number: int) -> int:
+    """1 1 2 1 1 2 4 1 1 2 1 1 2 4 8 ..., from number 1."""
+    while True:
+        bits = number.bit_length()
+        if number == (1 << bits) - 1:
+            return 1 << (bits - 1)
+        number -= (1 << (bits - 1)) - 1
 
 
 def _set_choice(kernel: KernelGraph, tables: MemoryTables, costs: Costs, choice: NDArray[np.int32]) -> None:
