@@ -28,10 +28,14 @@ class LookaheadIterator:
     It stands below Megatron's RerunDataIterator, so that a replay of an iteration is served above it. Where the source can save its
     state, so can this iterator: the state is the one that the source had when it had given just the items handed out so far. Other
     attributes are those of the source.
+
+    Args:
+        keep_state: whether ``save_state`` can be asked for; it costs a copy of the source's state for every batch that is read ahead.
     """
 
-    def __init__(self, source: Iterable[Any]) -> None:
+    def __init__(self, source: Iterable[Any], *, keep_state: bool = True) -> None:
         self._source = source
+        self._keep_state = keep_state
         self._iterator = iter(source)
         self._ahead: deque[_Read] = deque()
         self._error: Exception | None = None
@@ -77,7 +81,7 @@ class LookaheadIterator:
 
     def _read(self, count: int) -> None:
         """Reads until ``count`` items are ahead. What is ahead before is taken for whole batches: here the source's state is kept."""
-        if len(self._ahead) < count and hasattr(self._source, "save_state"):
+        if len(self._ahead) < count and self._keep_state and hasattr(self._source, "save_state"):
             while self._states and (not self._ahead or (len(self._states) > 1 and self._states[1][0] <= self._num_handed_out)):
                 self._states.popleft()
             position = self._num_handed_out + len(self._ahead)
@@ -105,7 +109,11 @@ class LookaheadIterator:
         if name.startswith("__") or "_source" not in self.__dict__:
             raise AttributeError(name)
         attribute = getattr(self._source, name)
-        return self._save_state if name == "save_state" else attribute
+        if name != "save_state":
+            return attribute
+        if not self._keep_state:
+            raise AttributeError(name)
+        return self._save_state
 
 
 def find_lookahead(data_iterator: Any) -> LookaheadIterator | None:

@@ -111,6 +111,16 @@ def test_a_source_that_cannot_save_gives_no_state() -> None:
     assert not hasattr(iterator, "save_state")  # Megatron then says so
 
 
+def test_no_state_is_copied_unless_it_can_be_asked_for() -> None:
+    class Dear(Source):
+        def save_state(self) -> dict[str, int]:
+            raise AssertionError("a worker process would have to be asked")
+
+    iterator = LookaheadIterator(Dear(9), keep_state=False)
+    assert iterator.look_ahead([2, 2], str) == [["0", "1"], ["2", "3"]]
+    assert not hasattr(iterator, "save_state")
+
+
 def test_other_attributes_are_the_sources() -> None:
     iterator = LookaheadIterator(Source(1))
     assert iterator.name == "source"
