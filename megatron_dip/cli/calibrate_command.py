@@ -1,7 +1,8 @@
 """Fits a device's efficiencies to measurements and reports the error before and after, also on a part that is held out.
 
 Measurements are files of measured training steps (format megatron-dip/measured-steps/1), or profiles of layers
-(format megatron-dip/profile/1) together with --workload, which says what model and parallel sizes they are of. Steps say themselves
+(format megatron-dip/profile/1) together with --workload, which says what model and parallel sizes they are of: one for all profiles,
+or one for each in their order. Steps say themselves
 whether they are held out; of a profile every fourth batch shape is, its forward and its backward. The fitted device goes to a file
 that --device and workloads take.
 """
@@ -36,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("measurements", type=Path, nargs="+", metavar="FILE.json", help="measured steps or profiles")
     parser.add_argument("--device", required=True, metavar="NAME|FILE.json", help="device to start from")
     parser.add_argument("--output", type=Path, required=True, metavar="DEVICE.json", help="where the fitted device goes")
-    parser.add_argument("--workload", type=Path, metavar="WORKLOAD.json", help="model, parallel sizes and number format of the profiles")
+    parser.add_argument("--workload", type=Path, nargs="+", default=[], metavar="WORKLOAD.json",
+                        help="model, parallel sizes and number format of the profiles; one, or one for each profile")
     parser.add_argument("--attention", choices=("fused", "unfused"), default="unfused",
                         help="attention of the profiles' layers; local Megatron layers, which 'profile' times, are unfused (default unfused)")
     parser.add_argument("--parameters", default="training,memory", metavar="A,B", help=f"what to fit, of {', '.join(WIDTHS)} (default training,memory)")
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _LayerPoint:
+class LayerPoint:
     """One measured time of a profile."""
 
     module: str
@@ -56,6 +58,10 @@ class _LayerPoint:
     shape: int
     """Number of the batch shape in the profile."""
 
+    @property
+    def is_held_out(self) -> bool:
+        return self.shape % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1
+
 
 def run(args: argparse.Namespace) -> int:
     if not 0 < args.freedom <= 1000:
@@ -63,25 +69,29 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.output, "--output")
     device = load_device(args.device, "--device")
     steps: list[MeasuredStep] = []
-    points: list[_LayerPoint] = []
-    workload = None if args.workload is None else load_workload(args.workload)
-    for path in args.measurements:
-        kind = read_format(path)
+    profiles: list[tuple[list[LayerPoint], Workload]] = []
+    workloads = [load_workload(path) for path in args.workload]
+    kinds = [read_format(path) for path in args.measurements]
+    if len(workloads) > 1 and len(workloads) != kinds.count(PROFILE_FORMAT):
+        raise InputError("--workload", len(workloads), f"are not as many as the {kinds.count(PROFILE_FORMAT)} profiles", "give one for all, or one for each")
+    for path, kind in zip(args.measurements, kinds, strict=True):
         if kind == MEASURED_STEPS_FORMAT:
             steps.extend(load_measured_steps(path).steps)
         elif kind == PROFILE_FORMAT:
-            if workload is None:
+            if not workloads:
                 raise InputError("--workload", None, f"missing, and {path} is a profile", "give the workload that the profile is of")
-            points.extend(_profile_points(load_profile(path), workload, path))
+            workload = workloads[0] if len(workloads) == 1 else workloads[len(profiles)]
+            profiles.append((profile_points(load_profile(path), workload, path), workload))
         else:
             raise InputError(str(path), kind, "holds no measurements", f"give files of {MEASURED_STEPS_FORMAT} or {PROFILE_FORMAT}")
+    points = [point for of_profile, _ in profiles for point in of_profile]
     measured = [step.measured_s for step in steps] + [point.seconds for point in points]
-    fitted = [not step.held_out for step in steps] + [point.shape % _HOLD_OUT_EVERY != _HOLD_OUT_EVERY - 1 for point in points]
+    fitted = [not step.held_out for step in steps] + [not point.is_held_out for point in points]
     kernels = Kernels(attention=args.attention)
 
     def predict(candidate: DeviceDescription) -> list[float]:
         found = [predict_step(step, candidate).iteration_time_s for step in steps]
-        return found + (_predict_points(points, workload, candidate, kernels) if workload is not None else [])
+        return found + [seconds for of_profile, workload in profiles for seconds in predict_points(of_profile, workload, candidate, kernels)]
 
     names = [name.strip() for name in args.parameters.split(",") if name.strip()]
     source = "Fitted by megatron-dip calibrate on " + ", ".join(path.name for path in args.measurements) + f" ({', '.join(names)})."
@@ -95,8 +105,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _profile_points(profile: Profile, workload: Workload, path: Path) -> list[_LayerPoint]:
-    points: list[_LayerPoint] = []
+def profile_points(profile: Profile, workload: Workload, path: Path) -> list[LayerPoint]:
+    """Forward and backward of every batch shape of a profile; ``path`` names it in messages."""
+    points: list[LayerPoint] = []
     shape = 0
     names = [module.name for module in workload.model_spec.modules]
     for name, module in profile.modules.items():
@@ -109,14 +120,15 @@ def _profile_points(profile: Profile, workload: Workload, path: Path) -> list[_L
                 lengths = tuple(base + (index < longer) for index in range(point.instances))
                 backward = point.backward_input_ns + point.backward_weight_ns
                 points += [
-                    _LayerPoint(module=name, part=part, lengths=lengths, backward=is_backward, seconds=nanoseconds / 1e9, shape=shape)  # type: ignore[arg-type]
+                    LayerPoint(module=name, part=part, lengths=lengths, backward=is_backward, seconds=nanoseconds / 1e9, shape=shape)  # type: ignore[arg-type]
                     for is_backward, nanoseconds in ((False, point.forward_ns), (True, backward)) if nanoseconds > 0
                 ]
                 shape += 1
     return points
 
 
-def _predict_points(points: Sequence[_LayerPoint], workload: Workload, device: DeviceDescription, kernels: Kernels) -> list[float]:
+def predict_points(points: Sequence[LayerPoint], workload: Workload, device: DeviceDescription, kernels: Kernels) -> list[float]:
+    """Seconds that the operator graphs say for each point."""
     costs = AnalyticCost(
         workload.model_spec, workload.parallel, workload.training, device, microbatches=workload.microbatches, kernels=kernels,
     )
