@@ -65,6 +65,14 @@ class MimoChunk(MimoModel):
         self.pre_process = self.post_process = False
         self.share_embeddings_and_output_weights = False
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if "sharded_state_dict" not in vars(MimoModel):
+            raise InputError(
+                "--ckpt-format", "torch_dist", "this release of Megatron-Core numbers the layers of a MimoModel's encoders anew in every chunk",
+                "use Megatron-LM 0.18 or later, or --ckpt-format torch, which fits one cut",
+            )
+        return super().sharded_state_dict(*args, **kwargs)  # type: ignore[no-any-return]
+
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         return None if self.language_model is None else self.language_model.shared_embedding_or_output_weight()
 
@@ -84,9 +92,9 @@ class EncoderChunk(MimoChunk):
 
     def run(self, inputs_or_hidden: torch.Tensor) -> torch.Tensor:
         """Inputs [n, 3, height, width] or hidden states [n, s, h] -> hidden states [n, s, h], or embeddings [n * s, h] of the projection."""
-        submodule = self.modality_submodules[self._modality.name]
+        submodule: Any = self.modality_submodules[self._modality.name]
         if not self._last:
-            return submodule.encoders[self._modality.encoder_name](inputs_or_hidden)  # type: ignore[no-any-return, index, union-attr]
+            return submodule.encoders[self._modality.encoder_name](inputs_or_hidden)  # type: ignore[no-any-return]
         return submodule.forward(encoder_inputs={self._modality.encoder_name: {self._modality.input_name: inputs_or_hidden}})  # type: ignore[no-any-return]
 
 

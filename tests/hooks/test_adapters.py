@@ -243,7 +243,16 @@ def whole_names(chunk: Any) -> dict[str, torch.nn.Parameter]:
     return names
 
 
-Outcome = tuple[list[float], list[float], dict[str, Any], dict[str, Any], Any]
+def shards_of(models: list[Any]) -> set[Any]:
+    """What models put into a torch_dist checkpoint: key, shape of the whole tensor, place of the part."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    tensors = [value for model in models for value in nested_values(model.sharded_state_dict()) if isinstance(value, ShardedTensor)]
+    return {(tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset)) for tensor in tensors}
+
+
+Outcome = tuple[list[float], list[float], dict[str, Any], dict[str, Any], Any, Any, Any]
 
 
 def run_cases(rank: int, ranks: int, cases: list[Case]) -> list[Outcome]:
@@ -324,7 +333,9 @@ def run_case(rank: int, ranks: int, case: Case) -> Outcome:
     gradients = {name: plain(parameter.grad) for name, parameter in mine.items() if parameter.requires_grad}
     wholes = {name: plain(wanted[name].grad) for name in gradients}
     everything = sorted(wanted) if rank == 0 else None
-    return expected, [report["loss"] for report in reports], gradients, wholes, everything
+    saves = case.model != "mimo" or "sharded_state_dict" in vars(type(whole))  # of MimoModel since 0.18
+    shards = (shards_of(chunks), shards_of([whole])) if saves else (set(), set())
+    return expected, [report["loss"] for report in reports], gradients, wholes, everything, *shards
 
 
 def plain(gradient: torch.Tensor | None) -> np.ndarray | None:
@@ -342,14 +353,17 @@ def check_case(case: Case, results: list[Outcome]) -> None:
     expected, losses = results[0][0], results[-1][1]
     np.testing.assert_allclose(losses, expected, rtol=1e-6, err_msg=str(case))
     names: list[str] = []
-    for _, _, gradients, wholes, _ in results:
+    for _, _, gradients, wholes, *_ in results:
         for name, gradient in gradients.items():
             names.append(name)
-            if wholes[name] is None:
+            whole = wholes[name]
+            if gradient is None or whole is None:  # no gradient is as good as none of any size
                 assert gradient is None or not gradient.any(), (case, name)
+                assert whole is None or not whole.any(), (case, name)
             else:
-                assert gradient is not None, (case, name)
-                np.testing.assert_allclose(gradient, wholes[name], rtol=0, atol=1e-5 * max(1e-3, np.abs(wholes[name]).max()), err_msg=f"{case} {name}")
+                np.testing.assert_allclose(gradient, whole, rtol=0, atol=1e-5 * max(1e-3, np.abs(whole).max()), err_msg=f"{case} {name}")
+    saved: set[Any] = set().union(*(result[5] for result in results))
+    assert saved == results[0][6], (case, "the chunks' checkpoint is not the whole model's")
     assert case.tied or len(set(names)) == len(names), (case, "a weight lies in two chunks")
     if not case.frozen:
         assert sorted(set(names)) == results[0][4], (case, "weights of the whole model are missing from the chunks")
@@ -415,6 +429,37 @@ def test_mimo_chunks_equal_the_whole_model() -> None:
 def test_mimo_chunks_over_two_ranks() -> None:
     flags = ("--dip-chunks", "images=2", "lm=2", "scans=1")
     check([replace(MIMO, flags=flags), replace(MIMO, flags=flags, tied=True)], 2)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("encoder", r"modality_submodules_spec\['scans'\] = 'Linear': DIP can cut encoders that are a CLIPViTModel or a RADIOViTModel"),
+    ("two", r"modality_submodules_spec\['scans'\] = .*one encoder and nothing behind the language model"),
+    ("language", r"language_model_spec = 'Linear': DIP can cut language models that are a GPTModel"),
+    ("load", r"model_provider = 'a checkpoint of one part': is loaded while the model is described.*--load"),
+])
+def test_what_mimo_models_cannot_have_is_refused_with_a_remedy(change: str, message: str) -> None:
+    from megatron.core.models.mimo import MimoModel
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from megatron_dip.models.mimo import MimoDescription
+    from megatron_dip.models.provided import sketch_model
+
+    def provider(pre_process: bool, post_process: bool) -> Any:
+        model = provide_mimo(MIMO, 1)
+        if change == "load":
+            model.language_model.load_state_dict({})
+        config = model.mimo_config
+        scans = config.modality_submodules_spec["scans"].submodules["encoders"]
+        other = ModuleSpec(module=torch.nn.Linear, params={"in_features": 1, "out_features": 1, "config": config.language_model_spec.params["config"]})
+        if change == "language":
+            config.language_model_spec = other
+        else:
+            scans["siglip" if change == "encoder" else "second"] = other
+        return MimoModel(config)
+
+    with pytest.raises(InputError, match=message) as error:
+        MimoDescription(sketch_model(provider))  # type: ignore[arg-type]
+    assert error.value.remedy
 
 
 def test_other_models_are_refused() -> None:

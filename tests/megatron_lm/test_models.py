@@ -83,7 +83,7 @@ def test_adapters_on_the_checkout() -> None:
         **os.environ, "PYTHONPATH": os.pathsep.join([os.environ["MEGATRON_LM"], str(SCRIPTS / "older_python")]), "PYTHONDONTWRITEBYTECODE": "1",
     }
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/hooks/test_adapters.py"], cwd=ROOT, env=environment, capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", "-q", "tests/hooks/test_adapters.py", "-k", "not refused_with_a_remedy and not other_models"], cwd=ROOT, env=environment, capture_output=True, text=True,
         check=False,
     )
     assert run.returncode == 0, run.stdout[-6000:]

@@ -112,7 +112,7 @@ def test_gpt_with_one_module(checkout: Path, patched_tree: Path, tmp_path: Path)
     ("--num-virtual-stages-per-pipeline-rank 2", "--num-virtual-stages-per-pipeline-rank = 2: DIP cuts the modules itself"),
     ("--dip-chunks dit=2", "the model has no such module"),
     ("--dip-chunks vit=9", "layers cannot fill"),
-    ("--dip-device abacus", "--dip-device"),
+    ("--dip-device abacus", "--dip-device = 'abacus': unknown device. Remedy: use one of a100"),
 ])
 def test_mistakes_end_at_start_up_with_the_remedy(flags: str, message: str, patched_tree: Path) -> None:
     run = start(patched_tree, VARYING, [*VLM, *NO_EVALUATION, "--train-iters", "1", *DIP, *flags.split()])
