@@ -79,17 +79,17 @@ def exact(graph: TaskGraph, horizon: int) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("num_microbatches", "num_ranks", "split_backward", "worst_gap"), [
-    (3, 2, False, 0.0), (4, 2, True, 0.035), (3, 3, False, 0.04), (5, 3, True, 0.0),
+@pytest.mark.parametrize(("num_microbatches", "num_ranks", "split_backward"), [
+    (3, 2, False), (4, 2, True), (3, 3, False), (5, 3, True), (3, 4, False),
 ])
-def test_against_cp_sat(num_microbatches, num_ranks, split_backward, worst_gap):
+def test_search_reaches_the_optimum_of_cp_sat(num_microbatches, num_ranks, split_backward):
     pytest.importorskip("importlib.metadata").distribution("ortools")
     problem = problem_of(vlm_case(num_microbatches, num_ranks), split_backward=split_backward)
     limit = np.full(num_ranks, UNLIMITED)
     bound = problem_bound_ns(problem, limit)
-    found = search(problem, limit, SearchOptions(evaluations=4000), bound).schedule.makespan_ns
+    found = search(problem, limit, SearchOptions(evaluations=20_000), bound).schedule.makespan_ns
     answer = exact(problem.fastest, found)
     assert bound <= answer["value"]
     assert answer["bound"] <= found
-    if answer["optimal"]:
-        assert found <= answer["value"] * (1 + worst_gap)
+    # A slow machine may leave the proof open.
+    assert found == answer["value"] or not answer["optimal"]
