@@ -317,7 +317,6 @@ def bench_overhead(args: argparse.Namespace) -> None:
     for pair in range(args.pairs + 3):
         system.model.zero_grad()
         # The executor goes first in even pairs, the loop in odd ones.
-        items = example.dataset.microbatches(pair, settings.num_microbatches)
         timed: dict[str, tuple[float, float]] = {}
         for name in ("executor", "loop") if pair % 2 == 0 else ("loop", "executor"):
             system.model.zero_grad()
@@ -325,7 +324,8 @@ def bench_overhead(args: argparse.Namespace) -> None:
             if name == "executor":
                 loss = sum(float(report["lm loss"][0]) for report in system.run(example.module.forward_step, forward_only=False))
             else:
-                loss = _plain_loop(system, items)
+                # Like the executor, which reads the next batch ahead, the loop draws one batch in its time.
+                loss = _plain_loop(system, example.dataset.microbatches(pair, settings.num_microbatches))
             timed[name] = (time.perf_counter() - began, loss)
         system.after_step()
         if pair >= 3:  # warmed up
