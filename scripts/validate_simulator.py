@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_dip.cli.calibrate_command import predict_points, profile_points
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.calibration import calibrate, with_efficiencies
 from megatron_dip.cost.device import DeviceDescription, load_device
@@ -24,8 +25,10 @@ from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.planner.baselines import run_baseline
 from megatron_dip.planner.measured_steps import MeasuredStep, load_measured_steps, predict_step
-from megatron_dip.planner.simulation import SimulateOptions, simulate
+from megatron_dip.planner.simulation import SimulateOptions, make_costs, simulate
+from megatron_dip.report.records import machine, versions
 from megatron_dip.report.tables import markdown_table
+from megatron_dip.spec.codec import load_profile, load_workload, resolve_workload
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
 from megatron_dip.spec.named import named_setup
@@ -37,6 +40,9 @@ ROOT = Path(__file__).resolve().parent.parent
 KORTHIKANTI = ROOT / "docs" / "results" / "measured" / "korthikanti_2022.json"
 GIB = 2**30
 
+CPU_PROFILES = ROOT / "docs" / "results" / "measured"
+CPU_START = {"training": 0.9, "memory": 0.8, "kernel_overhead_us": 20.0}
+"""Efficiencies of the CPU's description before they were fitted."""
 KORTHIKANTI_MEMORY = {"22B": (45.56, 59.25, 9.56), "175B": (45.56, 66.84, 12.35), "530B": (31.64, 114.02, 23.08), "1T": (32.96, 131.25, 26.56)}
 """GiB of the first pipeline rank: layers' parameters and optimizer, activations without recompute, with sequence parallel + selective."""
 
@@ -214,7 +220,7 @@ def best_narayanan(row: NarayananRow, device: DeviceDescription) -> tuple[float,
 
 
 def motivating(record: Record) -> None:
-    record.say("\n## Motivating figures of DIP (arXiv 2504.14145), H800, nothing fitted\n")
+    record.say("\n## Motivating figures of DIP (arXiv 2504.14145), H800\n")
     setup = named_setup("vlm-m")
     costs = AnalyticCost(setup.model, Parallel(tensor=8, pipeline=4), Training(), "h800")
     rows = []
@@ -224,22 +230,37 @@ def motivating(record: Record) -> None:
         rows.append([{"vit": "ViT 5B layer, 8 images, ms", "lm": "LM 32B layer, 8192 tokens, ms"}[name], published, f"{found:.2f}", percent(found / published)])
     bubbles, spread = static_split_bubbles(6.75, 10.5)
     rows.append(["best static split, 16 stages, 64 microbatches: bubbles, %", 22.8, f"{100 * bubbles:.1f}", f"stages {spread[0]:.1f} to {spread[1]:.1f} ms (63 to 73.5)"])
-    plain, static, dynamic = seven_billion("nnscaler")
-    plain_mixed, static_mixed, _ = seven_billion("1f1b")
+    plain = seconds_7b("nnscaler", PLAIN_7B, [0] * count_7b(PLAIN_7B, 0))
+    static, dynamic = ratios_7b("nnscaler", VIT_BIG_G, 8, seeds=8)
     rows += [
         ["7B LM, s an iteration", 4.068, f"{plain:.3f}", percent(plain / 4.068)],
-        ["ViT 2B + LM 5B, static data, over the plain LM", f"{4.567 / 4.068:.3f}", f"{static / plain:.3f}", percent(static / plain / (4.567 / 4.068))],
-        ["the same with layers split by parameters", f"{4.567 / 4.068:.3f}", f"{static_mixed / plain_mixed:.3f}", percent(static_mixed / plain_mixed / (4.567 / 4.068))],
-        ["ViT 2B + LM 5B, best split, dynamic over static data", f"{6.789 / 4.567:.3f}", f"{dynamic / static:.3f}", percent(dynamic / static / (6.789 / 4.567))],
+        ["ViT 2B + LM 5B, static data, over the plain LM", f"{STATIC_7B:.3f}", f"{static:.3f}", percent(static / STATIC_7B)],
+        ["ViT 2B + LM 5B, dynamic over static data", f"{DYNAMIC_7B:.3f}", f"{dynamic:.3f}", percent(dynamic / DYNAMIC_7B)],
     ]
     record.say(markdown_table(["figure", "published", "simulated", "difference"], rows))
     record.say(
-        "\nThe layer times hold for TP 8 only (at TP 4 the published times would need more than the device's rate). The paper gives neither the layers of "
-        "the 2B + 5B model nor its image counts: assumed are a ViT of 30 layers of the 5B's shape, 23 and 32 layers of the Llama 7B shape (11008 FFN, "
-        "vocabulary 32000), TP 2, PP 4, 1F1B over the best static split, 12.8 PFLOP in each case; static data hold 8 images in every microbatch, dynamic data "
-        "0 to 16 of them, uniform (mean of 8 seeds). The published static ratio lies between that of the best split of these assumed models and that of the split by parameters; the paper does not say "
-        "which split it measured. The dynamic ratio depends on the assumed spread of images, and on the heaviest microbatches "
-        "no longer fitting without recomputation."
+        "\nNot a blind test: the training factor of the Hopper and Blackwell descriptions (0.825, the middle of the sourced 10 to 25 % by which training "
+        "stays below kernel benchmarks; the A100's is fitted above) was chosen with the two layer times in view; 0.9, chosen before, gives 6.37 and 9.64 ms. "
+        "The layer times hold for TP 8 only (at TP 4 the published times would need more than the device's rate)."
+    )
+    record.say("\n### What the static and the dynamic ratio depend on\n")
+    rows = []
+    for label, vit in (("ViT-bigG", VIT_BIG_G), ("30 layers of the ViT 5B", VIT_30)):
+        for images in (2, 4, 6, 8, 12):
+            cells = []
+            for schedule in ("nnscaler", "1f1b", "interleaved"):
+                static, dynamic = ratios_7b(schedule, vit, images, seeds=3)
+                cells.append(f"{static:.2f} / {dynamic:.2f}")
+            rows.append([label, images, *cells])
+    record.say(markdown_table(["ViT 2B", "images a microbatch", "best split by time", "split by parameters", "the same, interleaved"], rows))
+    record.say(
+        f"\nPublished: {STATIC_7B:.2f} / {DYNAMIC_7B:.2f} (static data over the plain LM / dynamic over static data). The paper gives neither the layers of "
+        "the 2B + 5B model, nor its images, nor how it was split. Assumed: TP 2, PP 4, 12.8 PFLOP in each case; the LM 5B is 23 layers of the Llama 7B shape "
+        "(32 layers for the plain 7B; FFN 11008, vocabulary 32000); the ViT 2B is ViT-bigG/14 (48 layers of 1664, FFN 8192, 16 heads, 1.8B parameters), "
+        "the published one of that size; static data hold equally many images in every microbatch, dynamic data 0 to twice as many, uniform. With the best "
+        "split by time both ratios come out within 4 % at 8 images; under Megatron's split by parameters they come nearest at 4 images (30 layers: 1.17 / "
+        "1.39) or, interleaved, at 6 (ViT-bigG: 1.17 / 1.44); with more, the ViT's ranks are so overloaded that dynamic data make little difference. So the published pair lies within what plausible readings "
+        "span, and the images a microbatch decide; the ViT's shape moves the static ratio by some 5 %: many thin layers are less efficient."
     )
 
 
@@ -259,35 +280,47 @@ def static_split_bubbles(vit_ms: float, lm_ms: float) -> tuple[float, tuple[floa
     return found.schedule.bubble_fraction, (min(stages), max(stages))
 
 
-def seven_billion(schedule: str) -> tuple[float, float, float]:
-    """Seconds of the plain 7B language model, of ViT 2B + LM 5B on static data and on dynamic data, each of 12.8 PFLOP."""
-    parallel = Parallel(tensor=2, pipeline=4)
+PARALLEL_7B = Parallel(tensor=2, pipeline=4)
+STATIC_7B, DYNAMIC_7B = 4.567 / 4.068, 6.789 / 4.567
 
-    def lm(layers: int) -> ModuleSpec:
-        return ModuleSpec(name="lm", kind="lm", role="backbone", num_layers=layers, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, vocab_size=32000)
 
-    vit = ModuleSpec(name="vit", kind="vit", role="encoder", num_layers=30, hidden_size=1792, ffn_hidden_size=15360, num_attention_heads=16)
+def lm_7b(layers: int) -> ModuleSpec:
+    return ModuleSpec(name="lm", kind="lm", role="backbone", num_layers=layers, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, vocab_size=32000)
 
-    def seconds(model: ModelSpec, images: list[int]) -> float:
-        microbatches: list[Microbatch] = [{"vit": [2704] * n, "lm": [8192]} if n else {"lm": [8192]} for n in images]
-        workload = Workload(format="megatron-dip/workload/1", model=model, parallel=parallel, training=Training(), device="h800", microbatches=microbatches)
-        return simulate(workload, schedule).iteration_time_s  # type: ignore[arg-type]
 
-    plain = ModelSpec(modules=[lm(32)])
-    mixed = ModelSpec(modules=[vit, lm(23)])
-    plain_count = round(12.8e15 / flops_of(plain, parallel, 0))
-    mixed_count = round(12.8e15 / flops_of(mixed, parallel, 8))
+PLAIN_7B = ModelSpec(modules=[lm_7b(32)])
+VIT_BIG_G = ModuleSpec(name="vit", kind="vit", role="encoder", num_layers=48, hidden_size=1664, ffn_hidden_size=8192, num_attention_heads=16)
+VIT_30 = ModuleSpec(name="vit", kind="vit", role="encoder", num_layers=30, hidden_size=1792, ffn_hidden_size=15360, num_attention_heads=16)
+
+
+def seconds_7b(schedule: str, model: ModelSpec, images: list[int]) -> float:
+    """Seconds of an iteration with so many images in each microbatch."""
+    microbatches: list[Microbatch] = [{"vit": [2704] * n, "lm": [8192]} if n else {"lm": [8192]} for n in images]
+    workload = Workload(format="megatron-dip/workload/1", model=model, parallel=PARALLEL_7B, training=Training(), device="h800", microbatches=microbatches)
+    return simulate(workload, schedule).iteration_time_s  # type: ignore[arg-type]
+
+
+def count_7b(model: ModelSpec, images: int) -> int:
+    """Microbatches of 12.8 PFLOP."""
+    return round(12.8e15 / flops_of(model, PARALLEL_7B, images))
+
+
+def ratios_7b(schedule: str, vit: ModuleSpec, images: int, seeds: int) -> tuple[float, float]:
+    """Static data over the plain language model, and dynamic over static data, each of 12.8 PFLOP."""
+    model = ModelSpec(modules=[vit, lm_7b(23)])
+    count = count_7b(model, images)
+    static = seconds_7b(schedule, model, [images] * count)
     dynamic = []
-    for seed in range(8):
-        images = np.random.default_rng(seed).integers(0, 17, size=mixed_count).tolist()
-        # The same FLOPs as the static batch: the images' sum is brought to 8 a microbatch.
+    for seed in range(seeds):
+        drawn = np.random.default_rng(seed).integers(0, 2 * images + 1, size=count).tolist()
+        # The same FLOPs as the static batch: the sum of images is brought to that.
         rng = np.random.default_rng(seed + 100)
-        while sum(images) != 8 * mixed_count:
-            index = int(rng.integers(mixed_count))
-            change = 1 if sum(images) < 8 * mixed_count else -1
-            images[index] = min(16, max(0, images[index] + change))
-        dynamic.append(seconds(mixed, images))
-    return seconds(plain, [0] * plain_count), seconds(mixed, [8] * mixed_count), statistics.mean(dynamic)
+        while sum(drawn) != images * count:
+            index = int(rng.integers(count))
+            change = 1 if sum(drawn) < images * count else -1
+            drawn[index] = min(2 * images, max(0, drawn[index] + change))
+        dynamic.append(seconds_7b(schedule, model, drawn))
+    return static / seconds_7b(schedule, PLAIN_7B, [0] * count_7b(PLAIN_7B, 0)), statistics.mean(dynamic) / static
 
 
 def flops_of(model: ModelSpec, parallel: Parallel, images: int) -> float:
@@ -300,6 +333,32 @@ def flops_of(model: ModelSpec, parallel: Parallel, images: int) -> float:
             detail = costs.detail(module.name, part, lengths)  # type: ignore[arg-type]
             total += times * (detail.forward_flops + detail.backward_flops)
     return total * parallel.tensor
+
+
+def cpu(record: Record) -> None:
+    """The CPU's device file against profiles of local Megatron layers, before and after its fit."""
+    device = load_device("cpu")
+    fitted = {name: getattr(device.efficiency, name) for name in CPU_START}
+    rows = []
+    for label, candidate in (("data sheet and guesses", with_efficiencies(device, CPU_START)), ("fitted", device)):
+        ratios: dict[str, list[float]] = {"fitted": [], "held out": [], "layers alone": []}
+        for size in ("small", "larger"):
+            workload = load_workload(CPU_PROFILES / f"cpu_{size}_workload.json")
+            points = profile_points(load_profile(CPU_PROFILES / f"cpu_{size}_profile.json"), workload, CPU_PROFILES)
+            for point, seconds in zip(points, predict_points(points, workload, candidate, Kernels(attention="unfused")), strict=True):
+                ratios["held out" if point.is_held_out else "fitted"].append(seconds / point.seconds)
+                if point.part == "layer":
+                    ratios["layers alone"].append(seconds / point.seconds)
+        rows.append([label, *(summary(values) for values in ratios.values())])
+    values = ", ".join(f"{name} {value:.3g} (before {CPU_START[name]:g})" for name, value in fitted.items())
+    record.say("\n## The CPU's description against profiles of Megatron layers on one core\n")
+    record.say(markdown_table(["description", "fitted shapes", "held-out shapes", "layers alone"], rows))
+    record.say(
+        f"\nTwo models (hidden sizes 128 and 256, 512 and 768; 144 to 2048 tokens), profiled by `megatron-dip profile` on one core of an Intel Xeon with AVX-512; "
+        f"every fourth batch shape is held out. Fitted by `megatron-dip calibrate`: {values}. The description of before, a tenth of a TFLOP/s and GPU-like "
+        "efficiencies, was off by 252 % in the mean. The largest errors are embeddings and stems, which take a hundredth of a layer's time, and causal "
+        "attention over 1024 tokens and more, whose mask is a pass of its own in local layers. Plans for a CPU are better made with a profile."
+    )
 
 
 def speed(record: Record) -> None:
@@ -323,10 +382,22 @@ def speed(record: Record) -> None:
         began = time.process_time()
         result = simulate(workload, "dip", partition=partition, options=SimulateOptions(evaluations=100))
         iterations.append(time.process_time() - began)
+    large = resolve_workload(make_workload("vlm-l", seed=0, num_microbatches=32), Path("vlm-l"))
+    cut = even_partition(large.model_spec, large.parallel.pipeline, {"lm": 2}, {"vit": 6})
+    milliseconds: dict[str, list[float]] = {"1f1b": [], "dip": []}
+    large_costs = make_costs(large, SimulateOptions())
+    for name, times in milliseconds.items():
+        for _ in range(6):
+            began = time.process_time()
+            simulate(large, name, partition=cut, options=SimulateOptions(evaluations=10), costs=large_costs)  # type: ignore[arg-type]
+            times.append(1e3 * (time.process_time() - began))
+    about = ", ".join(f"{key} {value}" for key, value in {**machine(), **versions()}.items())
     record.say("\n## Speed (seconds of one core)\n")
     record.say(f"Operator graphs of a stage's layer, median: {1e3 * statistics.median(new_shapes):.2f} ms for a new shape, {1e6 * again:.1f} us for a known one. "
                f"One iteration of VLM-XL-16k on 16384 GPUs, 32 microbatches a replica, two replicas simulated with 100 schedules tried each: "
-               f"{statistics.median(iterations[1:]):.2f} s, {iterations[0]:.2f} s with loading the kernels; MFU {result.mfu:.3f}.")
+               f"{statistics.median(iterations[1:]):.2f} s, {iterations[0]:.2f} s with loading the kernels; MFU {result.mfu:.3f}. One of VLM-L (94B) with 32 microbatches: "
+               f"{statistics.median(milliseconds['1f1b'][1:]):.0f} ms under 1F1B, {statistics.median(milliseconds['dip'][1:]):.0f} ms under DIP with 10 schedules tried.")
+    record.say(f"\nMachine and versions: {about}.")
 
 
 def main() -> int:
@@ -347,6 +418,7 @@ def main() -> int:
     korthikanti_memory(record, device)
     narayanan(record, device)
     motivating(record)
+    cpu(record)
     speed(record)
     if args.output is not None:
         args.output.write_text("\n".join(record.lines) + "\n")
