@@ -6,13 +6,14 @@ How the shipped search (``anneal``) goes:
 
 1. *Portfolio.* Heuristic orders, what a rank prefers, levels of memory saving (every pair takes its candidate number l) and tighter
    limits on memory in flight than the rank has, are interleaved once each. A schedule under a uniform level is already valid.
-2. *Chains.* The best few are annealed for a short while, then the best of them (one for each thread) in cycles of doubling length,
-   each cooling from a quarter of the gap to the bound. Nothing in it looks at the budget, so a larger one goes through the same states
-   and can only find more.
+2. *Chains.* The best few are annealed for a short while, then the best of them (one for each thread) in cycles, each cooling from a
+   quarter of the gap to the bound. Every other cycle begins at another row of the portfolio: the best schedules lie in many valleys.
+   Cycles' lengths grow slowly (:func:`_luby`). Nothing in it looks at the budget, so a larger one goes through the same states and can
+   only find more.
 3. *Polish.* Every few rounds a chain's best order, if new, gets its own memory choice (:mod:`megatron_dip.schedule.memory`) and is
    timed with the durations that follow. The search's score is the makespan after that.
-4. *Refinement.* After each cycle a chain's best schedule is improved task by task (:mod:`megatron_dip.schedule.refine`): small problems
-   mostly so, large ones mostly by orders of priority.
+4. *Refinement.* After each cycle what it found, or a chain's best schedule, is improved task by task
+   (:mod:`megatron_dip.schedule.refine`) for some steps more than the cycle had: the smaller the problem, the more.
 5. *Real times.* Under a limit the refined orders get their own memory choice, and the next cycle orders with the times that follow.
 
 The paper's methods (``mcts``, ``dfs``, ``random``; :mod:`megatron_dip.schedule.paper_search`) work on times of the leanest candidates
@@ -58,24 +59,20 @@ from megatron_dip.schedule.result import Schedule, paths_ns, time_order
 
 SearchMethod = Literal["anneal", "mcts", "dfs", "random", "fifo"]
 
-_ROUND_STAGES, _ROUND_STEPS = 200_000, 64
-"""Most stages, and most schedules, that a chain interleaves between two looks at the clock: at most some 20 ms."""
+_ROUND_STAGES = 200_000
+"""Most stages that a chain interleaves between two looks at the clock: at most some 20 ms."""
 _FIRST_CHAINS = 4
 """Chains that start; each thread goes on with one."""
-_TRIAL_STEPS = 64
+_TRIAL_STEPS = 8
 """Steps that every first chain takes before the best go on."""
-_FIRST_CYCLE = 256
-"""Steps of the first cooling cycle; each cycle is twice as long as the one before."""
-_SMALL_STAGES = 400
-"""A problem of at most so many stages takes an eighth of both, since refinement is what finishes it, and every other cycle begins at
-another start: its optimum lies in one of many valleys. Its cycles' lengths grow as in Luby, Sinclair, Zuckerman, Optimal speedup of Las
-Vegas algorithms (1993)."""
+_FIRST_CYCLE = 32
+"""Steps of the first cooling cycle; see :func:`_luby` for the others."""
 _POLISH_ROUNDS = 3
 _HOT, _COLD = 0.25, 0.01
 """First and last temperature of a cycle as shares of the gap between the chain's best and the bound."""
 _REFINE_STAGES = 1_000
-"""A problem of so many stages takes one step of refinement for each step of the cycle before it; a smaller one more, a larger one fewer."""
-_MOST_REFINEMENT, _LEAST_REFINEMENT = 8.0, 0.5
+"""A problem of so many stages takes one step of refinement for each step of the cycle before it, a smaller one more, within bounds."""
+_MOST_REFINEMENT, _LEAST_REFINEMENT = 8.0, 2.0
 _PROBES = 3
 """Orders of the portfolio that are tried with every policy, level of saving and limit; the others only where these went best."""
 _BEST_PLACES = 3
@@ -160,10 +157,7 @@ class _Searcher:
         everything = costs.need.reshape(-1, self.kernel.num_ranks).sum(axis=0) + costs.extra.max(initial=0)
         self.limit = np.where(limit >= everything, UNLIMITED, limit).astype(np.int64)
         self.bounded = bool((self.limit < UNLIMITED).any())
-        self.small = problem.fastest.num_tasks <= _SMALL_STAGES
-        shorter = 8 if self.small else 1
         self.starts: list[_Start] = []
-        self.trial_steps, self.first_cycle = _TRIAL_STEPS // shorter, _FIRST_CYCLE // shorter
         self.evaluations = 0
         self.best_makespan = int(NEVER)
         self.best_orders: list[NDArray[np.int32]] = []
@@ -315,16 +309,16 @@ class _Searcher:
     def chain_at(
         self, level: int, share: float, policy: Policy, forward: NDArray[np.int32], backward: NDArray[np.int32], number: int
     ) -> _Chain:
-        return _Chain(self, level, share, policy, make_state(forward, backward, self.options.seed * 1009 + number))
+        return _Chain(self, level, share, policy, make_state(forward, backward, self.options.seed * 1009 + number), number)
 
     def rounds(self, chains: Sequence[_Chain]) -> None:
         """Runs chains until the budget is spent: all of them for a trial, then the best, one for each thread."""
-        steps = min(self.first_cycle, _ROUND_STEPS, max(4, _ROUND_STAGES // self.problem.fastest.num_tasks))
+        steps = min(_FIRST_CYCLE, max(4, _ROUND_STAGES // self.problem.fastest.num_tasks))
         with ThreadPoolExecutor(self.options.threads) as pool:
             trial = True
             # Whole rounds only: a larger budget has to go through the same states. Two steps more each: the polish, and another start's end.
             while not self.spent(len(chains) * (steps + 2)):
-                if trial and min(chain.steps for chain in chains) >= self.trial_steps:
+                if trial and min(chain.steps for chain in chains) >= _TRIAL_STEPS:
                     trial = False
                     chains = sorted(chains, key=lambda chain: chain.score)[: self.options.threads]
                 if self.options.threads == 1:
@@ -364,8 +358,8 @@ class _Searcher:
 class _Chain:
     """One annealing chain: its own costs, workspace and orders."""
 
-    def __init__(self, searcher: _Searcher, level: int, share: float, policy: Policy, state: AnnealState) -> None:
-        self.searcher, self.state, self.policy = searcher, state, policy.array()
+    def __init__(self, searcher: _Searcher, level: int, share: float, policy: Policy, state: AnnealState, number: int) -> None:
+        self.searcher, self.state, self.policy, self.number = searcher, state, policy.array(), number
         self.choice = np.minimum(level, searcher.leanest).astype(np.int32)
         self.costs = make_costs(searcher.problem.fastest, searcher.kernel)
         _set_choice(searcher.kernel, searcher.tables, self.costs, self.choice)
@@ -378,15 +372,16 @@ class _Chain:
         self.found: list[tuple[list[NDArray[np.int32]], NDArray[np.int32], int]] = []
         """Schedules worth offering, of the last round: orders, memory choice, makespan."""
         self.score = int(NEVER)
-        self.cycle, self.cycle_length, self.cycle_done, self.rounds_unpolished = 0, searcher.first_cycle, 0, 0
-        self.kept: tuple[NDArray[np.int32], NDArray[np.int32], int, NDArray[np.int64]] | None = None
-        """Best orders of priority, their makespan and policy, while a cycle from another start runs."""
+        self.cycle, self.cycle_length, self.cycle_done, self.rounds_unpolished = 0, _FIRST_CYCLE, 0, 0
+        self.kept: tuple[NDArray[np.int32], NDArray[np.int32], int, NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]] | None = None
+        """Best orders of priority, their makespan, policy, memory choice and limit, while a cycle from another start runs."""
         self.polished = int(NEVER)
         """Best makespan before the memory choice that was polished."""
         self.hot = 1.0
         self.best: tuple[list[NDArray[np.int32]], NDArray[np.int32]] | None = None
         """Orders and memory choice behind ``score``."""
         self.refining: RefineState | None = None
+        self.refining_choice = self.choice
         self.refine_length = self.refine_done = 0
         self.refined: tuple[RefineState, int] | None = None
         """The last refinement with the makespan that it reached."""
@@ -402,7 +397,7 @@ class _Chain:
             return
         searcher, state = self.searcher, self.state
         if self.cycle_done == 0:
-            if searcher.small and not searcher.bounded and self.cycle % 2 == 1:
+            if self.cycle % 2 == 1:
                 self.leave()
             best = int(state.makespan[1])
             reference = best if best < NEVER else searcher.best_makespan
@@ -421,35 +416,42 @@ class _Chain:
         if self.cycle_done >= self.cycle_length:
             done, self.cycle_done = self.cycle_length, 0
             self.cycle += 1
-            self.cycle_length = searcher.first_cycle * _luby(self.cycle // 2 + 1) if searcher.small else 2 * done
+            self.cycle_length = _FIRST_CYCLE * _luby(self.cycle // 2 + 1)
             if self.kept is None:
                 self.begin_refinement(done)
             else:
                 self.come_back(done)
         self.rounds_unpolished += 1
-        if state.makespan[1] < self.polished and (self.rounds_unpolished >= _POLISH_ROUNDS or self.steps <= searcher.trial_steps):
+        if state.makespan[1] < self.polished and (self.rounds_unpolished >= _POLISH_ROUNDS or self.steps <= _TRIAL_STEPS):
             self.polish()
 
     def leave(self) -> None:
         """Begins a cycle at another row of the portfolio."""
-        state, starts = self.state, self.searcher.starts
-        start = starts[(self.cycle // 2 + 1) % len(starts)]
-        self.kept = (state.best_forward.copy(), state.best_backward.copy(), int(state.makespan[1]), self.policy)
-        self.policy = start.policy.array()
+        searcher, state, starts = self.searcher, self.state, self.searcher.starts
+        start = starts[(self.cycle // 2 * searcher.options.threads + self.number + 1) % len(starts)]
+        self.kept = (state.best_forward.copy(), state.best_backward.copy(), int(state.makespan[1]), self.policy, self.choice, self.limit)
+        self.policy, self.limit = start.policy.array(), _shared(searcher.limit, start.limit_share)
+        self.choice = np.minimum(start.level, searcher.leanest).astype(np.int32)
+        if searcher.bounded:
+            _set_choice(searcher.kernel, searcher.tables, self.costs, self.choice)
         state.best_forward[:], state.best_backward[:] = start.forward, start.backward
         state.makespan[:] = NEVER
 
     def come_back(self, cycle_length: int) -> None:
         """Refines what a cycle from another start has found, and goes on from the better of both."""
         assert self.kept is not None
-        state = self.state
+        searcher, state, score = self.searcher, self.state, self.score
         self.interleave_best()
-        orders = self.work.orders()
+        orders, choice = self.work.orders(), self.choice.copy()
         self._offer(orders, self.choice)
-        self.refining = make_refine_state(self.searcher.problem.graph(self.choice), orders)
-        self.refine_length, self.refine_done = self.refinement_steps(cycle_length), 0
-        if self.kept[2] <= state.makespan[1]:
-            state.best_forward[:], state.best_backward[:], state.makespan[1], self.policy = self.kept
+        if searcher.bounded and choose(searcher.tables, orders, searcher.limit, choice):
+            self._offer(orders, choice)
+        self.begin_refining(make_refine_state(searcher.problem.graph(choice), orders), choice, cycle_length)
+        # Under a limit only scores compare, for makespans before the memory choice are of different levels.
+        if self.score >= score if searcher.bounded else self.kept[2] <= state.makespan[1]:
+            state.best_forward[:], state.best_backward[:], state.makespan[1], self.policy, self.choice, self.limit = self.kept
+            if searcher.bounded:
+                _set_choice(searcher.kernel, searcher.tables, self.costs, self.choice)
         self.kept = None
 
     def interleave_best(self) -> None:
@@ -461,9 +463,10 @@ class _Chain:
         assert value == state.makespan[1], (value, state.makespan[1])
         self.taken += 1
 
-    def refinement_steps(self, cycle_length: int) -> int:
+    def begin_refining(self, refining: RefineState, choice: NDArray[np.int32], cycle_length: int) -> None:
         share = min(_MOST_REFINEMENT, max(_LEAST_REFINEMENT, _REFINE_STAGES / self.searcher.problem.fastest.num_tasks))
-        return max(1, int(share * cycle_length))
+        self.refining, self.refining_choice = refining, choice
+        self.refine_length, self.refine_done = max(1, int(share * cycle_length)), 0
 
     def begin_refinement(self, cycle_length: int) -> None:
         """Refines the best schedule next, from where the last refinement ended if nothing better has come since."""
@@ -472,18 +475,15 @@ class _Chain:
         orders, choice = self.best
         if self.refined is None or self.refined[1] != self.score:
             self.refined = (make_refine_state(self.searcher.problem.graph(choice), orders), self.score)
-        self.refining = self.refined[0]
-        self.refine_length, self.refine_done = self.refinement_steps(cycle_length), 0
+        self.begin_refining(self.refined[0], choice, cycle_length)
 
     def refine(self, refining: RefineState, steps: int) -> None:
         """Takes some steps of refinement on the best schedule."""
-        assert self.best is not None
         searcher = self.searcher
         value = int(refine_kernel(refining, searcher.limit, self.state.random, steps, searcher.bound_ns))
         self.taken = steps
         if value < self.score:
-            # Without a limit every choice is the fastest one; with one only the best is refined, under its own choice.
-            self._offer(list(refining.best_order.reshape(searcher.kernel.num_ranks, -1).copy()), self.best[1])
+            self._offer(list(refining.best_order.reshape(searcher.kernel.num_ranks, -1).copy()), self.refining_choice)
             self.refined = (refining, self.score)
         self.refine_done += steps
         if self.refine_done >= self.refine_length:
@@ -549,7 +549,7 @@ class _PaperChain(_Chain):
     """One of the paper's methods in a chain's clothes: no cycles, another kernel."""
 
     def __init__(self, searcher: _Searcher, level: int, forward: NDArray[np.int32], backward: NDArray[np.int32], paper: object) -> None:
-        super().__init__(searcher, level, 1.0, Policy(ALTERNATE), make_state(forward, backward, searcher.options.seed))
+        super().__init__(searcher, level, 1.0, Policy(ALTERNATE), make_state(forward, backward, searcher.options.seed), 0)
         self.paper = paper
 
     def advance(self, steps: int) -> None:
@@ -562,7 +562,10 @@ class _PaperChain(_Chain):
 
 
 def _luby(number: int) -> int:
-    """1 1 2 1 1 2 4 1 1 2 1 1 2 4 8 ..., from number 1."""
+    """1 1 2 1 1 2 4 1 1 2 1 1 2 4 8 ..., from number 1: lengths of runs that need not know how long is long enough.
+
+    Source: Luby, Sinclair, Zuckerman, Optimal speedup of Las Vegas algorithms (1993).
+    """
     while True:
         bits = number.bit_length()
         if number == (1 << bits) - 1:
