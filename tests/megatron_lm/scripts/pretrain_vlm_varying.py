@@ -79,6 +79,8 @@ def pretend() -> None:
         os.uname = lambda: node
     earlier_s = 60 * float(os.environ.get("STARTED_EARLIER_MINUTES", "0"))
     training._TRAIN_START_TIME -= earlier_s
+    if "_PROGRAM_START_TIME" in script:  # what newer scripts tell the training loop
+        script["_PROGRAM_START_TIME"] -= earlier_s
     if "RERUN_EVERY_ITERATION" in os.environ:
         initialize.RerunMode = lambda name: RerunMode.REPORT_DETERMINISM_STATS
         RerunStateMachine.REPORTING_INTERVAL_ITERATIONS = 1000  # its report asks for what its entries do not have any more
