@@ -123,8 +123,6 @@ REFUSALS: Sequence[_Refusal] = (
              "dynamic context parallelism regroups ranks inside its own schedule", _LEAVE_OUT),
     _Refusal("context_parallel_size", "--context-parallel-size", _above(1),
              "context parallelism is not supported yet", "use tensor and pipeline parallelism, or --pipeline-schedule default"),
-    _Refusal("expert_model_parallel_size", "--expert-model-parallel-size", _above(1),
-             "the experts' all-to-all crosses replicas, whose plans differ", "use --expert-model-parallel-size 1"),
     _Refusal("fine_grained_activation_offloading", "--fine-grained-activation-offloading", _is_set,
              f"it replays the first iteration's chunk order and {_STATIC_ORDER}", _LEAVE_OUT),
     _Refusal("cpu_offloading", "--cpu-offloading", _is_set, "Megatron's layer offloading excludes pipeline parallelism", _LEAVE_OUT),
@@ -171,7 +169,13 @@ def validate_dip_args(args: argparse.Namespace) -> None:
             "--fp8-recipe", "delayed", "after every pass through a chunk its scales are reduced over replicas, which run different plans",
             "use a recipe whose scales are not kept: tensorwise, blockwise or mxfp8",
         )
-    options_from_args(args)
+    options = options_from_args(args)
+    if _above(1)(getattr(args, "expert_model_parallel_size", None)) and options.evaluations is None:
+        raise InputError(
+            "--expert-model-parallel-size", args.expert_model_parallel_size,
+            "experts are spread over replicas, which must then plan alike, and plans that are searched by the clock differ",
+            "give --dip-evaluations N, such as 200: equal numbers give equal plans; or use --expert-model-parallel-size 1",
+        )
     from megatron_dip.hooks.megatron_lm import install_schedule
 
     install_schedule()

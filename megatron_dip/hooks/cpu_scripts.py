@@ -171,8 +171,9 @@ def _compile_index_helpers() -> None:
 
 
 def mend_without_transformer_engine() -> None:
-    """What Megatron-Core 0.16 does only right with Transformer Engine: CLIPViTModel's default norm is torch's, which does not take
-    Megatron's arguments, and the experts' router asks for a name that it has not imported."""
+    """What Megatron-Core 0.16 does only right with Transformer Engine, or on a GPU: CLIPViTModel's default norm is torch's, which does not
+    take Megatron's arguments; the experts' router asks for a name that it has not imported; and their dispatcher gives the exchange its
+    numbers of tokens as they are where they lie on the CPU already, as a tensor, which torch does not take."""
     clip = importlib.import_module("megatron.core.models.vision.clip_vit_model")
     defaults = clip.CLIPViTModel.__init__.__defaults__
     wrapped = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
@@ -180,3 +181,7 @@ def mend_without_transformer_engine() -> None:
     router = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(router, "te_general_gemm"):
         router.te_general_gemm = None  # type: ignore[attr-defined]
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = (  # type: ignore[attr-defined]
+        lambda tensor, as_numpy=False, record_stream=False: tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+    )

@@ -34,9 +34,11 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_push
 
-from megatron_dip.hooks.iterators import find_lookahead
+from megatron_dip.hooks.iterators import LookaheadIterator, find_lookahead
+from megatron_dip.hooks.linked_replicas import LinkedReplicas, link_replicas
 from megatron_dip.models.capture import CapturedCall, capture
 from megatron_dip.models.deferral import LinearWeightDeferral
+from megatron_dip.planner.linked import restrict, union_of
 from megatron_dip.planner.message import PackedPlan, pack_plan, plan_digest, unpack_plan
 from megatron_dip.planner.service import MAX_WAITING, PlanCounts, PlanService
 from megatron_dip.runtime.compute import AutogradCompute
@@ -95,6 +97,7 @@ class DipForwardBackward:
         look_ahead: how many of the next iterations' batches are planned while one runs, where the data iterator can look ahead.
         upcoming: tells how many microbatches these iterations have; None: as many as the one that runs.
         num_outputs: how many values the model returns to forward_step; None = one tensor.
+        joined: the module whose stages exchange data with other replicas (experts), and the global ranks with which this one does.
 
     Making it is collective over all ranks of the job (process groups).
     """
@@ -118,6 +121,7 @@ class DipForwardBackward:
         look_ahead: int = 1,
         upcoming: UpcomingFunction | None = None,
         num_outputs: int | None = None,
+        joined: tuple[str, Sequence[int]] | None = None,
     ) -> None:
         assert len(chunks) == len(staged_model.chunk_keys), (len(chunks), staged_model.chunk_keys)
         self._staged_model = staged_model
@@ -143,13 +147,18 @@ class DipForwardBackward:
             )
         self._cut_digest = _digest(msgspec.json.encode(partition, order="sorted"))
         self.is_planner: bool = dist.get_rank() == self.groups.control_ranks[0]
+        self._link: LinkedReplicas | None = None
+        if joined is not None:
+            module, joined_ranks = joined
+            replica, planner = parallel_state.get_data_parallel_rank(), self.groups.control_ranks[0]
+            self._link = link_replicas(replica, joined_ranks, planner, module, timeout_s)
         self._service: PlanService[PackedPlan] | None = None
         if self.is_planner:
             pack = pack_plan if len(self.groups.control_ranks) > 1 else _unpacked
-            quick = None if quick_plan_function is None else _then(pack, quick_plan_function)
+            quick = None if quick_plan_function is None else _then(pack, self._own_part(quick_plan_function))
             # Training and evaluation foresee batches in turn, and one must not drive out what the other will take.
             self._service = PlanService(
-                _then(pack, plan_function), quick, num_threads=planner_threads, max_waiting=max(MAX_WAITING, 3 * look_ahead)
+                _then(pack, self._own_part(plan_function)), quick, num_threads=planner_threads, max_waiting=max(MAX_WAITING, 3 * look_ahead)
             )
         self._last_taken: tuple[list[Microbatch], bool, PackedPlan] | None = None
         """The last iteration's batch, whether it was forward only, and its plan, for a replay."""
@@ -297,8 +306,8 @@ class DipForwardBackward:
             raise
         assert plan is not None
         self.plan = plan
-        if self._service is not None and not is_replay:
-            self._plan_next(iterator, num_microbatches, forward_only)
+        if not is_replay:
+            self._look_at_next(find_lookahead(iterator), num_microbatches, forward_only)
         return calls, plan
 
     def _share_plan(
@@ -309,14 +318,7 @@ class DipForwardBackward:
         message = b""
         if self._service is not None:
             try:
-                if error is not None:
-                    raise error
-                assert microbatches is not None, "the planner rank has no data iterator"
-                if is_replay and self._last_taken is not None and self._last_taken[:2] == (microbatches, forward_only):
-                    packed = self._last_taken[2]  # the same plan, or its numbers would differ from those that are checked
-                else:
-                    packed = self._service.take(microbatches, forward_only=forward_only, deadline_s=self._plan_deadline_s)
-                self._last_taken = (microbatches, forward_only, packed)
+                packed = self._take_plan(self._service, microbatches, error, forward_only, is_replay)
                 message = bytes([_PLAN]) + packed.data
             except Exception as caught:
                 error = caught
@@ -335,6 +337,43 @@ class DipForwardBackward:
             return unpack_plan(message[1:]), plan_digest(message[1:]), None
         except InputError as unreadable:
             return None, b"", unreadable
+
+    def _take_plan(
+        self, service: PlanService[PackedPlan], microbatches: list[Microbatch] | None, error: Exception | None, forward_only: bool, is_replay: bool
+    ) -> PackedPlan:
+        """This batch's plan, on the planner rank; with linked replicas all of them come here, with an error or without."""
+        packed: PackedPlan | None = None
+        joint = microbatches
+        if self._link is not None:
+            (joint,) = self._link.exchange([None if error is not None else microbatches])
+        try:
+            if error is not None:
+                raise error
+            assert microbatches is not None, "the planner rank has no data iterator"
+            if joint is None:
+                raise PeerError("a replica that shares experts with this one could not read its batch, so none runs the iteration")
+            if is_replay and self._last_taken is not None and self._last_taken[:2] == (joint, forward_only):
+                packed = self._last_taken[2]  # the same plan, or its numbers would differ from those that are checked
+            else:
+                packed = service.take(joint, forward_only=forward_only, deadline_s=self._plan_deadline_s)
+        finally:
+            difference = None if self._link is None else self._link.compare(None if packed is None else packed.plan)
+        if difference is not None:
+            raise difference
+        self._last_taken = (joint, forward_only, packed)
+        return packed
+
+    def _own_part(self, make: PlanFunction) -> PlanFunction:
+        """A plan function that takes the microbatches of all linked replicas and gives this one's part of their joint plan."""
+        link = self._link
+        if link is None:
+            return make
+
+        def plan(joint: Sequence[Microbatch], forward_only: bool) -> Plan:
+            of_replicas = link.split(joint)
+            return restrict(make(union_of(of_replicas), forward_only), of_replicas[link.index])
+
+        return plan
 
     def _compare(
         self, digest: bytes, microbatches: list[Microbatch] | None, conditions: bytes, error: Exception | None, misfit: Exception | None
@@ -433,20 +472,24 @@ class DipForwardBackward:
                 return InputError(field, {"ranks": differing, "differ from rank": self.groups.control_ranks[0]}, problem, remedy)
         return None
 
-    def _plan_next(self, iterator: Iterator[Any] | None, num_microbatches: int, forward_only: bool) -> None:
-        """Hands the batches of the next iterations to the service."""
-        assert self._service is not None
-        lookahead = find_lookahead(iterator)
+    def _look_at_next(self, lookahead: LookaheadIterator | None, num_microbatches: int, forward_only: bool) -> None:
+        """Reads the batches of the next iterations, on every rank alike: data sets may draw random numbers. The planner rank hands
+        them to the service."""
         if lookahead is None or self._look_ahead == 0:
             return
-        known = [num_microbatches] * self._look_ahead if forward_only or self._upcoming is None else self._upcoming(self._look_ahead)
-        for index, batch in enumerate(lookahead.look_ahead(known, self._describe)):
-            # An item that cannot be read ends the run when its iteration comes, on all ranks.
-            error = next((said for said in batch if isinstance(said, Exception)), None)
-            if error is None:
+        sizes = [num_microbatches] * self._look_ahead if forward_only or self._upcoming is None else self._upcoming(self._look_ahead)
+        if self._service is None:
+            lookahead.peek(sum(sizes))
+            return
+        ahead = list(lookahead.look_ahead(sizes, self._describe))
+        # An item that cannot be read ends the run when its iteration comes, on all ranks.
+        errors = [next((said for said in batch if isinstance(said, Exception)), None) for batch in ahead]
+        batches = [batch if error is None else None for batch, error in zip(ahead, errors, strict=True)]
+        for batch in batches if self._link is None else self._link.exchange(batches):
+            if batch is not None:
                 self._service.submit(batch, forward_only=forward_only)
-            elif index == 0:
-                self._service.count_unseen(lookahead.peek(1)[0], error)
+        if errors and errors[0] is not None:
+            self._service.count_unseen(lookahead.peek(1)[0], errors[0])
 
     def _describe(self, item: Any) -> Microbatch | Exception:
         try:

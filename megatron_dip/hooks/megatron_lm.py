@@ -19,6 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.device import device_names, load_device
@@ -125,6 +126,8 @@ def build_chunks(
             "--dip-chunks", f"{LANGUAGE}={partition.num_chunks(LANGUAGE)}", "embedding and head share a weight and would lie in two chunks of one rank",
             f"use {LANGUAGE}=1, more pipeline ranks, or --untie-embeddings-and-output-weights",
         )
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        _check_expert_parallel(spec, sketch.config)
     keys = chunk_order(partition, rank, LANGUAGE)
     chunks = []
     for module, vp_stage in keys:
@@ -135,6 +138,22 @@ def build_chunks(
     if torch.distributed.get_rank() == 0:
         logger.warning("DIP cuts %s into layers %s", ", ".join(m.name for m in spec.modules), partition.chunks)
     return chunks
+
+
+def _check_expert_parallel(spec: ModelSpec, config: TransformerConfig) -> None:
+    """Raises InputError for models whose replicas would not exchange tokens alike."""
+    size = parallel_state.get_expert_model_parallel_world_size()
+    if not spec.module(LANGUAGE).trainable:
+        raise InputError(
+            "--expert-model-parallel-size", size, "with a frozen language model only replicas with images run its backward, in which all of "
+            "them exchange tokens", "use --expert-model-parallel-size 1",
+        )
+    dispatcher = config.moe_token_dispatcher_type
+    if len(spec.modules) > 1 and dispatcher == "allgather":
+        raise InputError(
+            "--moe-token-dispatcher-type", dispatcher, "takes equal numbers of tokens on all replicas, and sequences are as long as their images "
+            "make them", "use --moe-token-dispatcher-type alltoall",
+        )
 
 
 def make_partition(spec: ModelSpec, num_ranks: int, options: DipOptions) -> Partition:
@@ -212,12 +231,13 @@ def build_data_iterators(build: Callable[..., tuple[Any, Any, Any]], dataset_pro
     """
     from megatron.training import get_args
 
-    iterators = build(dataset_provider)
-    if options_from_args(get_args()).look_ahead:
+    args, iterators = get_args(), build(dataset_provider)
+    keep_state = bool(getattr(args, "dataloader_save", None))
+    if options_from_args(args).look_ahead:
         for of_one_use in iterators:
             for iterator in of_one_use if isinstance(of_one_use, list) else [of_one_use]:
                 if iterator is not None:
-                    iterator.iterable = LookaheadIterator(iterator.iterable)
+                    iterator.iterable = LookaheadIterator(iterator.iterable, keep_state=keep_state)
     return iterators
 
 
@@ -344,6 +364,9 @@ def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackw
 
         return upcoming_microbatches(get_args(), num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR, iterations)
 
+    joined = None
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        joined = (LANGUAGE, torch.distributed.get_process_group_ranks(parallel_state.get_expert_tensor_and_model_parallel_group()))
     on_cpu = torch.cuda.current_device() == torch.device("cpu")
     return DipForwardBackward(
         staged_model=staged, chunks=chunks, partition=built.partition, metadata=description.item_metadata, call_metadata=call_metadata,
@@ -351,5 +374,5 @@ def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackw
         plan_function=plan, quick_plan_function=None if options.evaluations is not None else quick_plan,
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
         backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, num_outputs=description.num_outputs,
-        planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming,
+        planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming, joined=joined,
     )

@@ -84,7 +84,7 @@ def test_what_cannot_go_together_is_refused_with_a_remedy(refusal: Any) -> None:
 
 def test_megatrons_defaults_are_not_refused() -> None:
     neutral = {refusal.attribute: None for refusal in REFUSALS}
-    neutral |= {"cuda_graph_impl": "none", "context_parallel_size": 1, "expert_model_parallel_size": 1, "iterations_to_skip": [],
+    neutral |= {"cuda_graph_impl": "none", "context_parallel_size": 1, "iterations_to_skip": [],
                 "enable_cuda_graph": False, "cpu_offloading": False, "mtp_num_layers": 0}
     for name, value in neutral.items():
         for refusal in REFUSALS:
@@ -110,6 +110,12 @@ def test_fp8_scales_are_not_reduced_over_replicas(others: dict[str, Any], refuse
             validate_dip_args(args)
     else:
         validate_dip_args(args)
+
+
+def test_experts_over_replicas_need_equal_plans() -> None:
+    with pytest.raises(InputError, match=r"--expert-model-parallel-size.*--dip-evaluations"):
+        validate_dip_args(parse(expert_model_parallel_size=2))
+    validate_dip_args(parse("--dip-evaluations", "200", expert_model_parallel_size=2))
 
 
 def test_every_flag_has_help() -> None:
