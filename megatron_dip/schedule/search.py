@@ -5,7 +5,8 @@ In: a :class:`~megatron_dip.schedule.graph.StageProblem`, the bytes that each ra
 How the shipped search (``anneal``) goes:
 
 1. *Portfolio.* Heuristic orders, what a rank prefers, levels of memory saving (every pair takes its candidate number l) and tighter
-   limits on memory in flight than the rank has, are interleaved once each. A schedule under a uniform level is already valid.
+   limits on memory in flight than the rank has, are interleaved once each. A schedule under a uniform level is already valid; under a
+   limit the best few levels get a quick memory choice, and where that came out best all orders are tried.
 2. *Chains.* The best few are annealed for a short while, then the best of them (one for each thread) in cycles, each cooling from a
    quarter of the gap to the bound. Every other cycle begins at another row of the portfolio: the best schedules lie in many valleys.
    Cycles' lengths grow slowly (:func:`_luby`). Nothing in it looks at the budget, so a larger one goes through the same states and can
@@ -29,7 +30,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -45,6 +46,7 @@ from megatron_dip.schedule.interleave import (
     Costs,
     KernelGraph,
     Policy,
+    Workspace,
     interleave_kernel,
     make_costs,
     make_kernel_graph,
@@ -74,9 +76,11 @@ _REFINE_STAGES = 1_000
 """A problem of so many stages takes one step of refinement for each step of the cycle before it, a smaller one more, within bounds."""
 _MOST_REFINEMENT, _LEAST_REFINEMENT = 8.0, 2.0
 _PROBES = 3
-"""Orders of the portfolio that are tried with every policy, level of saving and limit; the others only where these went best."""
-_BEST_PLACES = 3
-"""Pairs of level and limit that are tried with all orders."""
+"""Orders of the portfolio that are tried with every policy, the others with the first alone."""
+_SCOUTED_PLACES, _SCOUT_ITERATIONS = 4, 40
+"""Pairs of level and limit whose worth after a memory choice is found out, and subgradient steps for that."""
+_BEST_PLACES = 2
+"""Those of them that are tried with all orders."""
 _AHEAD = 3
 """Light microbatches ahead of the heavy ones in one of the orders."""
 _LIMIT_SHARES = (1.0, 0.8, 0.64)
@@ -133,9 +137,10 @@ def search(problem: StageProblem, limit: NDArray[np.int64], options: SearchOptio
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """One row of the portfolio with the makespan it gave."""
+    """One row of the portfolio."""
 
     makespan_ns: int
+    """Under a limit on memory: what is to be expected of it after the memory choice"""
     level: int
     limit_share: float
     policy: Policy
@@ -236,13 +241,37 @@ class _Searcher:
                 if not (interleaved(level, 1.0, both, orders[:_PROBES]) and interleaved(level, 1.0, both[:1] + eager, orders[_PROBES:])):
                     break
             return self.unlike(starts)
-        # First what to save and how much to keep in flight, by a few orders; then all orders where that went best.
-        if all(interleaved(level, share, both + eager, orders[:_PROBES]) for level in levels for share in _LIMIT_SHARES):
-            places = dict.fromkeys((start.level, start.limit_share, start.policy) for start in sorted(starts, key=lambda start: start.makespan_ns))
-            for level, share, policy in list(places)[:_BEST_PLACES]:
-                if not interleaved(level, share, [policy], orders[_PROBES:]):
+        # First what to save and how much to keep in flight, by one order. What a place is worth shows after the memory choice. Then all
+        # orders where that went best.
+        worth: dict[tuple[int, float], float] = {}
+        if all(interleaved(level, share, both[:1], orders[:1]) for level in levels for share in _LIMIT_SHARES):
+            scores: dict[tuple[int, float], int] = {}
+            for start in sorted(starts, key=lambda start: start.makespan_ns)[:_SCOUTED_PLACES]:
+                if self.spent():
                     break
+                scores[start.level, start.limit_share] = score = self.scouted(start, costs, work)
+                worth[start.level, start.limit_share] = score / start.makespan_ns
+            for level, share in sorted(scores, key=lambda place: scores[place])[:_BEST_PLACES]:
+                if not (interleaved(level, share, both[1:] + eager, orders[:_PROBES]) and interleaved(level, share, both[:1], orders[1:])):
+                    break
+        starts = [replace(start, makespan_ns=round(start.makespan_ns * worth.get((start.level, start.limit_share), 1.0))) for start in starts]
         return self.unlike(starts)
+
+    def scouted(self, start: _Start, costs: Costs, work: Workspace) -> int:
+        """Makespan of a row of the portfolio after a quick memory choice, which is offered."""
+        choice = np.minimum(start.level, self.leanest).astype(np.int32)
+        _set_choice(self.kernel, self.tables, costs, choice)
+        limit = _shared(self.limit, start.limit_share)
+        interleave_kernel(self.kernel, costs, limit, start.forward, start.backward, start.policy.array(), NEVER, work)
+        self.evaluations += 1
+        orders = work.orders()
+        if not choose(self.tables, orders, self.limit, choice, _SCOUT_ITERATIONS):
+            return start.makespan_ns
+        schedule = time_order(self.problem.graph(choice), orders)
+        assert schedule is not None
+        if schedule.makespan_ns < self.best_makespan:
+            self.offer(orders, choice)
+        return min(start.makespan_ns, schedule.makespan_ns)
 
     def heuristic_orders(self) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
         """Orders of forward and backward groups, the most promising first.
@@ -422,7 +451,7 @@ class _Chain:
             else:
                 self.come_back(done)
         self.rounds_unpolished += 1
-        if state.makespan[1] < self.polished and (self.rounds_unpolished >= _POLISH_ROUNDS or self.steps <= _TRIAL_STEPS):
+        if state.makespan[1] < self.polished and (self.rounds_unpolished >= _POLISH_ROUNDS or self.polished >= NEVER):
             self.polish()
 
     def leave(self) -> None:
