@@ -5,7 +5,7 @@ measures one tensor-parallel shard: the layer is built with the shard's heads an
 collectives are not in it. Each figure is the median of warm runs, with the device synchronised around each.
 
 The backward to the inputs is timed apart; the weights' part is the whole backward less it. Activation bytes are what autograd saves
-(parameters left out, each storage once). ``first`` and ``last`` are the patch stem or the token embedding, and the projector or the
+(parameters left out, each storage once). Weights' gradients are added up as in training. ``first`` and ``last`` are the patch stem or the token embedding, and the projector or the
 head with the loss. Not measured: a DiT's head and modulation; messages (their figures are those of the device description).
 """
 
@@ -321,10 +321,10 @@ def _measure(runner: _Layer | _Part, count: int, length: int, settings: ProfileS
         return out, torch.ones_like(out)
 
     def run_backward(made: tuple[torch.Tensor, torch.Tensor]) -> None:
+        # Weights' gradients add up, as over the microbatches of an iteration: another pass over memory that training has too.
         made[0].backward(made[1])
-        # Not added up from run to run: that would be another pass over memory.
-        for tensor in (*parameters, *(() if hidden is None else (hidden,))):
-            tensor.grad = None
+        if hidden is not None:
+            hidden.grad = None
 
     input_ns = 0.0
     if hidden is not None and split:

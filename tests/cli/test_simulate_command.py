@@ -260,7 +260,7 @@ def test_layers_are_measured_and_simulated(tmp_path: Path, capsys: pytest.Captur
     # A process of its own: measuring sets up Megatron's groups and its CPU mode.
     subprocess.run(
         [sys.executable, "-m", "megatron_dip.cli.main", "profile", str(path), "--output", str(output), "--device", "cpu", "--seconds", "0.005",
-         "--threads", "1"], check=True, timeout=240, capture_output=True,
+         "--threads", "1", "--busy", "2"], check=True, timeout=240, capture_output=True,
     )
     profile = load_profile(output)
     vit, lm, dit = (profile.modules[name] for name in ("vit", "lm", "dit"))
