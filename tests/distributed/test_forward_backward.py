@@ -168,6 +168,31 @@ def test_several_iterations_are_planned_ahead_through_ramp_up_and_evaluation() -
     assert launch(_plan_ahead_of_ramp_up, 2) == [(7, 5), None]
 
 
+def _reads(rank: int, num_ranks: int) -> list[int]:
+    from megatron_dip.hooks.iterators import LookaheadIterator
+
+    read = 0
+
+    def source() -> Iterator[Item]:
+        nonlocal read
+        for item in _items(0, (2, 0, 1, 3, 1, 0, 0, 2, 1, 1)):
+            read += 1
+            yield item
+
+    model = _model()
+    dip = dip_runs.dip_of(CASE, model, look_ahead=2)
+    data, reads = LookaheadIterator(source()), []
+    for _ in range(4):
+        _call(model, dip, data, 2)
+        reads.append(read)
+    return reads
+
+
+def test_all_ranks_read_ahead_alike() -> None:
+    # A data set that draws random numbers then draws the same on all of them.
+    assert launch(_reads, 2) == [[6, 8, 10, 10]] * 2
+
+
 def _replay(rank: int, num_ranks: int) -> list[tuple[list[float], float, int]]:
     from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
 
