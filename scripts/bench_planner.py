@@ -338,8 +338,8 @@ def report(rows: list[Row], setups: list[str], head: str) -> str:
     if own := of("searches"):
         lines = []
         for method in dict.fromkeys(row["method"] for row in own):
-            cells = [[row["gap"] for row in own if (row["setup"], row["method"]) == (name, method)] for name in setups]
-            lines.append([method, *(spread(found) if found else "-" for found in cells)])
+            gaps = [[row["gap"] for row in own if (row["setup"], row["method"]) == (name, method)] for name in setups]
+            lines.append([method, *(spread(found) if found else "-" for found in gaps)])
         text += ["## Search methods at equal time, makespan / own bound\n",
                  "mcts, dfs and random are the paper's, fifo the given order, anneal what ships.\n", table(["method", *setups], lines)]
     if own := of("rules"):

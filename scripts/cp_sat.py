@@ -16,7 +16,8 @@ def main() -> int:
     case = json.load(sys.stdin)
     model = cp_model.CpModel()
     horizon = case["horizon"]
-    start, intervals = [], {}
+    start = []
+    intervals: dict[int, list[cp_model.IntervalVar]] = {}
     for rank, duration in case["tasks"]:
         start.append(model.new_int_var(0, horizon, ""))
         intervals.setdefault(rank, []).append(model.new_fixed_size_interval_var(start[-1], duration, ""))
