@@ -167,6 +167,37 @@ def earliest_times(graph: TaskGraph, order: Sequence[Sequence[int]]) -> list[int
     return [start[task] for task in range(graph.num_tasks)]
 
 
+def tails(graph: TaskGraph, order: Sequence[Sequence[int]]) -> list[int]:
+    """Longest way from each task's end to the end of all, along dependencies and the ranks' orders."""
+    behind: list[list[tuple[int, int]]] = [[] for _ in range(graph.num_tasks)]
+    for task in range(graph.num_tasks):
+        for before, lag in edges(graph, task):
+            behind[before].append((task, lag))
+    for tasks in order:
+        for before, after in itertools.pairwise(tasks):
+            behind[before].append((after, 0))
+    tail = [0] * graph.num_tasks
+    changed = True
+    while changed:
+        changed = False
+        for task in range(graph.num_tasks):
+            longest = max((lag + int(graph.duration_ns[after]) + tail[after] for after, lag in behind[task]), default=0)
+            changed = changed or longest != tail[task]
+            tail[task] = longest
+    return tail
+
+
+def held_before(graph: TaskGraph, order: Sequence[Sequence[int]]) -> list[int]:
+    """Bytes held before each task, rank by rank in order."""
+    held = []
+    for tasks in order:
+        level = 0
+        for task in tasks:
+            held.append(level)
+            level += int(graph.mem_start_bytes[task] + graph.mem_end_bytes[task])
+    return held
+
+
 def peak_memory(graph: TaskGraph, order: Sequence[Sequence[int]]) -> list[int]:
     """Most bytes that live stages hold on each rank."""
     peaks = []

@@ -13,6 +13,7 @@ from megatron_dip.schedule.bounds import _jackson
 from megatron_dip.schedule.interleave import NEVER, UNLIMITED, Policy, make_costs, make_kernel_graph, make_workspace
 from megatron_dip.schedule.memory import _usage, make_tables, rank_problem
 from megatron_dip.schedule.paper_search import _ALPHA, _BETA, COMPLETIONS, METHODS, make_paper_state
+from megatron_dip.schedule.refine import make_refine_state, refine_kernel
 from megatron_dip.schedule.result import time_order
 from tests import naive
 from tests.schedule.test_interleave import problem_of
@@ -115,6 +116,22 @@ def test_the_points_of_a_rank_hold_its_peak(case, split_backward, limit, seed):
         points = rank_problem(tables, order, np.int64(limit))
         excess = int(_usage(tables, points, choice[points.pair], np.empty(len(points.room), dtype=np.int64)))
         assert max(excess, -limit) == peaks[rank] - limit
+
+
+@settings(max_examples=60)
+@given(cases(max_microbatches=3), st.booleans(), st.integers(0, 40), st.integers(0, 2**32 - 1))
+def test_what_refinement_keeps_up_equals_what_its_orders_say(case, split_backward, steps, seed):
+    """Starts, tails and held bytes, changed from move to move, against the same made anew from the orders that it stands at."""
+    problem, orders = scheduled(case, split_backward)
+    graph = problem.fastest
+    limit = np.array(naive.peak_memory(graph, [order.tolist() for order in orders]), dtype=np.int64)
+    state = make_refine_state(graph, orders)
+    refine_kernel(state, limit, np.array([seed], dtype=np.uint64), steps, 0)
+    stands = [row.tolist() for row in state.order.reshape(graph.num_ranks, -1)]
+    assert state.place[state.order].tolist() == list(range(graph.num_tasks))
+    assert state.start.tolist() == naive.earliest_times(graph, stands)
+    assert state.tail.tolist() == naive.tails(graph, stands)
+    assert state.held.tolist() == naive.held_before(graph, stands)
 
 
 def test_limits_of_the_small_problem_bind():
