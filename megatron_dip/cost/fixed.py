@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from megatron_dip.cost.interface import CostModel, Part, PartCost
+from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.spec.profile import Strategy
 
 
-class FixedStrategyCost:
+class FixedStrategyCost(WrappedCost):
     """Costs under which every layer uses strategy ``label`` and nothing is left to choose.
 
     Layers of modules that do not know the strategy, or that hold nothing, stay as they are.
     """
 
     def __init__(self, costs: CostModel, label: str) -> None:
-        self.costs, self.label = costs, label
-        self.p2p_latency_ns = costs.p2p_latency_ns
-        self.p2p_bytes_per_second = costs.p2p_bytes_per_second
+        super().__init__(costs)
+        self.label = label
 
     def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:
         cost = self.costs.part(module, part, lengths)
@@ -34,12 +34,3 @@ class FixedStrategyCost:
 
     def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
         return {"none": Strategy()}
-
-    def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
-        return self.costs.static_bytes(module, num_layers, first=first, last=last)
-
-    def memory_capacity_bytes(self) -> int | None:
-        return self.costs.memory_capacity_bytes()
-
-    def holds_encoder_outputs(self) -> bool:
-        return self.costs.holds_encoder_outputs()

@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dip.cost.interface import CostModel, Part, PartCost
+from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.spec.plan import Plan, StageKind
-from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint, Strategy
+from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint
 from megatron_dip.spec.timeline import plan_timeline
 
 
@@ -144,35 +145,22 @@ def _stage_ns(sample: StageSample, costs: CostModel) -> float:
     return total
 
 
-class SlowedCost:
+class SlowedCost(WrappedCost):
     """``costs`` with every stage ``factor`` times as long: a machine's speed moves (clocks, neighbours) while its stages' ratios stay.
 
     The order that a plan chooses is the same for every factor, as far as messages take no time; its makespan is what is foretold better.
     """
 
     def __init__(self, costs: CostModel, factor: float) -> None:
-        self._costs, self._factor = costs, factor
-        self.p2p_latency_ns = costs.p2p_latency_ns
-        self.p2p_bytes_per_second = costs.p2p_bytes_per_second
+        super().__init__(costs)
+        self._factor = factor
 
     def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:
-        cost, factor = self._costs.part(module, part, lengths), self._factor
+        cost, factor = self.costs.part(module, part, lengths), self._factor
         return PartCost(
             forward_ns=factor * cost.forward_ns, backward_input_ns=factor * cost.backward_input_ns,
             backward_weight_ns=factor * cost.backward_weight_ns, activation_bytes=cost.activation_bytes, boundary_bytes=cost.boundary_bytes,
         )
-
-    def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
-        return self._costs.strategies(module, lengths)
-
-    def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
-        return self._costs.static_bytes(module, num_layers, first=first, last=last)
-
-    def memory_capacity_bytes(self) -> int | None:
-        return self._costs.memory_capacity_bytes()
-
-    def holds_encoder_outputs(self) -> bool:
-        return self._costs.holds_encoder_outputs()
 
 
 def message_excess_ns(plan: Plan, spans: Mapping[int, tuple[int, int]]) -> float | None:

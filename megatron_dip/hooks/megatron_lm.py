@@ -23,8 +23,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.device import device_names, load_device
-from megatron_dip.cost.interface import CostModel, Part, PartCost
+from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
+from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.hooks.arguments import DipOptions, options_from_args
 from megatron_dip.hooks.checkpoint_files import CUT_ATTRIBUTE, check_loadable
 from megatron_dip.hooks.forward_backward import DipForwardBackward
@@ -200,28 +201,11 @@ def detect_device() -> str:
     return max(known, key=len)
 
 
-class _RunnableCosts:
+class _RunnableCosts(WrappedCost):
     """Costs of another model without the memory strategies that chunks cannot carry out (offloading)."""
 
-    def __init__(self, costs: CostModel) -> None:
-        self._costs = costs
-        self.p2p_latency_ns = costs.p2p_latency_ns
-        self.p2p_bytes_per_second = costs.p2p_bytes_per_second
-
-    def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:
-        return self._costs.part(module, part, lengths)
-
     def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
-        return {name: strategy for name, strategy in self._costs.strategies(module, lengths).items() if strategy.offload is None}
-
-    def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
-        return self._costs.static_bytes(module, num_layers, first=first, last=last)
-
-    def memory_capacity_bytes(self) -> int | None:
-        return self._costs.memory_capacity_bytes()
-
-    def holds_encoder_outputs(self) -> bool:
-        return self._costs.holds_encoder_outputs()
+        return {name: strategy for name, strategy in self.costs.strategies(module, lengths).items() if strategy.offload is None}
 
 
 def build_data_iterators(build: Callable[..., tuple[Any, Any, Any]], dataset_provider: Callable[..., Any]) -> tuple[Any, Any, Any]:
