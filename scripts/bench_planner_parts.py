@@ -313,7 +313,7 @@ def choice(args: argparse.Namespace, emit: Emit) -> None:
                 took = []
                 for _ in range(6):
                     began = time.perf_counter_ns()
-                    total, bound = choose_kernel(tables, rank, orders[rank], limit, picked, ITERATIONS)
+                    total, bound = choose_kernel(tables, orders[rank], limit, picked, ITERATIONS)
                     took.append(time.perf_counter_ns() - began)
                 began = time.perf_counter_ns()
                 exact = choose_exactly(tables, orders[rank], int(limit), picked, _SOLVER_S, 1e-5)

@@ -5,8 +5,10 @@ In: a rank's order of tasks and the bytes it may hold. Out: for each of its pair
 live pairs fit at every instant. The sets of live pairs depend on the rank's order alone, so a choice stays feasible when other ranks'
 times change. Source: DIP (arXiv 2504.14145), per-layer memory optimisation; its integer programme is solved here by Lagrangian
 relaxation: each instant at which memory can peak has a price per byte; prices move by subgradient steps (Polyak's length); at given
-prices each pair chooses alone. What the prices leave infeasible is repaired (best time per byte first), what they leave unused is
-given back (most time first); then pairs exchange: one takes a faster candidate, another a slower one where that is needed.
+prices each pair chooses alone. Candidates of a class cost about the same time per byte, so one such choice takes nearly every pair to an
+extreme; the running mean of them all comes near the relaxation's optimum (Barahona, Anbil, the volume algorithm, 2000). Each pair's
+candidate next to the mean is taken; what does not fit is repaired (best time per byte first), what is left unused is given back (most
+time first); then pairs exchange: one takes a faster candidate, another a slower one where that is needed.
 :mod:`megatron_dip.schedule.exact_memory` solves the same programme with HiGHS, as an option and as a judge of the gap.
 
 Memory rises only when a forward starts, so only the last start before something is given back can bind: those are the *points*. A split
@@ -23,10 +25,16 @@ from numpy.typing import NDArray
 
 from megatron_dip.schedule.graph import StageProblem
 
-ITERATIONS = 120
+ITERATIONS = 200
 """Subgradient steps; after the exchanges the gap to the exact optimum is then below 0.1 % (tests and the benchmark measure it)."""
-_STEP = 0.8
-"""Share of Polyak's step length."""
+_STEP, _PATIENCE, _SHRINK = 1.2, 12, 0.7
+"""Share of Polyak's step length at first; after so many steps without a better bound it is cut to so much of itself."""
+_MEAN_SHARE = 0.1
+"""Weight of the newest relaxed choice in the mean of all of them."""
+_LOOK = 40
+"""Steps from one rounding of the mean to the next."""
+_CLOSE = 1e-4
+"""Relative gap to the bound at which the steps end."""
 _DEFLECTION = 1.5
 """How strongly a step that would turn back is bent towards the last one."""
 _EXCHANGES = 1_500_000
@@ -157,9 +165,43 @@ def rank_problem(tables, order, limit):  # type: ignore[no-untyped-def]
     return RankProblem(pair[:num_pairs], first[:num_pairs], half[:num_pairs], last[:num_pairs], room[:num_points])
 
 
+class _Hulls(NamedTuple):
+    """Each pair's candidates that are best at some price per byte, from the fastest to the leanest. Letters: n pairs, S candidates."""
+
+    size: NDArray[np.int32]
+    """[n]"""
+    time: NDArray[np.float64]
+    """[n, S] ns"""
+    held: NDArray[np.float64]
+    """[n, S] bytes"""
+
+
 @numba.njit(nogil=True, cache=True)
-def choose_kernel(tables, rank, order, limit, choice, iterations):  # type: ignore[no-untyped-def]
-    """Writes the candidates of ``rank``'s pairs into ``choice`` [Q]. Returns (sum of their times, a lower bound on it).
+def _make_hulls(tables, problem, top):  # type: ignore[no-untyped-def]
+    pairs, width = len(top), tables.held_bytes.shape[1]
+    size = np.zeros(pairs, dtype=np.int32)
+    times, helds = np.empty((pairs, width)), np.empty((pairs, width))
+    for index in range(pairs):
+        kind = tables.pair_class[problem.pair[index]]
+        count = 0
+        for candidate in range(top[index] + 1):
+            time = np.float64(tables.forward_ns[kind, candidate] + tables.backward_ns[kind, candidate])
+            held = np.float64(tables.held_bytes[kind, candidate])
+            # The last one goes where the way past it is no dearer (the slopes rise along a hull).
+            while count > 1 and (
+                (times[index, count - 1] - times[index, count - 2]) * (helds[index, count - 1] - held)
+                >= (time - times[index, count - 1]) * (helds[index, count - 2] - helds[index, count - 1])
+            ):
+                count -= 1
+            times[index, count], helds[index, count] = time, held
+            count += 1
+        size[index] = count
+    return _Hulls(size, times, helds)
+
+
+@numba.njit(nogil=True, cache=True)
+def choose_kernel(tables, order, limit, choice, iterations):  # type: ignore[no-untyped-def]
+    """Writes the candidates of one rank's pairs into ``choice`` [Q]. Returns (sum of their times, a lower bound on it).
 
     The sum is -1 and ``choice`` untouched where even the leanest candidates do not fit this order.
     """
@@ -182,59 +224,90 @@ def choose_kernel(tables, rank, order, limit, choice, iterations):  # type: igno
     _give_back(tables, problem, best, use)
     best_time = _time(tables, problem, best)
 
-    price, way = np.zeros(points), np.zeros(points)
-    summed = np.zeros(points + 1)
-    bound = -np.inf
+    hulls = _make_hulls(tables, problem, top)
+    price, way, excess = np.zeros(points), np.zeros(points), np.zeros(points)
+    summed, change = np.zeros(points + 1), np.zeros(points + 1)
+    at = np.zeros(size, dtype=np.int32)
+    mean_held = hulls.held[:, 0].copy()
+    bound, share, since = -np.inf, _STEP, 0
     for iteration in range(iterations):
+        total, value = 0.0, 0.0
         for point in range(points):
-            summed[point + 1] = summed[point] + price[point]
-        value = 0.0
-        for point in range(points):
+            total += price[point]
+            summed[point + 1] = total
             value -= price[point] * problem.room[point]
+        change[:] = 0.0
         for index in range(size):
-            kind = tables.pair_class[problem.pair[index]]
-            per_byte = summed[problem.half[index]] - summed[problem.first[index]]
-            per_byte += 0.5 * (summed[problem.last[index]] - summed[problem.half[index]])
-            least, least_at = np.inf, 0
-            for candidate in range(top[index] + 1):
-                time = tables.forward_ns[kind, candidate] + tables.backward_ns[kind, candidate]
-                cost = time + per_byte * tables.held_bytes[kind, candidate]
-                if cost < least:
-                    least, least_at = cost, candidate
-            value += least
-            trial[index] = least_at
-        bound = max(bound, value)
-        excess = _usage(tables, problem, trial, use)
+            first, half, last = problem.first[index], problem.half[index], problem.last[index]
+            per_byte = 0.5 * (summed[half] + summed[last]) - summed[first]
+            # Along a hull costs fall, then rise; from one iteration to the next the least moves little.
+            now = at[index]
+            cost = hulls.time[index, now] + per_byte * hulls.held[index, now]
+            step = 1
+            for _ in range(2):
+                while 0 <= now + step < hulls.size[index]:
+                    other = hulls.time[index, now + step] + per_byte * hulls.held[index, now + step]
+                    if other >= cost:
+                        break
+                    cost = other
+                    now += step
+                step = -1
+            at[index] = now
+            value += cost
+            held = hulls.held[index, now]
+            change[first] += held
+            change[half] -= 0.5 * held
+            change[last] -= 0.5 * held
+            mean_held[index] += _MEAN_SHARE * (held - mean_held[index])
+        since += 1
+        if value > bound:
+            bound, since = value, 0
+        elif since >= _PATIENCE:
+            share, since = share * _SHRINK, 0
         # Against zigzagging: no step back along the way that led here (Camerini, Fratta, Maffioli 1975).
-        along, norm = 0.0, 0.0
+        total, along, norm = 0.0, 0.0, 0.0
         for point in range(points):
-            along += np.float64(use[point] - problem.room[point]) * way[point]
+            total += change[point]
+            excess[point] = total - problem.room[point]
+            along += excess[point] * way[point]
             norm += way[point] * way[point]
         turn = max(0.0, -_DEFLECTION * along / norm) if norm > 0.0 else 0.0
         norm = 0.0
         for point in range(points):
-            way[point] = use[point] - problem.room[point] + turn * way[point]
+            way[point] = excess[point] + turn * way[point]
             if way[point] > 0.0 or price[point] > 0.0:
                 norm += way[point] * way[point]
-        if norm == 0.0:
-            break
-        # Polyak's step towards the best known sum; less than all of it, since that sum is above the relaxation's optimum.
-        step = _STEP * max(best_time - value, 1e-6 * best_time) / norm
-        for point in range(points):
-            price[point] = max(0.0, price[point] + step * way[point])
-        if iteration >= 10 and (iteration % 5 == 0 or iteration == iterations - 1 or excess <= 0):
+        if (iteration + 1) % _LOOK == 0 or iteration == iterations - 1 or norm == 0.0:
+            _round(tables, problem, mean_held, top, trial)
             _repair(tables, problem, trial, top, use)
             _give_back(tables, problem, trial, use)
             time = _time(tables, problem, trial)
             if time < best_time:
                 best_time = time
                 best[:] = trial
-            if best_time - bound <= 1e-4 * best_time:
+            if norm == 0.0 or best_time - bound <= _CLOSE * best_time:
                 break
+        # Polyak's step towards the best known sum.
+        length = share * max(best_time - value, 1e-6 * best_time) / norm
+        for point in range(points):
+            price[point] = max(0.0, price[point] + length * way[point])
     best_time -= _exchange(tables, problem, best, use, _EXCHANGES)
     for index in range(size):
         choice[problem.pair[index]] = best[index]
-    return best_time, np.int64(np.ceil(max(bound, 0.0)))
+    # Less what adding up floats may have added.
+    return best_time, np.int64(np.ceil(max(bound, 0.0) * (1.0 - 1e-9)))
+
+
+@numba.njit(nogil=True, cache=True)
+def _round(tables, problem, mean_held, top, trial):  # type: ignore[no-untyped-def]
+    """Writes each pair's candidate whose bytes are nearest to ``mean_held`` [n]."""
+    for index in range(len(trial)):
+        held = tables.held_bytes[tables.pair_class[problem.pair[index]]]
+        nearest = 0
+        for candidate in range(1, top[index] + 1):
+            if abs(held[candidate] - mean_held[index]) < abs(held[nearest] - mean_held[index]):
+                nearest = candidate
+        trial[index] = nearest
 
 
 @numba.njit(nogil=True, cache=True)
@@ -408,7 +481,7 @@ def choose(
 ) -> bool:
     """Chooses for every rank, in place. False where some rank's order does not fit even with the leanest candidates."""
     for rank, order in enumerate(orders):
-        total, _ = choose_kernel(tables, rank, order, limit[rank], choice, iterations)
+        total, _ = choose_kernel(tables, order, limit[rank], choice, iterations)
         if total < 0:
             return False
     return True

@@ -14,7 +14,7 @@ from megatron_dip.partition.online import split
 from megatron_dip.schedule.exact_memory import choose_exactly, load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem
 from megatron_dip.schedule.interleave import UNLIMITED, Policy, interleave, make_costs, make_kernel_graph, make_workspace
-from megatron_dip.schedule.memory import apply_choice, choose, choose_kernel, make_tables
+from megatron_dip.schedule.memory import ITERATIONS, apply_choice, choose, choose_kernel, make_tables
 from megatron_dip.schedule.result import time_order
 from megatron_dip.schedule.search import SearchOptions, SearchResult, search
 from megatron_dip.spec.errors import InputError
@@ -53,7 +53,7 @@ def test_fits_at_every_instant(case, split_backward, share):
     limit = np.array([int(low + share * (high - low)) for low, high in zip(leanest, fastest, strict=True)], dtype=np.int64)
     choice = np.zeros(problem.num_pairs, dtype=np.int32)
     for rank, order in enumerate(orders):
-        total, bound = choose_kernel(tables, rank, order, limit[rank], choice, 60)
+        total, bound = choose_kernel(tables, order, limit[rank], choice, 60)
         assert bound <= total == total_time(problem, choice, rank)
         if share == 1.0:
             assert (choice[problem.fastest.rank[: problem.num_pairs] == rank] == 0).all()
@@ -63,7 +63,7 @@ def test_fits_at_every_instant(case, split_backward, share):
         before = choice.copy()
         assert not choose(tables, orders, np.array(leanest, dtype=np.int64) - 1, choice)
         rank = next(rank for rank, low in enumerate(leanest) if low > 0)
-        assert choose_kernel(tables, rank, orders[rank], np.int64(leanest[rank] - 1), before, 60)[0] == -1
+        assert choose_kernel(tables, orders[rank], np.int64(leanest[rank] - 1), before, 60)[0] == -1
 
 
 @settings(max_examples=60)
@@ -94,7 +94,7 @@ def test_best_of_all_choices_on_a_tiny_case():
             if naive.peak_memory(problem.graph(choice), [order.tolist() for order in orders])[0] <= limit:
                 best = min(best, total_time(problem, choice, 0))
         choice = np.zeros(problem.num_pairs, dtype=np.int32)
-        total, bound = choose_kernel(tables, 0, order, np.int64(limit), choice, 120)
+        total, bound = choose_kernel(tables, order, np.int64(limit), choice, ITERATIONS)
         assert bound <= best <= total <= 1.05 * best
         assert choose_exactly(tables, order, limit, choice) == best
 
@@ -108,7 +108,7 @@ def test_gap_to_the_exact_choice_is_small(split_backward):
     high = naive.peak_memory(problem.fastest, [order.tolist() for order in orders])
     for rank in range(2):
         limit = high[rank] * 4 // 5
-        total, bound = choose_kernel(tables, rank, orders[rank], np.int64(limit), choice, 120)
+        total, bound = choose_kernel(tables, orders[rank], np.int64(limit), choice, ITERATIONS)
         exact = choose_exactly(tables, orders[rank], limit, choice, time_limit_s=20.0, gap=1e-5)
         assert bound <= exact * (1 + 1e-5)
         assert exact <= total * (1 + 1e-5)
