@@ -31,7 +31,9 @@ def switch_often() -> None:
 def no_collections() -> Iterator[None]:
     """Keeps automatic garbage collection off, for all threads, until the last block that asked for it ends.
 
-    For blocks of Python that make many objects in a short time and no cycles.
+    For blocks of Python that make many objects in a short time and no cycles. What was made meanwhile then counts as old: the first
+    collection afterwards would otherwise look at all of it with the lock held. (Freezing and unfreezing moves lists of objects, not
+    objects. A process that has frozen some itself keeps them frozen, and pays that collection.)
     """
     global _holders, _was_enabled
     with _lock:
@@ -45,4 +47,7 @@ def no_collections() -> Iterator[None]:
         with _lock:
             _holders -= 1
             if _holders == 0 and _was_enabled:
+                if gc.get_freeze_count() == 0:
+                    gc.freeze()
+                    gc.unfreeze()
                 gc.enable()

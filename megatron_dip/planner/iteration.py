@@ -28,6 +28,7 @@ from megatron_dip.schedule.graph import StageProblem, build_problem, static_byte
 from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions, SearchResult, search
 from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.long import LongList
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Dep, Plan, PlanStage
@@ -167,7 +168,7 @@ def _plan_stages(problem: StageProblem, partition: Partition, result: SearchResu
     sub_of_pair = problem.pair_sub_microbatch.tolist()
     strategies: dict[tuple[int, int], list[str]] = {}
     layers: dict[tuple[str, int, int], tuple[int, int]] = {}
-    stages = []
+    stages: LongList[PlanStage] = LongList()
     for task in range(graph.num_tasks):
         pair = pairs[task]
         sub = problem.sub_microbatches[sub_of_pair[pair]]

@@ -22,6 +22,7 @@ from megatron_dip.program.lower import lower
 from megatron_dip.schedule.checker import check_plan
 from megatron_dip.schedule.result import time_order
 from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.long import LongList
 from megatron_dip.spec.plan import Dep, Plan, PlanStage
 from megatron_dip.spec.tasks import KIND_NAMES, TaskGraph
 from megatron_dip.spec.workload import Microbatch
@@ -56,7 +57,7 @@ def restrict(plan: Plan, microbatches: Sequence[Microbatch]) -> Plan:
     shares = _shares(plan, microbatches)
     kept = [stage for stage in plan.stages if shares[stage.module, stage.microbatch, stage.sub_microbatch][0]]
     new_id = {stage.id: index for index, stage in enumerate(kept)}
-    stages = []
+    stages: LongList[PlanStage] = LongList()
     for stage in kept:
         instances, tokens = shares[stage.module, stage.microbatch, stage.sub_microbatch]
         deps = [Dep(new_id[dep.stage], dep.lag) for dep in stage.deps if dep.stage in new_id]

@@ -17,6 +17,7 @@ import msgspec
 
 from megatron_dip.planner.courtesy import no_collections
 from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.long import LongDict, LongList
 from megatron_dip.spec.plan import Action, Plan, PlanStage
 
 _SLICE = 256
@@ -31,44 +32,66 @@ class PackedPlan:
     """SHA-256 of ``data``: ranks compare it before they run the plan."""
 
 
-class _Message(msgspec.Struct, array_like=True):
-    head: bytes
+class _Contents(msgspec.Struct, array_like=True):
+    """Bytes of each encoded slice; the slices follow in this order. The one call that makes the message only copies them."""
+
+    head: int
     """The plan without what follows."""
-    stages: list[bytes]
-    order: list[list[bytes]]
+    stages: list[int]
+    order: list[list[int]]
     """By rank."""
-    actions: list[list[bytes]]
+    actions: list[list[int]]
     """By rank."""
-    inputs: list[bytes]
-    local_inputs: list[bytes]
-    outputs: list[bytes]
+    inputs: list[int]
+    local_inputs: list[int]
+    outputs: list[int]
+
+
+_SIZE_BYTES = 8
+"""The message begins with its contents' length, in so many bytes, and the contents."""
 
 
 def pack_plan(plan: Plan) -> PackedPlan:
+    parts: list[bytes] = []
+
+    def sizes(encoded: Iterable[bytes]) -> list[int]:
+        first = len(parts)
+        parts.extend(encoded)
+        return [len(part) for part in parts[first:]]
+
     with no_collections():
         head = msgspec.structs.replace(plan, stages=[], order=[], actions=[], inputs={}, local_inputs={}, outputs={})
-        message = _Message(
-            msgspec.msgpack.encode(head), _slices(plan.stages), [_slices(of_rank) for of_rank in plan.order],
-            [_slices(of_rank) for of_rank in plan.actions], _dict_slices(plan.inputs), _dict_slices(plan.local_inputs),
-            _dict_slices(plan.outputs),
-        )
-        data = msgspec.msgpack.encode(message)
+        (head_size,) = sizes([msgspec.msgpack.encode(head)])
+        contents = msgspec.msgpack.encode(_Contents(
+            head_size, sizes(_slices(plan.stages)), [sizes(_slices(of_rank)) for of_rank in plan.order],
+            [sizes(_slices(of_rank)) for of_rank in plan.actions], sizes(_dict_slices(plan.inputs)),
+            sizes(_dict_slices(plan.local_inputs)), sizes(_dict_slices(plan.outputs)),
+        ))
+        data = b"".join((len(contents).to_bytes(_SIZE_BYTES, "little"), contents, *parts))
     return PackedPlan(plan, data, plan_digest(data))
 
 
 def unpack_plan(data: bytes) -> Plan:
     """Raises InputError for bytes in another form than this version's."""
+    view = memoryview(data)
+    at = 0
+
+    def part(size: int) -> memoryview:
+        nonlocal at
+        at += size
+        return view[at - size : at]
+
     try:
         with no_collections():
-            message = msgspec.msgpack.decode(data, type=_Message)
+            contents = msgspec.msgpack.decode(part(int.from_bytes(part(_SIZE_BYTES), "little")), type=_Contents)
             return msgspec.structs.replace(
-                msgspec.msgpack.decode(message.head, type=Plan),
-                stages=_joined(message.stages, list[PlanStage]),
-                order=[_joined(of_rank, list[int]) for of_rank in message.order],
-                actions=[_joined(of_rank, list[Action]) for of_rank in message.actions],
-                inputs=_merged(message.inputs, dict[int, tuple[int, ...]]),
-                local_inputs=_merged(message.local_inputs, dict[int, tuple[int, ...]]),
-                outputs=_merged(message.outputs, dict[int, int]),
+                msgspec.msgpack.decode(part(contents.head), type=Plan),
+                stages=_joined(map(part, contents.stages), list[PlanStage]),
+                order=[_joined(map(part, of_rank), list[int]) for of_rank in contents.order],
+                actions=[_joined(map(part, of_rank), list[Action]) for of_rank in contents.actions],
+                inputs=_merged(map(part, contents.inputs), dict[int, tuple[int, ...]]),
+                local_inputs=_merged(map(part, contents.local_inputs), dict[int, tuple[int, ...]]),
+                outputs=_merged(map(part, contents.outputs), dict[int, int]),
             )
     except msgspec.MsgspecError as error:
         raise InputError("plan", f"{len(data)} bytes", f"cannot be read: {error}", "run the same version of megatron_dip on all ranks") from None
@@ -78,25 +101,25 @@ def plan_digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def _slices(items: Sequence[Any]) -> list[bytes]:
-    return [msgspec.msgpack.encode(items[first : first + _SLICE]) for first in range(0, len(items), _SLICE)]
+def _slices(items: Sequence[Any]) -> Iterable[bytes]:
+    return (msgspec.msgpack.encode(items[first : first + _SLICE]) for first in range(0, len(items), _SLICE))
 
 
-def _dict_slices(items: Mapping[int, Any]) -> list[bytes]:
+def _dict_slices(items: Mapping[int, Any]) -> Iterable[bytes]:
     entries = iter(items.items())
     parts = iter(lambda: dict(itertools.islice(entries, _SLICE)), {})
-    return [msgspec.msgpack.encode(part) for part in parts]
+    return (msgspec.msgpack.encode(part) for part in parts)
 
 
-def _joined(parts: Iterable[bytes], form: Any) -> list[Any]:
-    items: list[Any] = []
+def _joined(parts: Iterable[memoryview], form: Any) -> list[Any]:
+    items: LongList[Any] = LongList()
     for part in parts:
         items += msgspec.msgpack.decode(part, type=form)
     return items
 
 
-def _merged(parts: Iterable[bytes], form: Any) -> dict[int, Any]:
-    items: dict[int, Any] = {}
+def _merged(parts: Iterable[memoryview], form: Any) -> dict[int, Any]:
+    items: LongDict[int, Any] = LongDict()
     for part in parts:
         items.update(msgspec.msgpack.decode(part, type=form))
     return items

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dip.spec.long import LongDict, LongList
 from megatron_dip.spec.plan import Action
 
 OP_NAMES = ("fw", "bw", "w", "isend", "irecv", "wait_send", "wait_recv")
@@ -79,7 +80,7 @@ class Program:
             for op, stage, peer, message in rows
         ]
         bounds = self.action_offset.tolist()
-        return [flat[first:last] for first, last in itertools.pairwise(bounds)]
+        return [LongList(flat[first:last]) for first, last in itertools.pairwise(bounds)]
 
     def inputs(self) -> dict[int, tuple[int, ...]]:
         """Stage -> tags it awaits (only stages that await some)."""
@@ -92,7 +93,7 @@ class Program:
     def outputs(self) -> dict[int, int]:
         """Tag -> stage that makes the message."""
         by_tag = np.argsort(self.message_tag, kind="stable")
-        return dict(zip(self.message_tag[by_tag].tolist(), self.producer[by_tag].tolist(), strict=True))
+        return LongDict(zip(self.message_tag[by_tag].tolist(), self.producer[by_tag].tolist(), strict=True))
 
 
 def _grouped(key: NDArray[np.integer], value: NDArray[np.integer]) -> dict[int, tuple[int, ...]]:
@@ -101,4 +102,5 @@ def _grouped(key: NDArray[np.integer], value: NDArray[np.integer]) -> dict[int, 
     keys, values = key[by_key], value[by_key].tolist()
     first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))[: len(keys)])
     bounds = [*first.tolist(), len(values)]
-    return {name: tuple(values[begin:end]) for name, (begin, end) in zip(keys[first].tolist(), itertools.pairwise(bounds), strict=True)}
+    names = zip(keys[first].tolist(), itertools.pairwise(bounds), strict=True)
+    return LongDict((name, tuple(values[begin:end])) for name, (begin, end) in names)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from megatron_dip.schedule.grid import cell_of, format_grid, plan_cells
+from megatron_dip.spec.long import LongList
 from megatron_dip.spec.plan import COMPUTE_OPS, Plan, PlanStage
 
 _MAX_PROBLEMS = 20
@@ -145,7 +146,7 @@ def _check_chains(plan: Plan, report: CheckReport) -> None:
         if place in group:
             report.add(f"{_name(stage)}: the same as stage {group[place].id}", stage.id)
         group[place] = stage
-    depends = [{dep.stage for dep in stage.deps} for stage in plan.stages]
+    depends = LongList({dep.stage for dep in stage.deps} for stage in plan.stages)
     layers_of = {module: sum(map(sum, rows)) for module, rows in plan.chunks.items()}
     feeders: list[tuple[PlanStage, PlanStage]] = []
     for (module, microbatch, sub_microbatch), kinds in segments.items():
@@ -233,7 +234,7 @@ def _check_times(plan: Plan, report: CheckReport) -> None:
     """Recomputes every start and end from the order alone."""
     count = len(plan.stages)
     waiting = [len(stage.deps) for stage in plan.stages]
-    released: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    released: LongList[list[tuple[int, int]]] = LongList([] for _ in range(count))
     for stage in plan.stages:
         for dep in stage.deps:
             released[dep.stage].append((stage.id, dep.lag))

@@ -43,6 +43,21 @@ def test_an_error_brings_them_back_and_a_users_own_setting_stays() -> None:
         gc.enable()
 
 
+def test_what_was_made_meanwhile_counts_as_old_and_what_a_user_froze_stays_frozen() -> None:
+    with no_collections():
+        made: list[list[int]] = [[] for _ in range(100)]
+    young = {id(item) for generation in (0, 1) for item in gc.get_objects(generation=generation)}
+    assert not any(id(item) in young for item in made)
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        with no_collections():
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+
+
 def test_the_switch_interval_is_only_shortened() -> None:
     before = sys.getswitchinterval()
     try:
