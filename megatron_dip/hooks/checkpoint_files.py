@@ -34,7 +34,7 @@ class CheckpointFiles:
     iteration: int | None
     """None: a release, which has no iteration."""
     parallel: dict[str, int]
-    """Tensor and pipeline size that a ``torch`` checkpoint is bound to; empty for ``torch_dist``."""
+    """Tensor, pipeline and (above 1) expert size that a ``torch`` checkpoint is bound to; empty for ``torch_dist``."""
     tensors: dict[str, tuple[tuple[int, ...], str]]
     """Name -> global shape, dtype; of ``torch_dist`` alone."""
 
@@ -66,6 +66,8 @@ def read_checkpoint(path: Path) -> CheckpointFiles:
     if not ranks:
         raise InputError("PATH", str(folder), "holds no checkpoint of Megatron", "give a folder that --save wrote")
     sizes = {name: 1 + max(int(match.group(group) or 0) for match in ranks) for group, name in enumerate(("tensor", "pipeline", "expert"), start=1)}
+    if sizes["pipeline"] > 1 and sizes["expert"] == 1 and _experts_are_spread(folder):
+        sizes["pipeline"], sizes["expert"] = 1, sizes["pipeline"]  # Megatron leaves the pipeline rank out where there is one
     if sizes["expert"] == 1:
         del sizes["expert"]
     return CheckpointFiles(folder, "torch", iteration, sizes, {})
@@ -89,8 +91,11 @@ def check_loadable(args: Any, cut: str) -> None:
     if found.format == "torch_dist":
         if args.ckpt_format == "torch" and not getattr(args, "auto_detect_ckpt_format", False):
             raise InputError("--ckpt-format", "torch", f"the checkpoint of --load {load} is torch_dist", "use --ckpt-format torch_dist")
+        _check_expert_optimizer(args, found.folder)
         return
     sizes = {"tensor": args.tensor_model_parallel_size, "pipeline": args.pipeline_model_parallel_size}
+    if args.expert_model_parallel_size > 1:
+        sizes["expert"] = args.expert_model_parallel_size
     if found.parallel != sizes:
         saved: object = found.parallel
     else:
@@ -103,11 +108,38 @@ def check_loadable(args: Any, cut: str) -> None:
         )
 
 
+def _check_expert_optimizer(args: Any, folder: Path) -> None:
+    """Raises InputError for optimizer state from one rank with all experts where they are spread now, or the reverse.
+
+    Megatron keeps the optimizer of spread experts apart from that of all other weights, and its checkpoints with it.
+    """
+    if getattr(args, "finetune", False) or getattr(args, "no_load_optim", False):
+        return
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    state = load_common_state_dict(str(folder))
+    saved, now = getattr(state.get("args"), "expert_model_parallel_size", 1), args.expert_model_parallel_size
+    if "optimizer" in state and (saved == 1) != (now == 1):
+        raise InputError(
+            "--load", str(args.load), f"was saved with expert parallel size {saved}, {now} this run: Megatron's optimizer state goes from one size "
+            "above 1 to another, not from or to 1", "load weights alone (--no-load-optim --no-load-rng, or --finetune), or use the size it was saved with",
+        )
+
+
 def _saved_cut(folder: Path) -> str | None:
     """The cut that a run under DIP has noted in a checkpoint of the old format; None: saved under the stock schedule."""
-    file = next(folder.glob("mp_rank_*/model_optim_rng.pt"))
-    # The file is a pickle that Megatron is about to load itself; mapped, only its small parts are read.
-    return getattr(torch.load(file, map_location="cpu", mmap=True, weights_only=False)["args"], CUT_ATTRIBUTE, None)
+    return getattr(_saved_args(folder), CUT_ATTRIBUTE, None)
+
+
+def _experts_are_spread(folder: Path) -> bool:
+    return getattr(_saved_args(folder), "expert_model_parallel_size", 1) > 1
+
+
+def _saved_args(folder: Path) -> Any:
+    """The namespace of the run that saved a checkpoint of the old format; None where no rank has written it."""
+    file = next(folder.glob("mp_rank_*/model_optim_rng.pt"), None)
+    # The file is a pickle as Megatron loads it; mapped, only its small parts are read.
+    return None if file is None else torch.load(file, map_location="cpu", mmap=True, weights_only=False)["args"]
 
 
 def _words(cut: object) -> str:

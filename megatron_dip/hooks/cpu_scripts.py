@@ -6,7 +6,8 @@
 * stands a stub in for Triton, which Megatron-LM imports at its top although only GPU kernels use it;
 * leaves out the compilation of fused kernels, and takes the index helpers of data sets from an installed megatron-core where the
   checkout has not compiled its own;
-* mends what Megatron-Core 0.16 does only right with Transformer Engine (the CLIP vision model's norm, the experts' router).
+* mends what Megatron-Core does only right with Transformer Engine (the CLIP vision model's norm, norms under sequence parallelism, the
+  experts' router).
 
 Limits: as in :mod:`megatron_dip.hooks.cpu`; tried with the scripts of 0.16.1.
 """
@@ -171,13 +172,15 @@ def _compile_index_helpers() -> None:
 
 
 def mend_without_transformer_engine() -> None:
-    """What Megatron-Core 0.16 does only right with Transformer Engine, or on a GPU: CLIPViTModel's default norm is torch's, which does not
-    take Megatron's arguments; the experts' router asks for a name that it has not imported; and their dispatcher gives the exchange its
-    numbers of tokens as they are where they lie on the CPU already, as a tensor, which torch does not take."""
+    """What Megatron-Core does only right with Transformer Engine, or on a GPU: CLIPViTModel's default norm is torch's, which does not
+    take Megatron's arguments; its wrapper of torch's norms refuses sequence parallelism; the experts' router asks for a name that it has
+    not imported; and their dispatcher gives the exchange its numbers of tokens as they are where they lie on the CPU already, as a tensor,
+    which torch does not take."""
     clip = importlib.import_module("megatron.core.models.vision.clip_vit_model")
     defaults = clip.CLIPViTModel.__init__.__defaults__
     wrapped = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     clip.CLIPViTModel.__init__.__defaults__ = tuple(wrapped if value is torch.nn.LayerNorm else value for value in defaults)
+    _let_norms_divide_sequences(wrapped)
     router = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(router, "te_general_gemm"):
         router.te_general_gemm = None  # type: ignore[attr-defined]
@@ -185,3 +188,16 @@ def mend_without_transformer_engine() -> None:
     dispatcher.maybe_move_tensor_to_cpu = (  # type: ignore[attr-defined]
         lambda tensor, as_numpy=False, record_stream=False: tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
     )
+
+
+def _let_norms_divide_sequences(wrapped: Any) -> None:
+    """Has Megatron's wrapper of torch's norms build one that knows sequence parallelism where the model asks for it."""
+    norm_class = importlib.import_module("megatron_dip.models.layers").Norm
+    build = wrapped.__new__
+
+    def build_either(cls: type, config: Any, hidden_size: int, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        if config.sequence_parallel:
+            return norm_class(config, hidden_size, *args, **kwargs)  # type: ignore[no-any-return]
+        return build(cls, config, hidden_size, *args, **kwargs)  # type: ignore[no-any-return]
+
+    wrapped.__new__ = build_either

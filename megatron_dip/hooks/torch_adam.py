@@ -73,10 +73,11 @@ def _keeping_step(part: Any, original: Any) -> Any:
 
 
 def mend_distributed_optimizer() -> None:
-    """Makes every distributed optimizer give and take its state under these repairs; ``load_parameter_state`` is that of the old
-    checkpoint format, which forgets that weights in fp32 are leaves of autograd."""
+    """Makes every distributed optimizer give and take its state under these repairs; ``load_parameter_state`` (for several optimizers
+    ``load_parameter_state_from_dp_zero``) is that of the old checkpoint format, which forgets that weights in fp32 are leaves of
+    autograd."""
     cls: Any = DistributedOptimizer
-    for name in ("sharded_state_dict", "load_state_dict", "load_parameter_state"):
+    for name in ("sharded_state_dict", "load_state_dict", "load_parameter_state", "load_parameter_state_from_dp_zero"):
         setattr(cls, name, _mended(getattr(cls, name)))
 
 

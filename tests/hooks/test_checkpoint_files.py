@@ -25,6 +25,7 @@ def saved(tmp_path: Path) -> Path:
     state = {"language_model.output_layer.weight": torch.zeros(5, 3), "optimizer.state.exp_avg.x": torch.zeros(15), "step": 3}
     dcp.save(state, checkpoint_id=folder, no_dist=True)
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    torch.save({"args": Namespace()}, folder / "common.pt")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     return tmp_path
 
@@ -48,6 +49,16 @@ def test_the_old_format_names_its_sizes(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1\n")
     assert main(["checkpoint", "inspect", str(tmp_path)]) == 0
     assert "tensor parallel size 2, pipeline parallel size 3" in capsys.readouterr().out
+
+
+def test_the_old_format_tells_expert_ranks_from_pipeline_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron names neither where there is one, and both alike."""
+    for expert in range(2):
+        folder = tmp_path / f"iter_0000001/mp_rank_00_{expert:03d}"
+        folder.mkdir(parents=True)
+        torch.save({"args": Namespace(expert_model_parallel_size=2)}, folder / "model_optim_rng.pt")
+    assert main(["checkpoint", "inspect", str(tmp_path / "iter_0000001")]) == 0
+    assert "tensor parallel size 1, pipeline parallel size 1, expert parallel size 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tracker", [None, "9", "nonsense"])
@@ -144,7 +155,8 @@ def test_too_few_gpus_are_refused_before_anything_starts(old: Path, script: Path
 
 
 def loading(folder: Path, **others: object) -> Namespace:
-    given = {"load": str(folder), "ckpt_format": "torch", "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "ckpt_step": None}
+    given = {"load": str(folder), "ckpt_format": "torch", "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "ckpt_step": None,
+             "expert_model_parallel_size": 1}
     return Namespace(**{**given, **others})
 
 
@@ -170,3 +182,15 @@ def test_a_new_checkpoint_fits_every_cut_but_not_the_flag_for_the_old_format(sav
         check_loadable(loading(saved), "any")
     check_loadable(loading(tmp_path / "nowhere"), "any")
     check_loadable(Namespace(load=None), "any")
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1), (2, 4)])
+def test_optimizer_state_goes_from_one_spread_of_experts_to_another_alone(before: int, now: int, saved: Path) -> None:
+    common = {"args": Namespace(expert_model_parallel_size=before), "optimizer": {}}
+    torch.save(common, saved / "iter_0000007/common.pt")
+    run = loading(saved, ckpt_format="torch_dist", expert_model_parallel_size=now)
+    if 1 in (before, now):
+        with pytest.raises(InputError, match="--no-load-optim"):
+            check_loadable(run, "any")
+        run.no_load_optim = True
+    check_loadable(run, "any")

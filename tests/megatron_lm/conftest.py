@@ -57,6 +57,16 @@ def patched_tree(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def mended_tree(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy without the schedule's patch in which scripts run that do not as released (``--repair``)."""
+    from megatron_dip.hooks.patching import inspect_tree, write_state
+
+    target = copy_tree(checkout, tmp_path_factory.mktemp("mended"))
+    write_state(inspect_tree(target, repair=True), patched=True)
+    return target
+
+
+@pytest.fixture(scope="session")
 def checkpoint(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights that all runs of the vision-language script start from, written by the unpatched script in one process."""
     folder = tmp_path_factory.mktemp("vlm") / "checkpoint"

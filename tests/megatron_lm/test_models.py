@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.megatron_lm.conftest import copy_tree
 from tests.megatron_lm.runs import COMMON, DIP, NO_EVALUATION, ROOT, SCRIPTS, Run, finished, start, words
 
 MULTIMODAL = SCRIPTS / "multimodal_varying.py"
@@ -21,16 +20,6 @@ MULTIMODAL_ARGUMENTS = [
 --language-model-type mistral_7b --vision-model-type clip --disable-vision-class-token --use-tiling --max-num-tiles 3
 --tokenizer-prompt-format mistral --dataloader-type external --position-embedding-type rope --bf16
 """) + NO_EVALUATION
-
-
-@pytest.fixture(scope="module")
-def mended_tree(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy in which the example runs as stock: its model provider is not as Megatron calls it."""
-    from megatron_dip.hooks.patching import inspect_tree, write_state
-
-    target = copy_tree(checkout, tmp_path_factory.mktemp("mended"))
-    write_state(inspect_tree(target, repair=True), patched=True)
-    return target
 
 
 @pytest.fixture(scope="module")
