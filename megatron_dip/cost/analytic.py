@@ -8,8 +8,8 @@ if its collectives found something else to run beside.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_dip.cost.collectives import groups, message_bandwidth
 from megatron_dip.cost.device import DeviceDescription, load_device
@@ -61,6 +61,7 @@ class AnalyticCost:
         microbatches: tell how many tokens cross attention sees for each instance; may be absent.
         kernels: which implementation trains.
         rules: latency rules of operators; absent = :data:`DEFAULT_RULES`.
+        undivided: modules that run every sequence whole on all context- and sequence-parallel ranks, as Megatron's vision models do.
 
     Raises:
         InputError: parallel sizes that do not fit the model, an unknown device, impossible figures.
@@ -69,7 +70,7 @@ class AnalyticCost:
     def __init__(
         self, model: ModelSpec, parallel: Parallel, training: Training, device: str | Device | DeviceDescription | None, *,
         memory_capacity_bytes: int | None = None, microbatches: Sequence[Microbatch] = (), kernels: Kernels | None = None,
-        rules: LatencyRules | None = None,
+        rules: LatencyRules | None = None, undivided: Collection[str] = (),
     ) -> None:
         model.validate()
         check_parallel(model, parallel)
@@ -84,6 +85,9 @@ class AnalyticCost:
             bytes_per_number=4 if training.dtype == "fp32" else 2, groups=self.groups, device=self.device,
             kernels=Kernels() if kernels is None else kernels,
         )
+        self._undivided = frozenset(undivided)
+        alone = replace(self.groups, context=replace(self.groups.context, size=1))
+        self._whole = replace(self.sharding, context=1, sequence_parallel=False, groups=alone)
         if memory_capacity_bytes is not None and memory_capacity_bytes < 1:
             raise InputError("memory_capacity_bytes", memory_capacity_bytes, "must be at least 1", "give the bytes of a rank or leave it out")
         self._capacity = self.device.memory_bytes() if memory_capacity_bytes is None else memory_capacity_bytes
@@ -120,7 +124,7 @@ class AnalyticCost:
     def graphs(self, module: str, part: Part, lengths: Sequence[int]) -> PartGraphs | None:
         """The operator graphs behind a part; None where the module has no such part."""
         return build_part(
-            self._module(module), part, lengths, self.sharding, consumer=self._consumer[module],
+            self._module(module), part, lengths, self._sharding_of(module), consumer=self._consumer[module],
             context_tokens=self._context_tokens[module],
         )
 
@@ -172,8 +176,11 @@ class AnalyticCost:
             raise InputError("module", name, "the model has no such module", f"use one of {sorted(self._modules)}")
         return self._modules[name]
 
+    def _sharding_of(self, module: str) -> Sharding:
+        return self._whole if module in self._undivided else self.sharding
+
     def _input_bytes(self, module: str, lengths: Sequence[int]) -> float:
-        sharding = self.sharding
+        sharding = self._sharding_of(module)
         tokens = sum(lengths) / sharding.context / (sharding.tensor if sharding.sequence_parallel else 1)
         return tokens * self._module(module).hidden_size * sharding.bytes_per_number
 

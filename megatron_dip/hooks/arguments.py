@@ -121,8 +121,6 @@ REFUSALS: Sequence[_Refusal] = (
              "hybrid context parallelism moves sequences between ranks inside its own schedule", _LEAVE_OUT),
     _Refusal("dynamic_context_parallel", "--dynamic-context-parallel", _is_set,
              "dynamic context parallelism regroups ranks inside its own schedule", _LEAVE_OUT),
-    _Refusal("context_parallel_size", "--context-parallel-size", _above(1),
-             "context parallelism is not supported yet", "use tensor and pipeline parallelism, or --pipeline-schedule default"),
     _Refusal("fine_grained_activation_offloading", "--fine-grained-activation-offloading", _is_set,
              f"it replays the first iteration's chunk order and {_STATIC_ORDER}", _LEAVE_OUT),
     _Refusal("cpu_offloading", "--cpu-offloading", _is_set, "Megatron's layer offloading excludes pipeline parallelism", _LEAVE_OUT),

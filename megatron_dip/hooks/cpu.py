@@ -35,7 +35,8 @@ _CLIPPING_FUNCTIONS = ("clip_grad_by_total_norm_fp32", "count_zeros_fp32", "get_
 
 
 class CpuDeviceMode(TorchFunctionMode):
-    """While active, ``device="cuda"`` means the CPU and a CPU tensor's ``type()`` names the CUDA type that Megatron compares with."""
+    """While active, ``device="cuda"`` means the CPU, no memory is pinned (for a copy to a device that is not there), and a CPU tensor's
+    ``type()`` names the CUDA type that Megatron compares with."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -43,6 +44,8 @@ class CpuDeviceMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str) and len(args) == 1 and ".cuda." not in result:
             return result.replace("torch.", "torch.cuda.", 1)

@@ -179,14 +179,17 @@ def make_costs(spec: ModelSpec, args: Any, options: DipOptions) -> CostModel:
     else:
         parallel = Parallel(
             tensor=args.tensor_model_parallel_size, pipeline=args.pipeline_model_parallel_size, data=args.data_parallel_size,
-            sequence=bool(args.sequence_parallel),
+            context=args.context_parallel_size, sequence=bool(args.sequence_parallel),
         )
         training = Training(
             dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32", distributed_optimizer=bool(args.use_distributed_optimizer),
             split_backward=options.split_backward,
         )
         device = load_device(options.device or detect_device(), "--dip-device")
-        costs = AnalyticCost(spec, parallel, training, device, memory_capacity_bytes=options.memory_limit_bytes)
+        costs = AnalyticCost(
+            spec, parallel, training, device, memory_capacity_bytes=options.memory_limit_bytes,
+            undivided=[module.name for module in spec.modules if module.role == "encoder"],
+        )
     return _RunnableCosts(costs)
 
 
@@ -277,7 +280,7 @@ def _report(built: _BuiltModel, forward_backward: DipForwardBackward) -> None:
     if plan is None or not (due or options.trace_dir is not None):
         return
     records = forward_backward.gather_records()
-    if records is None or parallel_state.get_data_parallel_rank() or parallel_state.get_tensor_model_parallel_rank():
+    if records is None or not forward_backward.is_planner or parallel_state.get_data_parallel_rank():
         return
     measured = _measured(plan, records, f"iteration {iteration}, measured")
     if options.trace_dir is not None:

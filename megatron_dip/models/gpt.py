@@ -4,7 +4,9 @@ The chunks are built by the script's own provider, once for each, with the layer
 
 Letters: S tokens of a sequence, b sequences in a microbatch.
 
-Not modelled: multi-token prediction, context parallelism, inference.
+Under context parallelism scripts give the model a rank's own S / CP tokens of each sequence; lengths here are those of whole sequences.
+
+Not modelled: multi-token prediction, inference.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class GptDescription:
     def metadata(self, batch: Mapping[str, Any]) -> Microbatch:
         """Lengths of the sequences, empty where the rank does not see them (scripts read data on the first and last rank alone)."""
         found = next((batch[name] for name in ("input_ids", "labels") if batch.get(name) is not None), None)
-        return {} if found is None else {LANGUAGE: [found.shape[1]] * found.shape[0]}
+        return {} if found is None else {LANGUAGE: [found.shape[1] * self.config.context_parallel_size] * found.shape[0]}
 
     num_outputs = None
 
@@ -66,7 +68,8 @@ class GptDescription:
         if not isinstance(item, dict) or "tokens" not in item:
             raise InputError("data_iterator", type(item).__name__, "items of this form are not known before forward_step reads them",
                              "give dictionaries as pretrain_gpt.py and pretrain_vlm.py do, or --dip-look-ahead 0")
-        return self.metadata({"input_ids": item["tokens"]})
+        sequences, length = item["tokens"].shape
+        return {LANGUAGE: [length] * sequences}
 
     def num_instances(self, batch: Mapping[str, Any]) -> dict[str, int]:
         return {module: len(lengths) for module, lengths in self.metadata(batch).items()}

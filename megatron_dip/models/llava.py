@@ -7,10 +7,12 @@ and RADIO as LLaVAModel builds them; the parts come from the script's own provid
 Letters: n tiles in a sub-microbatch, s tokens of a tile in the vision model, t tokens of a tile in the language model, S tokens of
 the longest merged sequence, b sequences in a microbatch, h hidden sizes.
 
+Under context and sequence parallelism LLaVAModel divides the merged sequences itself; every rank runs the vision model on all tiles.
+
 Modules: ``vit`` (an instance is a tile, its length s) and ``lm`` (an instance is a sequence, its length S). The language model's
 microbatch is never divided, since its loss belongs to the whole.
 
-Not modelled: tiles of different sizes in one batch (dynamic resolution), sound, context parallelism, inference.
+Not modelled: tiles of different sizes in one batch (dynamic resolution), sound, inference.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from megatron_dip.models.parts import (
     VisionTower,
     boundary_dtype,
     build_language_chunk,
+    check_divisible,
     copy_attributes,
     language_boundary,
     language_conditions,
     language_spec,
     module_spec,
+    sequence_divisor,
 )
 from megatron_dip.models.provided import Sketch, bind_arguments
 from megatron_dip.runtime.interface import PayloadSpec
@@ -132,7 +136,14 @@ class LlavaDescription:
 
     def metadata(self, batch: Mapping[str, Any]) -> Microbatch:
         """Lengths of a bound batch's instances, the merged sequences' among them; {} where the rank was not given it (examples/multimodal
-        reads data on the first and last pipeline rank alone, images on the first). Raises InputError for images that do not fit."""
+        reads data on the first and last pipeline rank alone, images on the first). Raises InputError for images that do not fit, and for
+        sequences that cannot be divided."""
+        microbatch = self._lengths(batch)
+        for length in microbatch.get(LANGUAGE, []):
+            check_divisible(length, self.language_config)
+        return microbatch
+
+    def _lengths(self, batch: Mapping[str, Any]) -> Microbatch:
         tokens = batch.get("input_ids")
         if tokens is None:
             return {}
@@ -162,15 +173,19 @@ class LlavaDescription:
     """LLaVAModel returns losses or logits, and a loss mask."""
 
     def item_metadata(self, item: Any) -> Microbatch:
-        """What :meth:`metadata` will say of a batch of the data loaders of pretrain_vlm.py and examples/multimodal. Raises InputError for
-        items of another form."""
+        """What :meth:`metadata` will say of a batch of the data loaders of pretrain_vlm.py and examples/multimodal, which these scripts pad
+        as context and sequence parallelism ask for. Raises InputError for items of another form."""
         if isinstance(item, dict) and {"tokens", "image"} <= item.keys():
-            return self.metadata({"input_ids": item["tokens"], "images": item["image"]})
+            return self._padded(self._lengths({"input_ids": item["tokens"], "images": item["image"]}))
         if isinstance(item, dict) and {"tokens", "imgs", "num_tiles"} <= item.keys():
             given = {"images": item["imgs"], "num_image_tiles": item["num_tiles"]} if item["imgs"].dim() == 4 else {}  # [1, 1] says: none
-            return self.metadata({"input_ids": item["tokens"], **given})
+            return self._padded(self._lengths({"input_ids": item["tokens"], **given}))
         raise InputError("data_iterator", type(item).__name__, "items of this form are not known before forward_step reads them",
                          "give dictionaries as pretrain_vlm.py and examples/multimodal do, or --dip-look-ahead 0")
+
+    def _padded(self, microbatch: Microbatch) -> Microbatch:
+        divisor = sequence_divisor(self.language_config)
+        return {**microbatch, LANGUAGE: [-(-length // divisor) * divisor for length in microbatch[LANGUAGE]]}
 
     def num_instances(self, batch: Mapping[str, Any]) -> dict[str, int]:
         if batch.get("input_ids") is None:

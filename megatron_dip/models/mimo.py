@@ -10,8 +10,9 @@ Modules: one for each modality, called as in ``modality_submodules_spec`` (an in
 ``lm`` (an instance is a sequence). The language model's microbatch is never divided, since its loss belongs to the whole.
 
 Modelled: modalities with one encoder each, a CLIPViTModel or a RADIOViTModel (other encoders hide their layers), all modules with one
-parallel layout (``module_to_grid_map`` absent). Not modelled: context parallelism, inputs of different sizes, outputs of other
-modalities. MimoModel is experimental in Megatron-Core; what is relied on here is in 0.16 and later, sharded checkpoints from 0.18 on.
+parallel layout (``module_to_grid_map`` absent). Context and sequence parallelism divide the merged sequences, by MimoModel's own
+``PartitionAdapter``. Not modelled: inputs of different sizes, outputs of other modalities. MimoModel is experimental in Megatron-Core;
+what is relied on here is in 0.16 and later, context parallelism from 0.17, sharded checkpoints from 0.18, sequence parallelism from 0.19.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from megatron_dip.models.parts import (
     VisionTower,
     boundary_dtype,
     build_language_chunk,
+    check_divisible,
     copy_attributes,
     language_boundary,
     language_conditions,
@@ -51,6 +53,8 @@ _USE_STOCK = "use --pipeline-schedule default for this model"
 
 class MimoChunk(MimoModel):
     """A MimoModel with consecutive layers of one of its modules."""
+
+    partition_adapter: Any
 
     def __init__(self, sketch: MimoModel, config: TransformerConfig, vp_stage: int | None) -> None:
         """Args:
@@ -108,8 +112,8 @@ class LanguageChunk(MimoChunk):
         self.language_model = language
         # MimoModel.forward asks these for a modality's embeddings: here they are given, and no module of this chunk.
         self.modality_submodules = {name: _Given() for name in sketch.modality_submodules}  # type: ignore[assignment]
-        if not first:
-            self.partition_adapter = None  # what comes from the chunk before is divided already
+        if not first and getattr(self, "partition_adapter", None) is not None:
+            self.partition_adapter = _LabelsAdapter(self.partition_adapter)
         self._hidden: torch.Tensor | None = None
 
     def run(self, embeddings: Mapping[str, torch.Tensor], hidden: torch.Tensor | None, inputs: Mapping[str, Any]) -> Any:
@@ -133,6 +137,18 @@ class LanguageChunk(MimoChunk):
             return super().align_embeddings_by_token_positions(*args, **kwargs)  # type: ignore[no-any-return]
         assert self._hidden is not None
         return self._hidden  # for its length; the layers take it from set_input_tensor
+
+
+class _LabelsAdapter:
+    """A chunk's ``PartitionAdapter`` behind the first one: labels and loss mask [b, S] are divided, hidden states came divided."""
+
+    def __init__(self, adapter: Any) -> None:
+        self.cfg = adapter.cfg
+        self._adapter = adapter
+
+    def shard(self, embeddings: torch.Tensor, **others: Any) -> tuple[Any, ...]:
+        _, *divided = self._adapter.shard(embeddings=None, **others)
+        return (embeddings, *divided)
 
 
 class _Given:
@@ -207,6 +223,7 @@ class MimoDescription:
         self._sketch = sketch
         self._language = language
         self.language_config: TransformerConfig = language.arguments["config"]
+        _check_division(sketch, self.language_config)
         specs = sketch.mimo_config.modality_submodules_spec
         self._modalities = {name: Modality.of(name, submodule, specs[name]) for name, submodule in sketch.modality_submodules.items()}
 
@@ -225,10 +242,12 @@ class MimoDescription:
         return bind_arguments(MimoModel.forward, args, kwargs)
 
     def metadata(self, batch: Mapping[str, Any]) -> Microbatch:
-        """Lengths of a bound batch's instances, {} where the rank was not given it. Raises InputError for inputs that do not fit."""
+        """Lengths of a bound batch's instances, {} where the rank was not given it. Raises InputError for inputs that do not fit, and for
+        sequences that cannot be divided."""
         tokens = batch.get("input_ids")
         if tokens is None:
             return {}
+        check_divisible(tokens.shape[1], self.language_config)
         microbatch: Microbatch = {LANGUAGE: [tokens.shape[1]] * tokens.shape[0]}
         for name, modality in self._modalities.items():
             inputs = self._inputs(batch, modality)
@@ -308,3 +327,19 @@ class MimoDescription:
             )
         given: torch.Tensor = arguments[modality.input_name]
         return given
+
+
+def _check_division(sketch: MimoModel, config: TransformerConfig) -> None:
+    """Raises InputError for context or sequence parallelism that this release's MimoModel does not do."""
+    adapter = getattr(sketch, "partition_adapter", None)
+    if config.context_parallel_size > 1 and adapter is None:
+        raise InputError(
+            "--context-parallel-size", config.context_parallel_size, "this release's MimoModel gives every rank whole sequences",
+            "use Megatron-LM 0.17 or later, or --context-parallel-size 1",
+        )
+    # Until 0.18 the adapter takes batches first and scatters their first dimension; it still takes an attention mask then.
+    if config.sequence_parallel and (adapter is None or "attention_mask" in inspect.signature(adapter.shard).parameters):
+        raise InputError(
+            "--sequence-parallel", True, "this release's MimoModel does not divide its sequences over tensor-parallel ranks",
+            "use Megatron-LM 0.19 or later, or leave it out",
+        )

@@ -1,6 +1,8 @@
 """The parts that Megatron's multimodal models are made of, cut into chunks: vision models, and language models between two ranks.
 
 Letters: n images (tiles) in a sub-microbatch, s tokens of an image in the vision model, S tokens of a sequence, b sequences, h hidden.
+
+Context and sequence parallelism divide the language model's sequences. Vision models run whole images on every rank.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.models.vision.radio import RADIOViTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -65,7 +68,7 @@ class VisionTower:
     """A script's vision model, to be cut."""
 
     def __init__(self, sketch: Sketch) -> None:
-        """Raises InputError for vision models whose images differ in length."""
+        """Raises InputError for vision models whose images differ in length, or are divided over ranks."""
         self._sketch = sketch
         self._chunk_class = vision_chunk_class(sketch.builder)
         defaults = {name: parameter.default for name, parameter in inspect.signature(sketch.builder.__init__).parameters.items()}
@@ -74,6 +77,13 @@ class VisionTower:
         for name in _VARYING:
             if self._arguments.get(name):
                 raise InputError(f"--{name.replace('_', '-')}", True, "images of different sizes cannot be divided yet", "leave it out")
+        if self.config.sequence_parallel or self.config.context_parallel_size > 1:
+            raise InputError(
+                "model_provider: transformer_config of the vision model",
+                {"sequence_parallel": self.config.sequence_parallel, "context_parallel_size": self.config.context_parallel_size},
+                f"Megatron-Core's {sketch.builder.__name__} takes whole images on every rank",
+                "set sequence_parallel=False and context_parallel_size=1 in its config, as pretrain_vlm.py does",
+            )
 
     @property
     def trainable(self) -> bool:
@@ -124,11 +134,27 @@ def cut_layer_spec(spec: Any, cut: ModuleCut, vp_stage: int, rank: int) -> Any:
 
 
 def language_boundary(producer: PlanStage, config: TransformerConfig) -> tuple[int, int, int]:
-    """Hidden states between two chunks of a language model: [S (/ TP under sequence parallelism), b, h]."""
-    length = producer.tokens // producer.instances
+    """Hidden states between two chunks of a language model: [S / CP (/ TP under sequence parallelism), b, h]."""
+    length = producer.tokens // producer.instances // config.context_parallel_size
     if config.sequence_parallel:
         length //= config.tensor_model_parallel_size
     return (length, producer.instances, config.hidden_size)
+
+
+def sequence_divisor(config: TransformerConfig) -> int:
+    """What S must be a multiple of: under context parallelism a rank has two pieces of each sequence, one from either end."""
+    pieces = 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1
+    return pieces * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+
+
+def check_divisible(length: int, config: TransformerConfig) -> None:
+    """Raises InputError for sequences of ``length`` tokens that context and sequence parallelism cannot divide."""
+    divisor = sequence_divisor(config)
+    if length % divisor:
+        raise InputError(
+            "forward_step: input_ids", length, "sequences with their embeddings are this long, which context and sequence parallelism cannot divide",
+            f"pad to a multiple of {divisor}",
+        )
 
 
 def boundary_dtype(config: TransformerConfig) -> torch.dtype:
@@ -159,11 +185,22 @@ def language_conditions(batch: Mapping[str, Any], *names: str) -> list[str]:
 
 
 def _is_causal(mask: torch.Tensor) -> bool:
-    """Whether a mask [1 or b, 1, S, S] says no more than that nobody looks ahead, which layers without a mask do by themselves."""
-    length = mask.shape[-1]
-    if mask.dim() != 4 or mask.shape[-2] != length:
+    """Whether a mask says no more than that nobody looks ahead, which layers without a mask do by themselves.
+
+    Args:
+        mask: [1 or b, 1, S, S], or the rows [1 or b, 1, S / CP, S] of a context-parallel rank.
+    """
+    if mask.dim() != 4:
         return False
-    return bool((mask == torch.ones(length, length, dtype=torch.bool, device=mask.device).triu_(1)).all())
+    rows, length = mask.shape[-2:]
+    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu_(1)
+    if rows != length:
+        ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+        if rows * ranks != length or rows % 2:
+            return False
+        pieces = causal.view(2 * ranks, rows // 2, length)  # as Megatron's get_batch_on_this_cp_rank divides them
+        causal = torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])
+    return bool((mask == causal).all())
 
 
 def copy_attributes(source: torch.nn.Module, target: torch.nn.Module) -> None:

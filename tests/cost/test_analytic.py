@@ -47,6 +47,19 @@ def test_order_does_not_matter_and_nothing_is_negative(lengths: list[int], rando
             assert min(found.forward_ns, found.backward_input_ns, found.backward_weight_ns, found.activation_bytes, found.boundary_bytes) >= 0
 
 
+def test_modules_that_every_rank_runs_whole_cost_what_they_cost_undivided() -> None:
+    """Context and sequence parallelism divide the language model alone, as in Megatron-LM's vision-language models."""
+    divided = Parallel(tensor=4, pipeline=4, context=2)
+    mixed = AnalyticCost(vlm(), divided, Training(), "h800", undivided=["vit"])
+    whole = AnalyticCost(vlm(), msgspec.structs.replace(divided, context=1, sequence=False), Training(), "h800")
+    all_divided = AnalyticCost(vlm(), divided, Training(), "h800")
+    for part in ("layer", "first", "last"):
+        vit, lm = mixed.part("vit", part, [2704] * 4), mixed.part("lm", part, [8192])  # type: ignore[arg-type]
+        assert vit == whole.part("vit", part, [2704] * 4)  # type: ignore[arg-type]
+        assert lm == all_divided.part("lm", part, [8192])  # type: ignore[arg-type]
+    assert mixed.strategies("vit", [2704] * 4)["full"].activation == whole.strategies("vit", [2704] * 4)["full"].activation
+
+
 def test_no_instance_costs_nothing(costs: AnalyticCost) -> None:
     assert costs.part("vit", "layer", []).forward_ns == 0
 

@@ -48,6 +48,25 @@ class Case:
     """Whether sequences hold two documents that do not see each other."""
     blind_rank: int | None = None
     """A pipeline rank whose data loader gives no attention mask."""
+    tensor: int = 1
+    """Tensor-parallel ranks, above 1 with sequence parallelism of the language model."""
+    context: int = 1
+    """Context-parallel ranks."""
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """How the configs of vision model and projector say the parallel sizes."""
+        return {"tensor_model_parallel_size": self.tensor}
+
+    @property
+    def divided(self) -> dict[str, Any]:
+        """How the language model's config says them."""
+        return {**self.whole, "sequence_parallel": self.tensor > 1, "context_parallel_size": self.context}
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold one chunk together."""
+        return self.tensor * self.context
 
 
 def config_of(layers: int, ranks: int, **others: Any) -> Any:
@@ -65,12 +84,14 @@ def provide_llava(case: Case, ranks: int, pre_process: bool = True, post_process
     from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 
     from megatron_dip.models.layers import projector_spec
+    from tests.distributed.context_attention import LAYER
 
-    language, vision = config_of(4, ranks), config_of(4, 1)
+    language, vision = config_of(4, ranks, **case.divided), config_of(4, 1, **case.whole)
     vision.vision_model_type = case.model
     projection = deepcopy(language)
-    projection.pipeline_model_parallel_size = 1
-    spec = decoder_model_with_local_default_spec(None, False)
+    projection.pipeline_model_parallel_size = projection.context_parallel_size = 1
+    projection.sequence_parallel = False
+    spec = decoder_model_with_local_default_spec(None, False) if case.shards == 1 else LAYER
     model = LLaVAModel(
         language_transformer_config=language, language_transformer_layer_spec=spec, language_vocab_size=VOCABULARY,
         language_max_sequence_length=64, vision_transformer_config=vision, vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
@@ -95,11 +116,17 @@ def provide_gpt(
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 
+    from tests.distributed.context_attention import LAYER, gathering
+
     moe = {} if case.experts is None else {
         "num_moe_experts": case.experts, "moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "aux_loss", "add_bias_linear": False,
     }
-    config = config or config_of(8, ranks, **moe)
-    spec = get_gpt_layer_local_spec() if case.experts is None else get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
+    config = config or config_of(8, ranks, **case.divided, **moe)
+    spec = get_gpt_layer_local_spec() if case.shards == 1 else LAYER
+    if case.experts is not None:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
+        if case.shards > 1:
+            spec.layer_specs = [gathering(layer) for layer in spec.layer_specs]
     return GPTModel(
         config=config, transformer_layer_spec=spec, vocab_size=VOCABULARY, max_sequence_length=TEXT_LENGTH, pre_process=pre_process,
         post_process=post_process, share_embeddings_and_output_weights=False, position_embedding_type="rope", vp_stage=vp_stage,
@@ -118,17 +145,18 @@ def provide_mimo(case: Case, ranks: int, pre_process: bool = True, post_process:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from megatron_dip.models.layers import projector_spec
+    from tests.distributed.context_attention import LAYER
 
     def encoder(layers: int, hidden_size: int, **arguments: Any) -> ModuleSpec:
-        config = replace(config_of(layers, 1), hidden_size=hidden_size, ffn_hidden_size=2 * hidden_size)
+        config = replace(config_of(layers, 1, **case.whole), hidden_size=hidden_size, ffn_hidden_size=2 * hidden_size)
         return ModuleSpec(module=CLIPViTModel, params={
             "transformer_config": config, "transformer_layer_spec": get_vit_layer_with_local_spec(), "patch_dim": 14, "img_h": 28, "img_w": 28,
             **arguments,
         })
 
-    language = config_of(4, ranks)
+    language = config_of(4, ranks, **case.divided)
     projection = ModuleSpec(module=MultimodalProjector, params={
-        "config": config_of(1, 1), "submodules": projector_spec(), "projector_type": "mlp", "input_size": 16,
+        "config": config_of(1, 1, **case.whole), "submodules": projector_spec(), "projector_type": "mlp", "input_size": 16,
     })
     specs = {
         "images": ModuleSpec(module=VisionModalitySubmodules, params={}, submodules={
@@ -140,9 +168,9 @@ def provide_mimo(case: Case, ranks: int, pre_process: bool = True, post_process:
     }
     model = MimoModel(MimoModelConfig(
         language_model_spec=ModuleSpec(module=GPTModel, params={
-            "config": language, "transformer_layer_spec": get_gpt_layer_local_spec(), "vocab_size": VOCABULARY,
+            "config": language, "transformer_layer_spec": get_gpt_layer_local_spec() if case.shards == 1 else LAYER, "vocab_size": VOCABULARY,
             "max_sequence_length": MIMO_LENGTH, "pre_process": pre_process, "post_process": post_process, "position_embedding_type": "rope",
-            "share_embeddings_and_output_weights": case.tied,
+            "share_embeddings_and_output_weights": case.tied, "scatter_embedding_sequence_parallel": False,
         }),
         modality_submodules_spec=specs, special_token_ids=SPECIAL,
     ))
@@ -256,18 +284,30 @@ Outcome = tuple[list[float], list[float], dict[str, Any], dict[str, Any], Any, A
 
 
 def run_cases(rank: int, ranks: int, cases: list[Case]) -> list[Outcome]:
+    tensor, context = cases[0].tensor, cases[0].context
+    assert all((case.tensor, case.context) == (tensor, context) for case in cases), "the cases of a launch share their ranks"
+    stages = ranks // (tensor * context)
+    prepare(tensor, stages, context)
+    from megatron_dip.hooks.cpu import CpuDeviceMode
+
+    with CpuDeviceMode():  # without a mask, as the scripts run them, local layers make one on "cuda"
+        return [run_case(rank, stages, case) for case in cases]
+
+
+def prepare(tensor: int, stages: int, context: int) -> None:
+    """This process as one of tensor x context x stages ranks on the CPU."""
     from megatron_dip.hooks.cpu_scripts import mend_without_transformer_engine, prepare_imports
 
     prepare_imports()
     from megatron.core import parallel_state
 
-    from megatron_dip.hooks.cpu import CpuDeviceMode, enable_cpu
+    from megatron_dip.hooks.cpu import enable_cpu
+    from tests.distributed.context_attention import let_llava_take_it
 
     enable_cpu()
     mend_without_transformer_engine()
-    parallel_state.initialize_model_parallel(1, ranks)
-    with CpuDeviceMode():  # without a mask, as the scripts run them, local layers make one on "cuda"
-        return [run_case(rank, ranks, case) for case in cases]
+    parallel_state.initialize_model_parallel(tensor, stages, context_parallel_size=context)
+    let_llava_take_it()
 
 
 def run_case(rank: int, ranks: int, case: Case) -> Outcome:
@@ -288,19 +328,19 @@ def run_case(rank: int, ranks: int, case: Case) -> Outcome:
     whole = provide(case, 1)
     whole.train(case.model != "radio")  # in training RADIO draws a random crop of its position embeddings for every call
     expected = []
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1 / len(items)]))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([case.context / len(items)]))
     for item in items:
         output, loss = forward_step(iter([item]), whole)
         value, report = loss(output)
         expected.append(report["loss"])
         if value.requires_grad:  # not for text alone before a frozen language model
-            (value / len(items)).backward()
+            (value * case.context / len(items)).backward()
 
     parser = argparse.ArgumentParser()
     args = add_dip_args(parser).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", *case.flags])
     for name, value in {
-        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": ranks, "data_parallel_size": 1, "sequence_parallel": False,
-        "bf16": False, "fp16": False, "use_distributed_optimizer": False,
+        "tensor_model_parallel_size": case.tensor, "pipeline_model_parallel_size": ranks, "data_parallel_size": 1,
+        "context_parallel_size": case.context, "sequence_parallel": case.tensor > 1, "bf16": False, "fp16": False, "use_distributed_optimizer": False,
     }.items():
         setattr(args, name, value)
     chunks = build_chunks(args, partial(provide, case, ranks))
@@ -344,18 +384,19 @@ def plain(gradient: torch.Tensor | None) -> np.ndarray | None:
 
 
 def check(cases: list[Case], ranks: int) -> None:
-    by_rank = launch(run_cases, ranks, cases, timeout_s=240)
+    by_rank = launch(run_cases, ranks * cases[0].shards, cases, timeout_s=240)
     for index, case in enumerate(cases):
         check_case(case, [outcomes[index] for outcomes in by_rank])
 
 
 def check_case(case: Case, results: list[Outcome]) -> None:
-    expected, losses = results[0][0], results[-1][1]
-    np.testing.assert_allclose(losses, expected, rtol=1e-6, err_msg=str(case))
+    for expected, losses, *_ in results[-case.shards :]:
+        np.testing.assert_allclose(losses, expected, rtol=1e-6, err_msg=str(case))
     names: list[str] = []
-    for _, _, gradients, wholes, *_ in results:
+    for rank, (_, _, gradients, wholes, *_) in enumerate(results):
         for name, gradient in gradients.items():
-            names.append(name)
+            if rank % case.shards == 0:
+                names.append(name)
             whole = wholes[name]
             if gradient is None or whole is None:  # no gradient is as good as none of any size
                 assert gradient is None or not gradient.any(), (case, name)
@@ -363,7 +404,7 @@ def check_case(case: Case, results: list[Outcome]) -> None:
             else:
                 np.testing.assert_allclose(gradient, whole, rtol=0, atol=1e-5 * max(1e-3, np.abs(whole).max()), err_msg=f"{case} {name}")
     saved: set[Any] = set().union(*(result[5] for result in results))
-    assert saved == results[0][6], (case, "the chunks' checkpoint is not the whole model's")
+    assert saved == set().union(*(result[6] for result in results)), (case, "the chunks' checkpoint is not the whole model's")
     assert case.tied or len(set(names)) == len(names), (case, "a weight lies in two chunks")
     if not case.frozen:
         assert sorted(set(names)) == results[0][4], (case, "weights of the whole model are missing from the chunks")
@@ -419,6 +460,79 @@ def test_a_mask_that_only_some_ranks_have_is_refused() -> None:
         assert "masks or bounds of packed sequences on some pipeline ranks only" in str(result.error_message)
 
 
+def test_llava_under_sequence_parallelism() -> None:
+    """TP 2 x P 2; merged sequences of other lengths in each microbatch, all of them even."""
+    check([
+        Case(model="clip", tensor=2, images=(2, 0, 4, 2), flags=("--dip-chunks", "vit=2", "--dip-sub-microbatch-size", "vit=1")),
+        Case(model="clip", tensor=2, drop_class_token=True, sequences=2, images=(4, 8, 0)),
+    ], 2)
+
+
+def test_llava_under_context_parallelism() -> None:
+    """CP 2 x P 2: as the scripts pad them, sequences of 12, 16 and 20 tokens."""
+    check([
+        Case(model="clip", context=2, images=(1, 0, 2, 1), flags=("--dip-chunks", "vit=2", "lm=2")),
+        Case(model="clip", context=2, images=(1, 0, 2), frozen=("vision",)),
+    ], 2)
+
+
+def describe_ahead(rank: int, ranks: int) -> tuple[Any, Any, str]:
+    """What is known of a batch of pretrain_vlm.py before forward_step pads it, and then; and what is said of one that was not padded."""
+    prepare(1, 1, ranks)
+    from megatron_dip.models.llava import LlavaDescription
+    from megatron_dip.models.provided import sketch_model
+
+    description = LlavaDescription(sketch_model(partial(provide_llava, Case(model="clip", context=ranks), 1)))  # type: ignore[arg-type]
+    tokens = torch.full((1, TEXT_LENGTH), 9)
+    tokens[0, 4] = IMAGE
+    images = torch.zeros(1, 3, 28, 28)
+    with pytest.raises(InputError) as error:
+        description.metadata({"input_ids": tokens[:, :11], "images": images})
+    ahead = description.item_metadata({"tokens": tokens[:, :11], "image": images})
+    return ahead, description.metadata({"input_ids": tokens, "images": images}), str(error.value)
+
+
+def test_sequences_that_do_not_divide_are_refused_and_foreseen_padded() -> None:
+    for ahead, padded, message in launch(describe_ahead, 2):
+        assert ahead == padded == {"lm": [16], "vit": [5]}
+        assert "forward_step: input_ids = 15" in message
+        assert "pad to a multiple of 4" in message
+
+
+def describe_gpt(rank: int, ranks: int) -> tuple[Any, Any]:
+    """What is known of a batch of pretrain_gpt.py before every rank takes its part of it, and then."""
+    prepare(1, 1, 1)
+    from megatron_dip.models.gpt import GptDescription
+    from megatron_dip.models.provided import sketch_model
+
+    provider = partial(provide_gpt, Case(model="gpt", context=2), 1)
+    description = GptDescription(sketch_model(provider), provider, {})  # type: ignore[arg-type]
+    return description.item_metadata({"tokens": torch.zeros(3, 12)}), description.metadata({"input_ids": torch.zeros(3, 6)})
+
+
+def test_gpt_sequences_are_counted_whole() -> None:
+    assert launch(describe_gpt, 1) == [({"lm": [12] * 3}, {"lm": [12] * 3})]
+
+
+def describe_divided_vision(rank: int, ranks: int) -> str:
+    prepare(1, 1, 1)
+    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+
+    from megatron_dip.models.parts import VisionTower
+    from megatron_dip.models.provided import Sketch
+
+    config = config_of(4, 1, tensor_model_parallel_size=2, sequence_parallel=True)
+    with pytest.raises(InputError) as error:
+        VisionTower(Sketch(CLIPViTModel, {"transformer_config": config}))
+    return str(error.value)
+
+
+def test_vision_models_that_are_divided_are_refused() -> None:
+    (message,) = launch(describe_divided_vision, 1)
+    assert "CLIPViTModel takes whole images on every rank" in message
+    assert "sequence_parallel=False" in message
+
+
 MIMO = Case(model="mimo", flags=("--dip-chunks", "images=2", "lm=2", "--dip-sub-microbatch-size", "images=1"))
 
 
@@ -429,6 +543,38 @@ def test_mimo_chunks_equal_the_whole_model() -> None:
 def test_mimo_chunks_over_two_ranks() -> None:
     flags = ("--dip-chunks", "images=2", "lm=2", "scans=1")
     check([replace(MIMO, flags=flags), replace(MIMO, flags=flags, tied=True)], 2)
+
+
+@pytest.mark.parametrize(("parallel", "message"), [
+    ({"context": 2}, "--context-parallel-size = 2: this release's MimoModel gives every rank whole sequences"),
+    ({"tensor": 2}, "--sequence-parallel = True: this release's MimoModel does not divide its sequences over tensor-parallel ranks"),
+])
+def test_mimo_under_context_and_sequence_parallelism(parallel: dict[str, int], message: str) -> None:
+    """P 2, and CP 2 or TP 2, where the release can: context parallelism from 0.17, sequence parallelism from 0.19. Others are refused."""
+    case = replace(MIMO, **parallel)
+    for minor, refusal in launch(describe_mimo, 2, case):
+        if minor >= (17 if case.context > 1 else 19):
+            assert refusal is None
+        else:
+            assert message in refusal
+            assert "Remedy: use Megatron-LM 0.1" in refusal
+    if refusal is None:
+        check([case, replace(case, tied=True, flags=())], 2)
+
+
+def describe_mimo(rank: int, ranks: int, case: Case) -> tuple[int, str | None]:
+    """The release of Megatron-Core, and why it is refused."""
+    prepare(case.tensor, 1, case.context)
+    from megatron.core.package_info import MINOR
+
+    from megatron_dip.models.mimo import MimoDescription
+    from megatron_dip.models.provided import sketch_model
+
+    try:
+        MimoDescription(sketch_model(partial(provide_mimo, case, 1)))  # type: ignore[arg-type]
+    except InputError as error:
+        return MINOR, str(error)
+    return MINOR, None
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -100,8 +100,8 @@ def spread(rank: int, world: int, ranks: int, weights: Tensors) -> tuple[int, li
     replica = parallel_state.get_data_parallel_rank()
     args = add_dip_args(argparse.ArgumentParser()).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", *REPLICAS[0].flags])
     for name, value in {
-        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": ranks, "data_parallel_size": 2, "sequence_parallel": False,
-        "bf16": False, "fp16": False, "use_distributed_optimizer": False,
+        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": ranks, "data_parallel_size": 2, "context_parallel_size": 1,
+        "sequence_parallel": False, "bf16": False, "fp16": False, "use_distributed_optimizer": False,
     }.items():
         setattr(args, name, value)
     chunks = build_chunks(args, partial(provide, ranks, 2))
