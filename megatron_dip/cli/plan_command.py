@@ -172,6 +172,13 @@ def _partition(args: argparse.Namespace, task: _Task, workload: Workload, show: 
         for name in given:
             if name not in names:
                 raise InputError(field, name, "the model has no such module", f"use {', '.join(names)}")
+    for module in task.model.modules:
+        count = chunks.get(module.name, 1)
+        if count > 1 and count * task.num_ranks > module.num_layers:
+            raise InputError(
+                "--chunks", f"{module.name}={count}", f"{module.num_layers} layers cannot fill {count * task.num_ranks} chunks "
+                f"({task.num_ranks} pipeline ranks x {count})", f"use at most {max(1, module.num_layers // task.num_ranks)} chunks a rank",
+            )
     if args.partition is not None:
         if chunks or sizes:
             raise InputError("--partition", str(args.partition), "given together with --chunks or --sub-microbatch", "give one of them")

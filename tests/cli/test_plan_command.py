@@ -139,6 +139,7 @@ BAD: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, ["--chunks", "vit"], "--chunks"),
     ({}, ["--chunks", "audio=2"], "--chunks"),
     ({}, ["--chunks", "vit=1,vit=2"], "--chunks"),
+    ({}, ["--chunks", "vit=999"], "--chunks"),
     ({}, ["--sub-microbatch", "vit=0"], "--sub-microbatch"),
     ({}, ["--replica", "1"], "--replica"),
     ({}, ["--partition", "nowhere.json"], "nowhere.json"),
