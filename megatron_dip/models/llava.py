@@ -63,7 +63,7 @@ class LlavaChunk(LLaVAModel):
     def __init__(self, sketch: LLaVAModel, config: TransformerConfig, vp_stage: int | None) -> None:
         """Args:
         sketch: the whole model, its parts sketches.
-        config: of the chunk's module, narrowed to its layers.
+        config: the language model's, as in the whole model: Megatron's wrappers and its finishing of gradients read a rank's first chunk's.
         """
         super(LLaVAModel, self).__init__(config=config)
         copy_attributes(sketch, self)
@@ -205,7 +205,7 @@ class LlavaDescription:
             chunk.language_model = language
             return chunk
         vision = self._vision.build_chunk(cut, vp_stage, rank)
-        chunk = LlavaChunk(self._sketch, vision.config, stage)  # type: ignore[arg-type]
+        chunk = LlavaChunk(self._sketch, self.language_config, stage)
         chunk.add_encoder, chunk._tile_tags = True, None
         chunk.vision_model = vision
         if last:

@@ -59,7 +59,7 @@ class MimoChunk(MimoModel):
     def __init__(self, sketch: MimoModel, config: TransformerConfig, vp_stage: int | None) -> None:
         """Args:
         sketch: the whole model, its parts sketches.
-        config: of the chunk's module, narrowed to its layers.
+        config: the language model's, as in the whole model: Megatron's wrappers and its finishing of gradients read a rank's first chunk's.
         """
         super(MimoModel, self).__init__(config=config)
         copy_attributes(sketch, self)
@@ -85,7 +85,7 @@ class EncoderChunk(MimoChunk):
     """Layers of one modality's encoder; the last one has the projection."""
 
     def __init__(self, sketch: MimoModel, modality: Modality, encoder: torch.nn.Module, *, vp_stage: int | None, last: bool) -> None:
-        super().__init__(sketch, encoder.config, vp_stage)  # type: ignore[arg-type]
+        super().__init__(sketch, sketch.config, vp_stage)
         self._modality = modality
         self._last = last
         projections = [modality.projection.build()] if last and modality.projection is not None else []

@@ -346,6 +346,9 @@ def run_case(rank: int, ranks: int, case: Case) -> Outcome:
     chunks = build_chunks(args, partial(provide, case, ranks))
     for chunk in chunks:
         chunk.train(whole.training)
+        # What Megatron reads of a rank's first chunk, whichever module it is of: here the sum of norms' gradients over tensor ranks.
+        assert chunk.config.sequence_parallel == whole.config.sequence_parallel
+        assert chunk.config.num_moe_experts == whole.config.num_moe_experts
     wanted = whole_names(whole)
     mine = {
         # A tied head on another rank than the embedding holds a copy of its weight.
