@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,19 @@ def test_equal_evaluations_give_equal_plans_and_the_partition_comes_back_by_file
     assert plan(workload, "--partition", saved, "--no-baselines") == 0
     two = load_plan(tmp_path / "plan.json")
     assert msgspec.structs.replace(one, planning_ns=0) == msgspec.structs.replace(two, planning_ns=0)
+
+
+def test_a_process_of_its_own_makes_the_same_plan(workload: Path) -> None:
+    """The command line goes without collections and without numba's look for BLAS, which a caller in a longer process keeps."""
+    assert plan(workload, "--no-baselines") == 0
+    before = load_plan(workload.parent / "plan.json")
+    command = [sys.executable, "-m", "megatron_dip.cli.main", "plan", str(workload), "--output", str(workload.parent / "plan.json"),
+               "--evaluations", "40", "--no-baselines"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert msgspec.structs.replace(load_plan(workload.parent / "plan.json"), planning_ns=before.planning_ns) == before
+    assert gc.isenabled()
+    assert sys.modules.get("scipy.linalg.cython_blas", gc) is not None
 
 
 def test_the_command_line_beats_the_file(workload: Path) -> None:
