@@ -134,6 +134,8 @@ def build_chunks(
     for module, vp_stage in keys:
         chunk = description.build_chunk(partition, module, vp_stage, rank)
         chunk.model_type = model_type
+        if pg_collection is not None and not hasattr(chunk, "pg_collection"):
+            chunk.pg_collection = pg_collection  # the training loop asks for it, and a MimoModel has none
         chunks.append(chunk)
     _built[id(chunks[0])] = _BuiltModel(chunks[0], description, partition, options, make_costs(spec, args, options), keys)
     if torch.distributed.get_rank() == 0:

@@ -83,7 +83,8 @@ class ModuleCut:
         """``config`` of the whole module, narrowed to this cut; ``changes`` are set as well.
 
         With one rank and one chunk there is nothing to say. With one rank and several chunks the config claims two pipeline ranks:
-        Megatron-Core takes a module for whole, whatever its layout says, when the size is 1.
+        Megatron-Core takes a module for whole, whatever its layout says, when the size is 1. A config that was made for one rank says
+        no type for messages: theirs is that of the parameters.
         """
         if self.num_ranks * self.num_chunks == 1:
             return replace(config, **changes) if changes else config
@@ -100,6 +101,7 @@ class ModuleCut:
             pipeline_model_parallel_size=max(2, self.num_ranks),
             virtual_pipeline_model_parallel_size=None if self.num_chunks == 1 else self.num_chunks,
             pipeline_model_parallel_layout=ModuleLayout(flat, self.num_ranks),
+            pipeline_dtype=config.pipeline_dtype or config.params_dtype,
             **changes,
         )
 

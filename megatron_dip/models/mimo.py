@@ -12,7 +12,7 @@ Modules: one for each modality, called as in ``modality_submodules_spec`` (an in
 Modelled: modalities with one encoder each, a CLIPViTModel or a RADIOViTModel (other encoders hide their layers), all modules with one
 parallel layout (``module_to_grid_map`` absent). Context and sequence parallelism divide the merged sequences, by MimoModel's own
 ``PartitionAdapter``. Not modelled: inputs of different sizes, outputs of other modalities. MimoModel is experimental in Megatron-Core;
-what is relied on here is in 0.16 and later, context parallelism from 0.17, sharded checkpoints from 0.18, sequence parallelism from 0.19.
+what is relied on here is in 0.16 and later, context parallelism and sharded checkpoints from 0.17, sequence parallelism from 0.19.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class MimoChunk(MimoModel):
         if "sharded_state_dict" not in vars(MimoModel):
             raise InputError(
                 "--ckpt-format", "torch_dist", "this release of Megatron-Core numbers the layers of a MimoModel's encoders anew in every chunk",
-                "use Megatron-LM 0.18 or later, or --ckpt-format torch, which fits one cut",
+                "use Megatron-LM 0.17 or later, or --ckpt-format torch, which fits one cut",
             )
         return super().sharded_state_dict(*args, **kwargs)  # type: ignore[no-any-return]
 
