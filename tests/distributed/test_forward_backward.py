@@ -437,6 +437,35 @@ def test_every_form_of_loss_function_is_scaled_as_megatron_does() -> None:
     assert first["outputs"] == first["non_loss"] == []
 
 
+def _refusals(rank: int, num_ranks: int) -> dict[str, str]:
+    from megatron_dip.hooks.forward_backward import _REFUSED
+    from megatron_dip.spec.errors import InputError
+
+    case = Case(**{**CASE.__dict__, "parallel": Parallel()})
+    model = _model(case)
+    dip = dip_runs.dip_of(case, model)
+    messages = {}
+    for name in _REFUSED:
+        setattr(model.config, name, True)
+        with pytest.raises(InputError) as error:
+            _call(model, dip, iter(()), 1)
+        messages[name] = str(error.value)
+        setattr(model.config, name, False)
+    with pytest.raises(InputError) as error:
+        _call(model, dip, iter(()), 1, adjust_tensor_shapes_fn=len)
+    messages["adjust_tensor_shapes_fn"] = str(error.value)
+    return messages
+
+
+def test_settings_that_need_a_static_order_are_refused() -> None:
+    """However they came into the config: flags are refused before."""
+    (messages,) = launch(_refusals, 1)
+    assert "--overlap-moe-expert-parallel-comm = True: cannot be used with --pipeline-schedule dip" in messages["overlap_moe_expert_parallel_comm"]
+    assert "--hybrid-context-parallel = True" in messages["hybrid_context_parallel"]
+    assert "shapes come from the plan" in messages["adjust_tensor_shapes_fn"]
+    assert all("Remedy: leave it out" in message for message in messages.values())
+
+
 def _order_of_reductions(rank: int, num_ranks: int, seed: int, optimizer_instances: int = 1) -> tuple[list[tuple[int, int]], list[int]]:
     from megatron_dip.hooks.setup import initialize_parallel
     from megatron_dip.models.vlm import VlmConfig

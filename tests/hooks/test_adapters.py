@@ -43,6 +43,8 @@ class Case:
     tags: bool = False
     frozen: tuple[str, ...] = ()
     experts: int | None = None
+    expert_layers: tuple[int, ...] = ()
+    """Of a language model that lists its layers in its spec: 1 for a layer of experts, 0 for a dense one; () = all of experts."""
     tied: bool = False
     documents: bool = False
     """Whether sequences hold two documents that do not see each other."""
@@ -52,6 +54,8 @@ class Case:
     """Tensor-parallel ranks, above 1 with sequence parallelism of the language model."""
     context: int = 1
     """Context-parallel ranks."""
+    lists_own_layers: bool = False
+    """Whether the provider lists the layers of its stock pipeline rank."""
 
     @property
     def whole(self) -> dict[str, Any]:
@@ -62,6 +66,16 @@ class Case:
     def divided(self) -> dict[str, Any]:
         """How the language model's config says them."""
         return {**self.whole, "sequence_parallel": self.tensor > 1, "context_parallel_size": self.context}
+
+    @property
+    def mixture(self) -> dict[str, Any]:
+        """How the language model's config says its experts."""
+        if self.experts is None:
+            return {}
+        return {
+            "num_moe_experts": self.experts, "moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "aux_loss", "add_bias_linear": False,
+            "moe_layer_freq": list(self.expert_layers) or 1,
+        }
 
     @property
     def shards(self) -> int:
@@ -78,7 +92,8 @@ def config_of(layers: int, ranks: int, **others: Any) -> Any:
     )
 
 
-def provide_llava(case: Case, ranks: int, pre_process: bool = True, post_process: bool = True) -> Any:
+def provide_llava(case: Case, ranks: int, pre_process: bool = True, post_process: bool = True, language_model_type: str = "") -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.multimodal.llava_model import LLaVAModel
     from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
     from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
@@ -86,12 +101,14 @@ def provide_llava(case: Case, ranks: int, pre_process: bool = True, post_process
     from megatron_dip.models.layers import projector_spec
     from tests.distributed.context_attention import LAYER
 
-    language, vision = config_of(4, ranks, **case.divided), config_of(4, 1, **case.whole)
-    vision.vision_model_type = case.model
+    language, vision = config_of(4, ranks, **case.divided, **case.mixture), config_of(4, 1, **case.whole)
+    language.language_model_type, vision.vision_model_type = language_model_type, case.model
     projection = deepcopy(language)
     projection.pipeline_model_parallel_size = projection.context_parallel_size = 1
     projection.sequence_parallel = False
-    spec = decoder_model_with_local_default_spec(None, False) if case.shards == 1 else LAYER
+    spec: Any = decoder_model_with_local_default_spec(None, False) if case.shards == 1 else LAYER
+    if case.expert_layers:
+        spec = get_gpt_decoder_block_spec(language if case.lists_own_layers else config_of(4, 1, **case.mixture), use_transformer_engine=False)
     model = LLaVAModel(
         language_transformer_config=language, language_transformer_layer_spec=spec, language_vocab_size=VOCABULARY,
         language_max_sequence_length=64, vision_transformer_config=vision, vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
@@ -118,10 +135,7 @@ def provide_gpt(
 
     from tests.distributed.context_attention import LAYER, gathering
 
-    moe = {} if case.experts is None else {
-        "num_moe_experts": case.experts, "moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "aux_loss", "add_bias_linear": False,
-    }
-    config = config or config_of(8, ranks, **case.divided, **moe)
+    config = config or config_of(8, ranks, **case.divided, **case.mixture)
     spec = get_gpt_layer_local_spec() if case.shards == 1 else LAYER
     if case.experts is not None:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
@@ -377,7 +391,10 @@ def run_case(rank: int, ranks: int, case: Case) -> Outcome:
     wholes = {name: plain(wanted[name].grad) for name in gradients}
     everything = sorted(wanted) if rank == 0 else None
     saves = case.model != "mimo" or "sharded_state_dict" in vars(type(whole))  # of MimoModel since 0.18
-    shards = (shards_of(chunks), shards_of([whole])) if saves else (set(), set())
+    shards: tuple[set[Any], set[Any]] = (shards_of(chunks), shards_of([whole])) if saves else (set(), set())
+    for chunk in [] if saves else chunks:
+        with pytest.raises(InputError, match=r"--ckpt-format = 'torch_dist': this release .*Remedy: use Megatron-LM 0"):
+            chunk.sharded_state_dict()
     return expected, [report["loss"] for report in reports], gradients, wholes, everything, *shards
 
 
@@ -450,6 +467,25 @@ def test_gpt_and_mixture_of_experts_over_two_ranks() -> None:
     check([GPT, replace(GPT, experts=4)], 2)
 
 
+MIXED_GPT = Case(model="gpt", sequences=2, experts=4, expert_layers=(0, 1, 0, 0, 1, 1, 0, 1), flags=("--dip-chunks", "lm=2"))
+MIXED_LLAVA = Case(model="clip", experts=4, expert_layers=(1, 0, 0, 1), flags=("--dip-chunks", "lm=2", "vit=2"))
+
+
+def test_layers_that_differ_are_cut_with_their_own_specs() -> None:
+    """Dense layers and layers of experts in turns: a spec that lists every layer is cut with the layers."""
+    check([MIXED_GPT, MIXED_LLAVA, replace(MIXED_LLAVA, expert_layers=(0, 1, 1, 0), flags=())], 1)
+
+
+def test_layers_that_differ_over_two_ranks() -> None:
+    check([MIXED_GPT, replace(MIXED_GPT, flags=("--dip-chunks", "lm=3")), MIXED_LLAVA], 2)
+
+
+def test_a_spec_of_one_ranks_layers_is_refused() -> None:
+    for result in launch_all(run_cases, 2, [replace(MIXED_LLAVA, lists_own_layers=True, flags=())], timeout_s=120):
+        assert "transformer_layer_spec = 2: lists other than the model's 4 layers" in str(result.error_message)
+        assert "Remedy: give the spec of the whole model" in str(result.error_message)
+
+
 def test_documents_that_do_not_see_each_other() -> None:
     """Block-diagonal masks reach all layers; a plain causal one is what layers without a mask do."""
     check([replace(GPT, documents=True), replace(GPT, blind_rank=1)], 2)
@@ -517,25 +553,6 @@ def test_gpt_sequences_are_counted_whole() -> None:
     assert launch(describe_gpt, 1) == [({"lm": [12] * 3}, {"lm": [12] * 3})]
 
 
-def describe_divided_vision(rank: int, ranks: int) -> str:
-    prepare(1, 1, 1)
-    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-
-    from megatron_dip.models.parts import VisionTower
-    from megatron_dip.models.provided import Sketch
-
-    config = config_of(4, 1, tensor_model_parallel_size=2, sequence_parallel=True)
-    with pytest.raises(InputError) as error:
-        VisionTower(Sketch(CLIPViTModel, {"transformer_config": config}))
-    return str(error.value)
-
-
-def test_vision_models_that_are_divided_are_refused() -> None:
-    (message,) = launch(describe_divided_vision, 1)
-    assert "CLIPViTModel takes whole images on every rank" in message
-    assert "sequence_parallel=False" in message
-
-
 MIMO = Case(model="mimo", flags=("--dip-chunks", "images=2", "lm=2", "--dip-sub-microbatch-size", "images=1"))
 
 
@@ -584,6 +601,7 @@ def describe_mimo(rank: int, ranks: int, case: Case) -> tuple[int, str | None]:
     ("encoder", r"modality_submodules_spec\['scans'\] = 'Linear': DIP can cut encoders that are a CLIPViTModel or a RADIOViTModel"),
     ("two", r"modality_submodules_spec\['scans'\] = .*one encoder and nothing behind the language model"),
     ("language", r"language_model_spec = 'Linear': DIP can cut language models that are a GPTModel"),
+    ("grid", r"MimoModelConfig\.module_to_grid_map = \['images'\]: DIP lays all modules out over the same ranks"),
     ("load", r"model_provider = 'a checkpoint of one part': is loaded while the model is described.*--load"),
 ])
 def test_what_mimo_models_cannot_have_is_refused_with_a_remedy(change: str, message: str) -> None:
@@ -598,6 +616,9 @@ def test_what_mimo_models_cannot_have_is_refused_with_a_remedy(change: str, mess
         if change == "load":
             model.language_model.load_state_dict({})
         config = model.mimo_config
+        if change == "grid":
+            config.module_to_grid_map = {"images": None}
+            return model
         scans = config.modality_submodules_spec["scans"].submodules["encoders"]
         other = ModuleSpec(module=torch.nn.Linear, params={"in_features": 1, "out_features": 1, "config": config.language_model_spec.params["config"]})
         if change == "language":
@@ -609,6 +630,62 @@ def test_what_mimo_models_cannot_have_is_refused_with_a_remedy(change: str, mess
     with pytest.raises(InputError, match=message) as error:
         MimoDescription(sketch_model(provider))  # type: ignore[arg-type]
     assert error.value.remedy
+
+
+def refused(rank: int, ranks: int) -> dict[str, str]:
+    """What is said of models and inputs that cannot be cut, of which scripts and not flags decide."""
+    prepare(1, 1, 1)
+    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+    from megatron.core.models.vision.radio import RADIOViTModel
+
+    from megatron_dip.models.gpt import GptDescription
+    from megatron_dip.models.llava import LlavaDescription
+    from megatron_dip.models.parts import VisionTower
+    from megatron_dip.models.provided import Sketch, call_provider, sketch_model
+
+    case = Case(model="clip")
+    llava = LlavaDescription(sketch_model(partial(provide_llava, case, 1)))  # type: ignore[arg-type]
+
+    def hybrid(pre_process: bool, post_process: bool) -> Any:
+        return call_provider(lambda pre_process, post_process: provide_llava(case, 1, language_model_type="nemotron5-hybrid"))
+
+    def multi_token() -> None:
+        sketch = sketch_model(partial(provide_gpt, replace(GPT, sequences=1), 1))
+        sketch.sketch.arguments["mtp_block_spec"] = object()  # type: ignore[union-attr, operator, index]
+        GptDescription(sketch, lambda: sketch, {})  # type: ignore[arg-type]
+
+    tokens, images = torch.full((1, TEXT_LENGTH), 9), torch.zeros(2, 3, 28, 28)
+    attempts: dict[str, Callable[[], Any]] = {
+        "state-space": lambda: sketch_model(hybrid),
+        "multi-token": multi_token,
+        "images that differ": lambda: VisionTower(Sketch(RADIOViTModel, {"transformer_config": config_of(4, 1), "dynamic_resolution": True})),
+        "divided vision": lambda: VisionTower(Sketch(CLIPViTModel, {
+            "transformer_config": config_of(4, 1, tensor_model_parallel_size=2, sequence_parallel=True),
+        })),
+        "inference": lambda: llava.bind((images, tokens, None, None), {"inference_context": 1}),
+        "images without tokens": lambda: llava.metadata({"input_ids": tokens, "images": images}),
+        "unknown items": lambda: llava.item_metadata({"text": tokens}),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        with pytest.raises(InputError) as error:
+            attempt()
+        messages[name] = str(error.value)
+    return messages
+
+
+def test_models_and_inputs_that_cannot_be_cut_are_refused() -> None:
+    (messages,) = launch(refused, 1)
+    for name, part in {
+        "state-space": "DIP cannot cut state-space and hybrid language models. Remedy: use --pipeline-schedule default",
+        "multi-token": "--mtp-num-layers = None: multi-token prediction layers cannot be cut yet",
+        "images that differ": "--dynamic-resolution = True: images of different sizes cannot be divided yet",
+        "divided vision": "CLIPViTModel takes whole images on every rank. Remedy: set sequence_parallel=False",
+        "inference": "forward_step: model(inference_context=...) = 'int': DIP cannot cut this input",
+        "images without tokens": "forward_step: images = [2, 0]: tiles and image tokens of a microbatch do not match",
+        "unknown items": "data_iterator = 'dict': items of this form are not known before forward_step reads them",
+    }.items():
+        assert part in messages[name], messages
 
 
 def test_other_models_are_refused() -> None:

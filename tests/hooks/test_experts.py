@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from megatron_dip.hooks.arguments import add_dip_args
+from megatron_dip.spec.errors import InputError
 from tests.distributed.launcher import launch
 from tests.hooks.test_adapters import IMAGE, VOCABULARY, Case, batches, config_of, forward_step_llava, plain, whole_names
 
@@ -27,7 +28,9 @@ REPLICAS = (
 )
 
 
-def provide(ranks: int, expert_ranks: int, pre_process: bool = True, post_process: bool = True) -> Any:
+def provide(
+    ranks: int, expert_ranks: int, pre_process: bool = True, post_process: bool = True, *, frozen: bool = False, dispatcher: str = "alltoall"
+) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.multimodal.llava_model import LLaVAModel
     from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
@@ -35,18 +38,20 @@ def provide(ranks: int, expert_ranks: int, pre_process: bool = True, post_proces
     from megatron_dip.models.layers import projector_spec
 
     language = config_of(
-        4, ranks, num_moe_experts=EXPERTS, moe_token_dispatcher_type="alltoall", moe_aux_loss_coeff=0.01, moe_router_topk=2,
+        4, ranks, num_moe_experts=EXPERTS, moe_token_dispatcher_type=dispatcher, moe_aux_loss_coeff=0.01, moe_router_topk=2,
         moe_router_load_balancing_type="aux_loss", expert_model_parallel_size=expert_ranks, add_bias_linear=False,
     )
     vision = config_of(4, 1)
     vision.vision_model_type = "clip"
-    return LLaVAModel(
+    model = LLaVAModel(
         language_transformer_config=language, language_transformer_layer_spec=get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False),
         language_vocab_size=VOCABULARY, language_max_sequence_length=64, vision_transformer_config=vision,
         vision_transformer_layer_spec=get_vit_layer_with_local_spec(), drop_vision_class_token=False, vision_projection_config=config_of(1, 1),
         vision_projection_layer_spec=projector_spec(), img_h=28, img_w=28, patch_dim=14, language_position_embedding_type="rope",
         image_token_index=IMAGE, add_encoder=pre_process and post_process, pre_process=pre_process, post_process=post_process,
     )
+    model.freeze(freeze_language_model=frozen, freeze_vision_model=False, freeze_vision_projection=False)
+    return model
 
 
 def prepare(ranks: int, expert_ranks: int) -> None:
@@ -98,13 +103,7 @@ def spread(rank: int, world: int, ranks: int, weights: Tensors) -> tuple[int, li
 
     prepare(ranks, 2)
     replica = parallel_state.get_data_parallel_rank()
-    args = add_dip_args(argparse.ArgumentParser()).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", *REPLICAS[0].flags])
-    for name, value in {
-        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": ranks, "data_parallel_size": 2, "context_parallel_size": 1,
-        "sequence_parallel": False, "bf16": False, "fp16": False, "use_distributed_optimizer": False,
-    }.items():
-        setattr(args, name, value)
-    chunks = build_chunks(args, partial(provide, ranks, 2))
+    chunks = build_chunks(arguments_of_two_replicas(ranks), partial(provide, ranks, 2))
     first_expert = parallel_state.get_expert_model_parallel_rank() * EXPERTS // 2
     mine = {whole_name(name, first_expert): parameter for chunk in chunks for name, parameter in whole_names(chunk).items()}
     with torch.no_grad():
@@ -116,6 +115,16 @@ def spread(rank: int, world: int, ranks: int, weights: Tensors) -> tuple[int, li
         micro_batch_size=1, forward_only=False,
     )
     return replica, [report["loss"] for report in reports], {name: plain(parameter.grad) for name, parameter in mine.items()}
+
+
+def arguments_of_two_replicas(ranks: int) -> argparse.Namespace:
+    args = add_dip_args(argparse.ArgumentParser()).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", *REPLICAS[0].flags])
+    for name, value in {
+        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": ranks, "data_parallel_size": 2, "context_parallel_size": 1,
+        "sequence_parallel": False, "bf16": False, "fp16": False, "use_distributed_optimizer": False,
+    }.items():
+        setattr(args, name, value)
+    return args
 
 
 def whole_name(name: str, first_expert: int) -> str:
@@ -137,3 +146,24 @@ def test_experts_on_two_replicas_with_other_images(ranks: int) -> None:
             # An expert's gradient is the sum over the tokens of both replicas.
             wanted = sum(part for part in of_replicas if part is not None) if ".local_experts." in name else of_replicas[replica]
             np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-5 * max(1e-3, np.abs(wanted).max()), err_msg=name)
+
+
+def refused(rank: int, world: int) -> list[str]:
+    """What is said of models whose replicas would not exchange tokens alike."""
+    prepare(1, 2)
+    from megatron_dip.hooks.megatron_lm import build_chunks
+
+    messages = []
+    for changes in ({"frozen": True}, {"dispatcher": "allgather"}):
+        with pytest.raises(InputError) as error:
+            build_chunks(arguments_of_two_replicas(1), partial(provide, 1, 2, **changes))  # type: ignore[arg-type]
+        messages.append(str(error.value))
+    return messages
+
+
+def test_replicas_that_would_not_exchange_tokens_alike_are_refused() -> None:
+    for frozen, allgather in launch(refused, 2):
+        assert "--expert-model-parallel-size = 2: with a frozen language model only replicas with images run its backward" in frozen
+        assert "Remedy: use --expert-model-parallel-size 1" in frozen
+        assert "--moe-token-dispatcher-type = 'allgather': takes equal numbers of tokens on all replicas" in allgather
+        assert "Remedy: use --moe-token-dispatcher-type alltoall" in allgather
