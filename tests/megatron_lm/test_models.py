@@ -67,12 +67,10 @@ def test_variants_of_the_multimodal_example(flags: str, mended_tree: Path, check
 
 
 def test_adapters_on_the_checkout() -> None:
-    """tests/hooks/test_adapters.py with the checkout's Megatron-Core instead of the installed one: LLaVAModel, MimoModel, GPTModel."""
+    """Chunks of LLaVAModel, MimoModel and GPTModel with the checkout's Megatron-Core instead of the installed one."""
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join([os.environ["MEGATRON_LM"], str(SCRIPTS / "older_python")]), "PYTHONDONTWRITEBYTECODE": "1",
     }
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/hooks/test_adapters.py", "-k", "not refused_with_a_remedy and not other_models"], cwd=ROOT, env=environment, capture_output=True, text=True,
-        check=False,
-    )
+    tests = ["tests/hooks/test_adapters.py", "tests/hooks/test_context_parallel.py", "-k", "not refused_with_a_remedy and not other_models"]
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-6000:]
