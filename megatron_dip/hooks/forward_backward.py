@@ -234,7 +234,7 @@ class DipForwardBackward:
             self._staged_model.end_iteration()
 
         if config.finalize_model_grads_func is not None and not forward_only:
-            with _nvtx_range("dip finalize"):
+            with _nvtx_range("dip finalize"), _naming_the_other_replicas():
                 config.finalize_model_grads_func(
                     chunks, loss.num_tokens if config.calculate_per_token_loss else None, pg_collection=pg_collection,
                     force_all_reduce=force_all_reduce,
@@ -436,7 +436,7 @@ class DipForwardBackward:
         except RuntimeError as failure:
             return verdict or PeerError(
                 f"global rank {dist.get_rank()} lost its peers in other replicas while agreeing to run an iteration, "
-                f"time limit {self.groups.timeout_s:g} s: {str(failure).splitlines()[0]}"
+                f"time limit {self.groups.timeout_s:g} s: {_first_line(failure)}"
             )
         message = bytes(text.numpy()).rstrip(b"\0").decode(errors="replace")
         return verdict or PeerError(
@@ -500,7 +500,7 @@ class DipForwardBackward:
     def _lost(self, failure: RuntimeError) -> PeerError:
         return PeerError(
             f"pipeline rank {self.groups.rank} (global rank {dist.get_rank()}) lost another rank of its replica while agreeing on a plan, "
-            f"time limit {self.groups.timeout_s:g} s: {str(failure).splitlines()[0]}"
+            f"time limit {self.groups.timeout_s:g} s: {_first_line(failure)}"
         )
 
     # ---- data-parallel communication in canonical order --------------------------------------------------------------------------
@@ -668,6 +668,22 @@ class _MegatronCompute(AutogradCompute):
 
 
 @contextlib.contextmanager
+def _naming_the_other_replicas() -> Iterator[None]:
+    """Around Megatron's finishing of gradients: says where the run is when a collective fails, which most often means that a rank died.
+
+    A replica finds out about its own ranks by messages along the pipeline. Of others it hears here, at the first collective with them:
+    over gloo at once, over NCCL when Megatron's --distributed-timeout-minutes has passed.
+    """
+    try:
+        yield
+    except RuntimeError as failure:
+        raise PeerError(
+            f"global rank {dist.get_rank()} could not finish its gradients with the ranks of other replicas; one of them may have ended, "
+            f"see its output: {_first_line(failure)}"
+        ) from failure
+
+
+@contextlib.contextmanager
 def _nvtx_range(name: str) -> Iterator[None]:
     """One of Megatron's NVTX ranges; nothing unless its profiling is on (``configure_nvtx_profiling``)."""
     nvtx_range_push(name)
@@ -749,6 +765,10 @@ def _pickled(error: Exception) -> bytes:
     except Exception:
         return pickle.dumps(PeerError(f"the planner rank failed: {type(error).__name__}: {error}"))
     return data
+
+
+def _first_line(failure: RuntimeError) -> str:
+    return next(iter(str(failure).strip().splitlines()), type(failure).__name__)
 
 
 def _summary(error: Exception) -> bytes:

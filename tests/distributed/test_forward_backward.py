@@ -616,6 +616,28 @@ def test_a_bad_batch_of_one_replica_ends_the_others_too() -> None:
     assert messages[2].startswith("PeerError: replica 1 could not prepare the iteration, so no replica runs it: rank 3: InputError: ")
 
 
+def _die_in_one_replica(rank: int, num_ranks: int) -> None:
+    case = Case(**{**CASE.__dict__, "parallel": Parallel(pipeline=2, data=2)})
+    model = _model(case)
+    dip = dip_runs.dip_of(case, model)
+    items = _items(0, (2, 1))
+    _call(model, dip, iter(items), 2)
+    if rank == 3:
+        model.chunks[0].register_forward_hook(lambda *_: os._exit(9))
+    _call(model, dip, iter(items), 2)
+
+
+def test_a_rank_that_dies_ends_the_other_replicas_too() -> None:
+    # Global rank = pipeline rank * 2 + replica.
+    results = launch_all(_die_in_one_replica, 4, timeout_s=90.0)
+    assert results[3].exit_code == 9
+    messages = [result.error_message or "" for result in results]
+    assert messages[1].startswith("PeerError: pipeline rank 0 ")
+    assert "(global rank 3)" in messages[1]
+    for rank in (0, 2):
+        assert messages[rank].startswith(f"PeerError: global rank {rank} could not finish its gradients with the ranks of other replicas")
+
+
 @pytest.mark.parametrize(("how", "dead"), [("death", 1), ("late death", 0), ("death before", 1)])
 def test_a_rank_that_dies_ends_the_other_within_the_time_limit(how: str, dead: int) -> None:
     results = _failed(how)
