@@ -63,6 +63,9 @@ SearchMethod = Literal["anneal", "mcts", "dfs", "random", "fifo"]
 
 _ROUND_STAGES = 200_000
 """Most stages that a chain interleaves between two looks at the clock: at most some 20 ms."""
+_ROUNDS_APART = 64
+"""Most rounds that chains on several threads take before all wait for each other: up to some tenths of a second. To follow the best chain
+sooner won nothing and cost a tenth of the threads' time."""
 _FIRST_CHAINS = 4
 """Chains that start; each thread goes on with one."""
 _TRIAL_STEPS = 8
@@ -196,12 +199,14 @@ class _Searcher:
 
     def spent(self, wanted: int = 1) -> bool:
         """Whether the budget has no room for ``wanted`` evaluations more, or nothing is left to win."""
-        options = self.options
         if self.best_makespan <= self.bound_ns:
             return True
-        if options.evaluations is not None and self.evaluations + wanted > options.evaluations:
+        if self.options.evaluations is not None and self.evaluations + wanted > self.options.evaluations:
             return True
-        return options.time_budget_s is not None and time.monotonic() - self.began >= options.time_budget_s
+        return self.out_of_time()
+
+    def out_of_time(self) -> bool:
+        return self.options.time_budget_s is not None and time.monotonic() - self.began >= self.options.time_budget_s
 
     # Portfolio
 
@@ -346,15 +351,20 @@ class _Searcher:
         with ThreadPoolExecutor(self.options.threads) as pool:
             trial = True
             # Whole rounds only: a larger budget has to go through the same states. Two steps more each: the polish, and another start's end.
-            while not self.spent(len(chains) * (steps + 2)):
+            while not self.spent(wanted := len(chains) * (steps + 2)):
                 if trial and min(chain.steps for chain in chains) >= _TRIAL_STEPS:
                     trial = False
                     chains = sorted(chains, key=lambda chain: chain.score)[: self.options.threads]
+                    for number, chain in enumerate(chains):
+                        chain.number = number
                 if self.options.threads == 1:
                     for chain in chains:
                         chain.advance(steps)
                 else:
-                    list(pool.map(_Chain.advance, chains, [steps] * len(chains)))
+                    apart = 1 if trial else _ROUNDS_APART
+                    while apart > 1 and self.spent(apart * wanted):
+                        apart //= 2
+                    list(pool.map(_Chain.advance_apart, chains, [steps] * len(chains), [apart] * len(chains)))
                 for chain in chains:
                     self.evaluations += chain.taken
                     for orders, choice, makespan in chain.found:
@@ -418,6 +428,16 @@ class _Chain:
     @property
     def at_cycle_start(self) -> bool:
         return self.cycle_done == 0 and self.refining is None
+
+    def advance_apart(self, steps: int, rounds: int) -> None:
+        """Takes up to so many rounds, and ends at the start of a cycle if there is one in their second half: all chains end alike."""
+        taken = 0
+        for number in range(1, rounds + 1):
+            self.advance(steps)
+            taken += self.taken
+            if (number >= rounds // 2 and self.at_cycle_start) or self.searcher.out_of_time():
+                break
+        self.taken = taken
 
     def advance(self, steps: int) -> None:
         """Takes some steps, and polishes a new best every few rounds."""
