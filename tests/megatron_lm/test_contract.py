@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_dip.hooks.patching import read_version
-from tests.megatron_lm.runs import DIP, NO_EVALUATION, P2, VARYING, VLM, Run, finished, fresh, start, words
+from tests.megatron_lm.runs import DIP, NO_EVALUATION, P2, VARYING, VLM, Run, finished, fresh, own_losses, start, words
 
 CHUNKS = words("--dip-chunks vit=2 lm=2 --dip-sub-microbatch-size vit=2")
 
@@ -32,11 +32,6 @@ def assert_same_log(run: Run, stock: Run, rtol: float) -> None:
 def without(arguments: Sequence[str], flags: set[str]) -> list[str]:
     """The arguments less these flags of one value."""
     return [word for before, word in zip(["", *arguments], arguments, strict=False) if not {word, before} & flags]
-
-
-def own_losses(run: Run) -> list[float]:
-    """Of each iteration alone: as the second loss since its start the release logs the mean of the first two."""
-    return [2 * loss - run.losses[0] if index == 1 else loss for index, loss in enumerate(run.losses)]
 
 
 @pytest.mark.parametrize(("of_both", "flags"), [

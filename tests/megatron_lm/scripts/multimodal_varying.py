@@ -6,23 +6,16 @@ data set, the sizes of its vision and language models, and a tokenizer's padding
 
 from __future__ import annotations
 
-import os
 import sys
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-
-checkout = next(folder for folder in map(Path, sys.path) if (folder / "pretrain_vlm.py").is_file())
-SCRIPT = checkout / "examples/multimodal/train.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
-import config as sizes  # noqa: E402 (of the script's folder)
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX  # noqa: E402
-from megatron.training import get_args, global_vars  # noqa: E402
+from megatron.core import parallel_state
+from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX
+from megatron.training import get_args, global_vars
+from multimodal_small import run
 
 TILES_OF_IMAGES = ((1, 2), (), (3,), (1,), (2, 1, 1))
 TEXT_LENGTH = 24
@@ -71,24 +64,9 @@ def train_valid_test_dataloaders_provider(samples: Any) -> tuple[Any, Any, Any]:
     return Samples(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()), None, None
 
 
-def small(stock: Any, **changes: Any) -> Any:
-    def get_config(config: Any, *args: Any, **kwargs: Any) -> Any:
-        config = stock(config, *args, **kwargs)
-        for name, value in changes.items():
-            setattr(config, name, value)
-        return config
-
-    return get_config
-
-
 loader = types.ModuleType("dataloader_provider")
 vars(loader).update(train_valid_test_dataloaders_provider=train_valid_test_dataloaders_provider, is_first_or_last_stage=is_first_or_last_stage)
 sys.modules["dataloader_provider"] = loader
-sizes.get_vision_model_config = small(
-    sizes.get_vision_model_config, num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, kv_channels=8, num_query_groups=4,
-)
-sizes.get_language_model_config = small(sizes.get_language_model_config, ffn_hidden_size=128)
-sizes.get_vision_projection_config = small(sizes.get_vision_projection_config, ffn_hidden_size=64)
 
 
 def get_tokenizer() -> Any:
@@ -101,5 +79,4 @@ stock_get_tokenizer = global_vars.get_tokenizer
 sys.modules["megatron.training"].get_tokenizer = get_tokenizer  # type: ignore[attr-defined]
 
 if __name__ == "__main__":
-    assert os.environ["WORLD_SIZE"], "start it with one process a rank"
-    exec(compile(SCRIPT.read_text(), str(SCRIPT), "exec", dont_inherit=True), {"__name__": "__main__", "__file__": str(SCRIPT)})
+    run()
