@@ -194,7 +194,8 @@ def _partition(args: argparse.Namespace, task: _Task, workload: Workload, show: 
         task.model, task.num_ranks, batches, task.costs, split_backward=task.split_backward, strategy=task.strategy, chunks=chunks,
         sizes=sizes, progress=lambda tried, best: show(f"choosing the partition: {tried} tried, best {_time(best)}"),
     )
-    return choice.partition, f"joint choice, {choice.candidates} candidates on {len(batches)} batch{'es' if len(batches) > 1 else ''}"
+    origin = f"joint choice, {choice.candidates} candidates on {len(batches)} batch{'es' if len(batches) > 1 else ''}"
+    return choice.partition, origin + (", cut short by its time limit" if choice.cut_short else "")
 
 
 def _sample(args: argparse.Namespace, workload: Workload) -> list[list[Microbatch]]:

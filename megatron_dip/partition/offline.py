@@ -15,6 +15,7 @@ Not modelled: choices that differ between batches (weights never move), and K ot
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,10 @@ _TOLL = 0.0005
 """Share by which every further chunk a rank must shorten the iteration: more stages leave the online search fewer tries."""
 _WASTE = 1.25
 """Sizes whose work exceeds the best size's by more than this are not tried."""
+TIME_LIMIT_S = 25.0
+"""Of the joint choice: the largest setup takes half of it on an ordinary core."""
+_SHORT_SHARE = 0.6
+"""Share of the time limit for short evaluations."""
 _WORK_SAMPLE = 256
 """Microbatches whose work is summed up; a sample's loads converge well before."""
 
@@ -272,6 +277,8 @@ class PartitionChoice:
     """Mean over the judged batches of the scheduled time"""
     candidates: int
     """Evaluations of a partition, short and thorough ones"""
+    cut_short: bool
+    """Whether the time limit ended the choice, which would have gone on"""
 
 
 def choose_partition(
@@ -287,8 +294,10 @@ def choose_partition(
     chunks: Mapping[str, int] | None = None,
     sizes: Mapping[str, int] | None = None,
     progress: Callable[[int, float], None] | None = None,
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> PartitionChoice:
-    """Our own joint choice of B, K and uneven layers: least expected iteration time over the sample. Deterministic if ``evaluate`` is.
+    """Our own joint choice of B, K and uneven layers: least expected iteration time over the sample. Deterministic if ``evaluate`` is and
+    the time limit is not reached.
 
     First a descent with short evaluations, then the best few and the neighbourhood of the best with thorough ones.
 
@@ -298,10 +307,13 @@ def choose_partition(
         max_candidates, max_refined: partitions evaluated shortly and thoroughly at most.
         chunks, sizes: K and B that are given and not varied.
         progress: called after each evaluation with their number and the best expectation so far.
+        time_limit_s: no evaluation begins that would, at the pace of the longest, end later; some short and one thorough one always run.
 
     Raises:
         NothingFits: no candidate does.
     """
+    began = time.monotonic()
+    longest, cut_short = 0.0, False
     microbatches = _work_sample(batches)
     judged = [batches[index * len(batches) // num_judged] for index in range(num_judged)] if len(batches) > num_judged else list(batches)
     table: dict[tuple[int, int], ModuleWork] = {}
@@ -336,18 +348,27 @@ def choose_partition(
         partition = build(cut)
         key = (repr(partition), fine)  # another levelling may change nothing
         if key not in scores:
+            nonlocal longest
+            start_s = time.monotonic()
             expected = sum(evaluate(partition, batch, fine) for batch in judged) / len(judged)
             scores[key] = expected * (1.0 + _TOLL * sum(cut.chunks))
+            longest = max(longest, time.monotonic() - start_s)
             if progress is not None:
                 progress(len(scores), min(scores.values()))
         return scores[key]
+
+    def out_of_time(fine: bool) -> bool:
+        nonlocal cut_short
+        over = time.monotonic() - began + longest > time_limit_s * (1.0 if fine else _SHORT_SHARE)
+        cut_short = cut_short or over
+        return over
 
     def descend(cut: Cut, fine: bool, limit: int) -> Cut:
         improved = True
         while improved:
             improved = False
             for neighbour in _neighbours(cut, options):
-                if sum(key[1] == fine for key in scores) >= limit:
+                if sum(key[1] == fine for key in scores) >= limit or out_of_time(fine):
                     return cut
                 if score(neighbour, fine) < score(cut, fine):
                     cut, improved = neighbour, True
@@ -375,11 +396,17 @@ def choose_partition(
     near = [neighbour for end in ends for neighbour in [end, *_neighbours(end, options)]]
     known = [cut for cut in dict.fromkeys([*ends, *near, *starts]) if (repr(build(cut)), False) in scores]
     finalists = sorted(known, key=lambda cut: score(cut, False))[: max(1, max_refined // 3)]
-    best = descend(min(finalists, key=lambda cut: score(cut, True)), True, max_refined)
+    best = finalists[0]
+    score(best, True)
+    for cut in finalists[1:]:
+        if out_of_time(True):
+            break
+        best = min(best, cut, key=lambda cut: score(cut, True))
+    best = descend(best, True, max_refined)
     if math.isinf(score(best, True)):
         raise NothingFits
     expected_ns = score(best, True) / (1.0 + _TOLL * sum(best.chunks))
-    return PartitionChoice(partition=build(best), expected_ns=expected_ns, candidates=len(scores))
+    return PartitionChoice(partition=build(best), expected_ns=expected_ns, candidates=len(scores), cut_short=cut_short)
 
 
 def _neighbours(cut: Cut, options: Mapping[str, Sequence[Sequence[int]]]) -> list[Cut]:

@@ -1,7 +1,8 @@
 """The joint choice of a partition, judged by the planner's own search.
 
 In: model, ranks, a sample of batches, costs. Out: a :class:`~megatron_dip.partition.offline.PartitionChoice`. The search behind every
-judgement is short and limited by evaluations, not by time: the same sample gives the same partition on every machine.
+judgement is short and limited by evaluations, not by time: the same sample gives the same partition on every machine that needs no more
+than the time limit for all of them; the choice says where it was cut short.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from megatron_dip.cost.interface import CostModel
-from megatron_dip.partition.offline import Batch, NothingFits, PartitionChoice, choose_partition
+from megatron_dip.partition.offline import TIME_LIMIT_S, Batch, NothingFits, PartitionChoice, choose_partition
 from megatron_dip.partition.online import split
 from megatron_dip.schedule.graph import build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
@@ -38,6 +39,7 @@ def joint_partition(
     chunks: Mapping[str, int] | None = None,
     sizes: Mapping[str, int] | None = None,
     progress: Callable[[int, float], None] | None = None,
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> PartitionChoice:
     """Chooses B, K and the layers of every chunk together; see :func:`megatron_dip.partition.offline.choose_partition`.
 
@@ -69,7 +71,9 @@ def joint_partition(
             return math.inf
 
     try:
-        return choose_partition(model, num_ranks, batches, costs, evaluate, chunks=chunks, sizes=sizes, progress=progress)
+        return choose_partition(
+            model, num_ranks, batches, costs, evaluate, chunks=chunks, sizes=sizes, progress=progress, time_limit_s=time_limit_s
+        )
     except NothingFits:
         missing, rank, held = min(lacking)
         raise InputError(

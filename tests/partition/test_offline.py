@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dip.cost.profile import ProfileCost
+from megatron_dip.partition import offline
 from megatron_dip.partition.offline import (
     Cut,
     Level,
@@ -163,6 +164,26 @@ def test_the_joint_choice_finds_the_best_cut_of_a_plain_function() -> None:
     assert choice.expected_ns == 0
     assert (len(choice.partition.chunks["vit"]), len(choice.partition.chunks["lm"]), choice.partition.sub_microbatch_size["vit"]) == (2, 1, 3)
     assert choice.candidates == len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize("pace_s", [0.1, 1.0, 5.0])
+def test_the_time_limit_ends_the_choice_and_it_says_so(pace_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = vlm_case(num_microbatches=8)
+    now = 0.0
+    asked: list[bool] = []
+    monkeypatch.setattr(offline.time, "monotonic", lambda: now)
+
+    def evaluate(partition: Partition, batch: object, fine: bool) -> float:
+        nonlocal now
+        now += pace_s
+        asked.append(fine)
+        return abs(len(partition.chunks["vit"]) - 2) + abs(partition.sub_microbatch_size["vit"] - 3)
+
+    choice = choose_partition(case.model, 2, [case.microbatches], case.costs(), evaluate, time_limit_s=20.0)
+    assert choice.cut_short == (pace_s > 0.1)
+    assert True in asked
+    # Six first cuts and one thorough look always run.
+    assert now <= max(20.0, 7 * pace_s)
 
 
 def test_given_choices_are_kept() -> None:
