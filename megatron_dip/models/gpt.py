@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.description import unwrap
 from megatron_dip.models.layout import ModuleCut
-from megatron_dip.models.parts import LANGUAGE, boundary_dtype, language_boundary, language_conditions, language_spec
+from megatron_dip.models.parts import LANGUAGE, LanguageModel, cut_layer_spec, language_conditions
 from megatron_dip.models.provided import Sketch, bind_arguments, call_provider, cut_config, gpt_cut
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
@@ -42,16 +42,16 @@ class GptDescription:
         """
         own = sketch.sketch
         assert isinstance(own, Sketch)
-        self._sketch: Sketch = own
+        self._language = LanguageModel(own)
         self._provider = provider
         self._arguments = dict(arguments)
-        self.config: TransformerConfig = own.arguments["config"]
+        self.config: TransformerConfig = self._language.config
         if own.arguments.get("mtp_block_spec") is not None:
             raise InputError("--mtp-num-layers", self.config.mtp_num_layers, "multi-token prediction layers cannot be cut yet", "leave it out")
 
     @property
     def model_spec(self) -> ModelSpec:
-        return ModelSpec(modules=[language_spec(self._sketch)])
+        return ModelSpec(modules=[self._language.spec])
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return bind_arguments(GPTModel.forward, args, kwargs)
@@ -81,11 +81,15 @@ class GptDescription:
         cut = ModuleCut.of_partition(partition, module)
         first, last, stage = (vp_stage, rank) == cut.first, (vp_stage, rank) == cut.last, cut.vp_stage(vp_stage)
         config = cut_config(self.config, cut)
-        with gpt_cut(config, pre_process=first, post_process=last, vp_stage=stage):
+
+        def layer_spec(whole_or_own: Any) -> Any:
+            return cut_layer_spec(whole_or_own, cut, vp_stage, rank, perhaps_cut=True)
+
+        with gpt_cut(config, pre_process=first, post_process=last, vp_stage=stage, layer_spec=layer_spec):
             return call_provider(self._provider, **{**self._arguments, "config": config, "vp_stage": stage})
 
     def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
-        return PayloadSpec(language_boundary(producer, self.config), boundary_dtype(self.config))
+        return self._language.boundary(producer)
 
     def run_chunk(
         self, chunk: torch.nn.Module, stage: PlanStage, batch: Mapping[str, Any], first_instance: int,

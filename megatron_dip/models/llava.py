@@ -26,19 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.description import unwrap
 from megatron_dip.models.layout import ModuleCut
-from megatron_dip.models.parts import (
-    LANGUAGE,
-    VisionTower,
-    boundary_dtype,
-    build_language_chunk,
-    check_divisible,
-    copy_attributes,
-    language_boundary,
-    language_conditions,
-    language_spec,
-    module_spec,
-    sequence_divisor,
-)
+from megatron_dip.models.parts import LANGUAGE, LanguageModel, VisionTower, copy_attributes, language_conditions
 from megatron_dip.models.provided import Sketch, bind_arguments
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
@@ -109,17 +97,14 @@ class LlavaDescription:
         self._sketch = sketch
         self._vision = VisionTower(sketch.vision_model)
         self._projection: Sketch = sketch.vision_projection
-        self._language: Sketch = sketch.language_model
-        self.language_config: TransformerConfig = self._language.arguments["config"]
+        self._language = LanguageModel(sketch.language_model)
         if getattr(sketch, "_dynamic_resolution", False) or getattr(sketch, "dynamic_resolution", False):
             raise InputError("--dynamic-resolution", True, "tiles of different sizes cannot be divided yet", "leave it out")
 
     @property
     def model_spec(self) -> ModelSpec:
         trainable = self._vision.trainable or self._projection.trainable
-        return ModelSpec(modules=[
-            module_spec(VISION, "vit", "encoder", self._vision.config, trainable=trainable, causal=False), language_spec(self._language),
-        ])
+        return ModelSpec(modules=[self._vision.spec(VISION, trainable=trainable), self._language.spec])
 
     @property
     def embeddings_per_tile(self) -> int:
@@ -140,7 +125,7 @@ class LlavaDescription:
         sequences that cannot be divided."""
         microbatch = self._lengths(batch)
         for length in microbatch.get(LANGUAGE, []):
-            check_divisible(length, self.language_config)
+            self._language.check_length(length)
         return microbatch
 
     def _lengths(self, batch: Mapping[str, Any]) -> Microbatch:
@@ -184,7 +169,7 @@ class LlavaDescription:
                          "give dictionaries as pretrain_vlm.py and examples/multimodal do, or --dip-look-ahead 0")
 
     def _padded(self, microbatch: Microbatch) -> Microbatch:
-        divisor = sequence_divisor(self.language_config)
+        divisor = self._language.divisor
         return {**microbatch, LANGUAGE: [-(-length // divisor) * divisor for length in microbatch[LANGUAGE]]}
 
     def num_instances(self, batch: Mapping[str, Any]) -> dict[str, int]:
@@ -199,13 +184,13 @@ class LlavaDescription:
         cut = ModuleCut.of_partition(partition, module)
         first, last, stage = (vp_stage, rank) == cut.first, (vp_stage, rank) == cut.last, cut.vp_stage(vp_stage)
         if module == LANGUAGE:
-            language = build_language_chunk(self._language, cut, vp_stage, rank)
+            language = self._language.build_chunk(cut, vp_stage, rank)
             chunk = LlavaChunk(self._sketch, language.config, stage)  # type: ignore[arg-type]
             chunk.add_decoder, chunk.pre_process, chunk.post_process = True, first, last
             chunk.language_model = language
             return chunk
         vision = self._vision.build_chunk(cut, vp_stage, rank)
-        chunk = LlavaChunk(self._sketch, self.language_config, stage)
+        chunk = LlavaChunk(self._sketch, self._language.config, stage)
         chunk.add_encoder, chunk._tile_tags = True, None
         chunk.vision_model = vision
         if last:
@@ -213,12 +198,11 @@ class LlavaDescription:
         return chunk
 
     def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
-        language, dtype = self.language_config, boundary_dtype(self.language_config)
-        if producer.module == VISION and consumer.module == VISION:
-            return PayloadSpec((producer.instances, self._vision.length, self._vision.config.hidden_size), dtype)
-        if producer.module == VISION:
-            return PayloadSpec((self.embeddings_per_tile, producer.instances, language.hidden_size), dtype)
-        return PayloadSpec(language_boundary(producer, language), dtype)
+        if producer.module == LANGUAGE:
+            return self._language.boundary(producer)
+        if consumer.module == VISION:
+            return self._vision.boundary(producer, self._language.dtype)
+        return PayloadSpec((self.embeddings_per_tile, producer.instances, self._language.config.hidden_size), self._language.dtype)
 
     def run_chunk(
         self, chunk: torch.nn.Module, stage: PlanStage, batch: Mapping[str, Any], first_instance: int,

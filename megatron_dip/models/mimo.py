@@ -27,19 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.description import unwrap
 from megatron_dip.models.layout import ModuleCut
-from megatron_dip.models.parts import (
-    LANGUAGE,
-    VISION_MODELS,
-    VisionTower,
-    boundary_dtype,
-    build_language_chunk,
-    check_divisible,
-    copy_attributes,
-    language_boundary,
-    language_conditions,
-    language_spec,
-    module_spec,
-)
+from megatron_dip.models.parts import LANGUAGE, VISION_MODELS, LanguageModel, VisionTower, copy_attributes, language_conditions
 from megatron_dip.models.provided import MimoModel, Sketch, bind_arguments
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
@@ -221,19 +209,15 @@ class MimoDescription:
             found = language.builder.__name__ if isinstance(language, Sketch) else type(language).__name__
             raise InputError("language_model_spec", found, "DIP can cut language models that are a GPTModel", _USE_STOCK)
         self._sketch = sketch
-        self._language = language
-        self.language_config: TransformerConfig = language.arguments["config"]
-        _check_division(sketch, self.language_config)
+        self._language = LanguageModel(language)
+        _check_division(sketch, self._language.config)
         specs = sketch.mimo_config.modality_submodules_spec
         self._modalities = {name: Modality.of(name, submodule, specs[name]) for name, submodule in sketch.modality_submodules.items()}
 
     @property
     def model_spec(self) -> ModelSpec:
-        encoders = [
-            module_spec(name, "vit", "encoder", modality.tower.config, trainable=modality.trainable, causal=False)
-            for name, modality in self._modalities.items()
-        ]
-        return ModelSpec(modules=[*encoders, language_spec(self._language)])
+        encoders = [modality.tower.spec(name, trainable=modality.trainable) for name, modality in self._modalities.items()]
+        return ModelSpec(modules=[*encoders, self._language.spec])
 
     num_outputs = 2
     """MimoModel returns losses or logits, and a loss mask."""
@@ -247,7 +231,7 @@ class MimoDescription:
         tokens = batch.get("input_ids")
         if tokens is None:
             return {}
-        check_divisible(tokens.shape[1], self.language_config)
+        self._language.check_length(tokens.shape[1])
         microbatch: Microbatch = {LANGUAGE: [tokens.shape[1]] * tokens.shape[0]}
         for name, modality in self._modalities.items():
             inputs = self._inputs(batch, modality)
@@ -282,19 +266,18 @@ class MimoDescription:
         cut = ModuleCut.of_partition(partition, module)
         first, last, stage = (vp_stage, rank) == cut.first, (vp_stage, rank) == cut.last, cut.vp_stage(vp_stage)
         if module == LANGUAGE:
-            language = build_language_chunk(self._language, cut, vp_stage, rank)
+            language = self._language.build_chunk(cut, vp_stage, rank)
             return LanguageChunk(self._sketch, language, vp_stage=stage, first=first, last=last)
         modality = self._modalities[module]
         return EncoderChunk(self._sketch, modality, modality.tower.build_chunk(cut, vp_stage, rank), vp_stage=stage, last=last)
 
     def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
-        dtype = boundary_dtype(self.language_config)
         if producer.module == LANGUAGE:
-            return PayloadSpec(language_boundary(producer, self.language_config), dtype)
+            return self._language.boundary(producer)
         tower = self._modalities[producer.module].tower
         if consumer.module == producer.module:
-            return PayloadSpec((producer.instances, tower.length, tower.config.hidden_size), dtype)
-        return PayloadSpec((producer.instances * tower.length, self.language_config.hidden_size), dtype)
+            return tower.boundary(producer, self._language.dtype)
+        return PayloadSpec((producer.instances * tower.length, self._language.config.hidden_size), self._language.dtype)
 
     def run_chunk(
         self, chunk: torch.nn.Module, stage: PlanStage, batch: Mapping[str, Any], first_instance: int,

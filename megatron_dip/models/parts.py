@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.models.provided import Sketch, cut_config
+from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModuleSpec as Module
 from megatron_dip.spec.plan import PlanStage
@@ -96,6 +97,16 @@ class VisionTower:
         patches = (given["img_h"] // given["patch_dim"]) * (given["img_w"] // given["patch_dim"])
         return int(patches + (given["class_token_len"] if given["add_class_token"] else 0))
 
+    def spec(self, name: str, *, trainable: bool) -> Module:
+        """Args:
+        trainable: whether the module is, its projector included.
+        """
+        return module_spec(name, "vit", "encoder", self.config, trainable=trainable, causal=False)
+
+    def boundary(self, producer: PlanStage, dtype: torch.dtype) -> PayloadSpec:
+        """Hidden states between two chunks: [n, s, h]."""
+        return PayloadSpec((producer.instances, self.length, self.config.hidden_size), dtype)
+
     def build_chunk(self, cut: ModuleCut, vp_stage: int, rank: int) -> torch.nn.Module:
         """Frozen where the script froze it."""
         changes = {"transformer_config": cut_config(self.config, cut), "vp_stage": cut.vp_stage(vp_stage)}
@@ -105,23 +116,71 @@ class VisionTower:
         return chunk
 
 
-def build_language_chunk(sketch: Sketch, cut: ModuleCut, vp_stage: int, rank: int, **changes: Any) -> torch.nn.Module:
-    """A GPTModel with the cut's layers, embedding and head; frozen where the script froze it."""
-    arguments = {
-        "config": cut_config(sketch.arguments["config"], cut), "pre_process": (vp_stage, rank) == cut.first,
-        "post_process": (vp_stage, rank) == cut.last, "vp_stage": cut.vp_stage(vp_stage),
-        "transformer_layer_spec": cut_layer_spec(sketch.arguments["transformer_layer_spec"], cut, vp_stage, rank),
-    }
-    return sketch.build(**{**arguments, **changes})
+class LanguageModel:
+    """A script's GPTModel, to be cut."""
+
+    def __init__(self, sketch: Sketch) -> None:
+        self._sketch = sketch
+        self.config: TransformerConfig = sketch.arguments["config"]
+
+    @property
+    def spec(self) -> Module:
+        given = self._sketch.arguments
+        return module_spec(
+            LANGUAGE, "lm", "backbone", self.config, trainable=self._sketch.trainable, causal=True, vocab_size=given["vocab_size"],
+            tied_embeddings=bool(given.get("share_embeddings_and_output_weights", False)),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states and embeddings between chunks, of encoders too."""
+        return torch.float32 if self.config.fp32_residual_connection else self.config.params_dtype
+
+    @property
+    def divisor(self) -> int:
+        """What S must be a multiple of: under context parallelism a rank has two pieces of each sequence, one from either end."""
+        pieces = 2 * self.config.context_parallel_size if self.config.context_parallel_size > 1 else 1
+        return pieces * (self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
+
+    def check_length(self, length: int) -> None:
+        """Raises InputError for sequences of ``length`` tokens that context and sequence parallelism cannot divide."""
+        if length % self.divisor:
+            raise InputError(
+                "forward_step: input_ids", length, "sequences with their embeddings are this long, which context and sequence parallelism cannot "
+                "divide", f"pad to a multiple of {self.divisor}",
+            )
+
+    def boundary(self, producer: PlanStage) -> PayloadSpec:
+        """Hidden states between two chunks: [S / CP (/ TP under sequence parallelism), b, h]."""
+        length = producer.tokens // producer.instances // self.config.context_parallel_size
+        if self.config.sequence_parallel:
+            length //= self.config.tensor_model_parallel_size
+        return PayloadSpec((length, producer.instances, self.config.hidden_size), self.dtype)
+
+    def build_chunk(self, cut: ModuleCut, vp_stage: int, rank: int) -> torch.nn.Module:
+        """With the cut's layers, embedding and head; frozen where the script froze it."""
+        return self._sketch.build(
+            config=cut_config(self.config, cut), pre_process=(vp_stage, rank) == cut.first, post_process=(vp_stage, rank) == cut.last,
+            vp_stage=cut.vp_stage(vp_stage),
+            transformer_layer_spec=cut_layer_spec(self._sketch.arguments["transformer_layer_spec"], cut, vp_stage, rank),
+        )
 
 
-def cut_layer_spec(spec: Any, cut: ModuleCut, vp_stage: int, rank: int) -> Any:
+def cut_layer_spec(spec: Any, cut: ModuleCut, vp_stage: int, rank: int, *, perhaps_cut: bool = False) -> Any:
     """A spec for the layers of one chunk, from one for the whole module.
 
     A spec of one layer stands for all of them; one that lists the layers (as for a mixture of experts) would be built as it is.
+
+    Args:
+        perhaps_cut: whether the script was asked for this chunk, so that it may have listed the chunk's layers.
+
+    Raises:
+        InputError: for another number of layers.
     """
     block = spec.submodules if isinstance(spec, ModuleSpec) else spec
     if not isinstance(block, TransformerBlockSubmodules) or block.layer_specs is None:
+        return spec
+    if perhaps_cut and len(block.layer_specs) == cut.rows[vp_stage][rank]:
         return spec
     before = sum(map(sum, cut.rows[:vp_stage])) + sum(cut.rows[vp_stage][:rank])
     if len(block.layer_specs) != sum(map(sum, cut.rows)):
@@ -133,49 +192,12 @@ def cut_layer_spec(spec: Any, cut: ModuleCut, vp_stage: int, rank: int) -> Any:
     return replace(spec, submodules=own) if isinstance(spec, ModuleSpec) else own
 
 
-def language_boundary(producer: PlanStage, config: TransformerConfig) -> tuple[int, int, int]:
-    """Hidden states between two chunks of a language model: [S / CP (/ TP under sequence parallelism), b, h]."""
-    length = producer.tokens // producer.instances // config.context_parallel_size
-    if config.sequence_parallel:
-        length //= config.tensor_model_parallel_size
-    return (length, producer.instances, config.hidden_size)
-
-
-def sequence_divisor(config: TransformerConfig) -> int:
-    """What S must be a multiple of: under context parallelism a rank has two pieces of each sequence, one from either end."""
-    pieces = 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1
-    return pieces * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
-
-
-def check_divisible(length: int, config: TransformerConfig) -> None:
-    """Raises InputError for sequences of ``length`` tokens that context and sequence parallelism cannot divide."""
-    divisor = sequence_divisor(config)
-    if length % divisor:
-        raise InputError(
-            "forward_step: input_ids", length, "sequences with their embeddings are this long, which context and sequence parallelism cannot divide",
-            f"pad to a multiple of {divisor}",
-        )
-
-
-def boundary_dtype(config: TransformerConfig) -> torch.dtype:
-    """Of the hidden states between chunks."""
-    return torch.float32 if config.fp32_residual_connection else config.params_dtype
-
-
 def module_spec(name: str, kind: Any, role: Any, config: TransformerConfig, *, causal: bool, trainable: bool, **others: Any) -> Module:
     """A module's spec from Megatron's config."""
     return Module(
         name=name, kind=kind, role=role, num_layers=config.num_layers, hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size, num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups,
         causal=causal, gated_mlp=bool(config.gated_linear_unit), trainable=trainable, **others,
-    )
-
-
-def language_spec(sketch: Sketch) -> Module:
-    """Of a GPTModel that was sketched."""
-    return module_spec(
-        LANGUAGE, "lm", "backbone", sketch.arguments["config"], trainable=sketch.trainable, causal=True,
-        vocab_size=sketch.arguments["vocab_size"], tied_embeddings=bool(sketch.arguments.get("share_embeddings_and_output_weights", False)),
     )
 
 

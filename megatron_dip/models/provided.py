@@ -167,12 +167,22 @@ def _sketching_mimo() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gpt_cut(config: TransformerConfig, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> Iterator[None]:
-    """While active, every GPTModel is built as this part of the model."""
+def gpt_cut(
+    config: TransformerConfig, *, pre_process: bool, post_process: bool, vp_stage: int | None, layer_spec: Callable[[Any], Any]
+) -> Iterator[None]:
+    """While active, every GPTModel is built as this part of the model.
+
+    Args:
+        layer_spec: the part's ``transformer_layer_spec``, from the script's.
+    """
 
     def part(self: GPTModel, *args: Any, **kwargs: Any) -> None:
-        cut = {"config": config, "pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
-        original(self, **{**bind_arguments(original, args, kwargs), **cut})
+        given = bind_arguments(original, args, kwargs)
+        cut = {
+            "config": config, "pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage,
+            "transformer_layer_spec": layer_spec(given["transformer_layer_spec"]),
+        }
+        original(self, **{**given, **cut})
 
     original = GPTModel.__init__
     with _replaced(GPTModel, "__init__", part):

@@ -54,8 +54,8 @@ class Case:
     """Tensor-parallel ranks, above 1 with sequence parallelism of the language model."""
     context: int = 1
     """Context-parallel ranks."""
-    lists_own_layers: bool = False
-    """Whether the provider lists the layers of its stock pipeline rank."""
+    lists_all: bool | None = None
+    """Whether the provider lists all layers or those it is asked for; None: as LLaVAModels and GPTModels need it."""
 
     @property
     def whole(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def provide_llava(case: Case, ranks: int, pre_process: bool = True, post_process
     projection.sequence_parallel = False
     spec: Any = decoder_model_with_local_default_spec(None, False) if case.shards == 1 else LAYER
     if case.expert_layers:
-        spec = get_gpt_decoder_block_spec(language if case.lists_own_layers else config_of(4, 1, **case.mixture), use_transformer_engine=False)
+        spec = get_gpt_decoder_block_spec(language if case.lists_all is False else config_of(4, 1, **case.mixture), use_transformer_engine=False)
     model = LLaVAModel(
         language_transformer_config=language, language_transformer_layer_spec=spec, language_vocab_size=VOCABULARY,
         language_max_sequence_length=64, vision_transformer_config=vision, vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
@@ -138,7 +138,8 @@ def provide_gpt(
     config = config or config_of(8, ranks, **case.divided, **case.mixture)
     spec = get_gpt_layer_local_spec() if case.shards == 1 else LAYER
     if case.experts is not None:
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
+        listed, stage = (config_of(8, 1, **case.mixture), None) if case.lists_all else (config, vp_stage)
+        spec = get_gpt_decoder_block_spec(listed, use_transformer_engine=False, vp_stage=stage)
         if case.shards > 1:
             spec.layer_specs = [gathering(layer) for layer in spec.layer_specs]
     return GPTModel(
@@ -477,11 +478,11 @@ def test_layers_that_differ_are_cut_with_their_own_specs() -> None:
 
 
 def test_layers_that_differ_over_two_ranks() -> None:
-    check([MIXED_GPT, replace(MIXED_GPT, flags=("--dip-chunks", "lm=3")), MIXED_LLAVA], 2)
+    check([MIXED_GPT, replace(MIXED_GPT, flags=("--dip-chunks", "lm=3"), lists_all=True), MIXED_LLAVA], 2)
 
 
 def test_a_spec_of_one_ranks_layers_is_refused() -> None:
-    for result in launch_all(run_cases, 2, [replace(MIXED_LLAVA, lists_own_layers=True, flags=())], timeout_s=120):
+    for result in launch_all(run_cases, 2, [replace(MIXED_LLAVA, lists_all=False, flags=())], timeout_s=120):
         assert "transformer_layer_spec = 2: lists other than the model's 4 layers" in str(result.error_message)
         assert "Remedy: give the spec of the whole model" in str(result.error_message)
 
