@@ -87,6 +87,7 @@ def gathering(layer: ModuleSpec) -> ModuleSpec:
 
 
 LAYER = gathering(get_gpt_layer_local_spec())
+EXPERTS = gathering(get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False))
 
 
 def let_llava_take_it() -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from tests.megatron_lm.runs import DIP, GPT, NO_EVALUATION, VARYING, VLM, Run, finished, fresh, start, words
+from tests.megatron_lm.test_experts import EXPERTS as SPARSE
+from tests.megatron_lm.test_experts import saved_by_stock
 
 SPEC = words("--spec gathering LAYER")
 GPT_ARGUMENTS = [*GPT, *NO_EVALUATION, *SPEC]
@@ -19,12 +21,6 @@ GPT_ARGUMENTS = [*GPT, *NO_EVALUATION, *SPEC]
 # Transformer Engine.
 VLM_ARGUMENTS = [*VLM, *NO_EVALUATION, *SPEC, *words("--disable-vision-class-token --seq-length 4")]
 DIVIDED = words("--context-parallel-size 2 --pipeline-model-parallel-size 2")
-
-
-def saved_by_stock(tree: Path, script: Path, arguments: list[str], folder: Path) -> Path:
-    """The weights that runs start from."""
-    finished(start(tree, script, [*arguments, *words("--train-iters 1 --save-interval 1"), "--save", str(folder)], patched=False), 1)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +58,19 @@ def test_gpt_divided_in_other_ways(flags: str, patched_tree: Path, gpt_weights: 
     arguments = [*GPT_ARGUMENTS, *fresh(gpt_weights, 3), *DIP, *flags.split()]
     run = finished(start(patched_tree, patched_tree / "pretrain_gpt.py", arguments, ranks=4), 3)
     np.testing.assert_allclose(run.losses, gpt_alone.losses, rtol=1e-5)
+
+
+def test_experts_over_context_parallel_ranks(checkout: Path, patched_tree: Path, tmp_path: Path) -> None:
+    """Expert-parallel ranks are first the context-parallel ranks of one replica, which run one plan, then those of others, which are linked."""
+    arguments = [*GPT, *NO_EVALUATION, *words("--spec gathering EXPERTS"), *SPARSE]
+    weights = saved_by_stock(checkout, checkout / "pretrain_gpt.py", arguments, tmp_path / "weights")
+    alone = finished(start(checkout, checkout / "pretrain_gpt.py", [*arguments, *fresh(weights, 3)], patched=False), 3)
+    for flags in (
+        "--context-parallel-size 2 --expert-model-parallel-size 2 --pipeline-model-parallel-size 2 --dip-chunks lm=2",
+        "--context-parallel-size 2 --expert-model-parallel-size 4",
+    ):
+        run = finished(start(patched_tree, patched_tree / "pretrain_gpt.py", [*arguments, *fresh(weights, 3), *DIP, *flags.split()], ranks=4), 3)
+        np.testing.assert_allclose(run.losses, alone.losses, rtol=1e-5, err_msg=flags)
 
 
 @pytest.mark.parametrize(("divided", "dip", "ranks"), [

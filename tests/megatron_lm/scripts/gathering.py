@@ -1,4 +1,4 @@
-"""The layer of tests/distributed/context_attention.py for ``--spec gathering LAYER``. LLaVAModel takes it as soon as this is imported.
+"""The layers of tests/distributed/context_attention.py for ``--spec gathering LAYER`` or ``EXPERTS``. LLaVAModel takes it as soon as this is imported.
 
 A checkout has a package ``tests`` of its own, which stands before this project's where its scripts run.
 """
@@ -14,4 +14,4 @@ assert _spec.loader is not None
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 _module.let_llava_take_it()
-LAYER = _module.LAYER
+LAYER, EXPERTS = _module.LAYER, _module.EXPERTS
