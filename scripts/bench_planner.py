@@ -1,8 +1,9 @@
 """Measures the planner on the paper's five setups and writes a record: how near to the bounds, how fast, against whom.
 
-    python scripts/bench_planner.py gaps memory speedup convergence --seeds 5 --output docs/results/planner
+    python scripts/bench_planner.py all --jobs 2 --output docs/results/planner
 
-writes ``planner.json`` (every single run) and ``planner.md`` (the tables). Sections:
+writes ``planner.json`` (every single run) and ``planner.md`` (the tables): all sections, 5 seeds of the five setups, in some 20 minutes.
+Sections:
 
 gaps         makespan / bound after --time-budget seconds, whole and split backward, memory unlimited: the same durations for all
 memory       3 s under the device's memory, against the bound without any recomputation
@@ -16,7 +17,11 @@ startup      seconds from the command's start to a plan of a small batch, kernel
 
 and those of bench_planner_parts.py: kernels, gil, choice, exact, partition.
 
---merge keeps what the record already holds of other sections and setups, so that a record can be made in pieces.
+--jobs runs that many setups at once, each in a process of its own, in the sections that measure schedules; a core for each is needed, or
+budgets in seconds buy less. Sections that measure times run alone.
+
+--merge keeps what the record already holds of other sections and setups, so that a record can be made in pieces. Plans that several
+sections show are made once.
 
 Two bounds: the plan's own (its partition's work, heads and tails) and one free of the partition (the batch's cheapest work / ranks),
 so that an uneven or inefficient cut cannot hide; neither counts recomputation. The partition is chosen once, on other seeds than those
@@ -36,8 +41,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -61,6 +66,7 @@ from megatron_dip.workloads.generators import make_workload
 SAMPLE_SEED = 1_000_000
 """Batches that the partition is chosen on start here; measured seeds start at 0."""
 NUM_SAMPLE = 8
+IDEAL_BASELINE = "interleaved, V = 2"
 CONVERGENCE_S = (0.1, 0.3, 1.0, 3.0, 10.0)
 ASKED = {
     ("gaps", False): (1.01, 1.02, 1.04, 1.03, 1.05), ("gaps", True): (1.003, 1.005, 1.01, 1.005, 1.015),
@@ -79,6 +85,8 @@ class Scenario:
     choice: PartitionChoice
     partition_s: float
     split_backward: bool
+    rows: dict[tuple[str, int, int, float], Row] = field(default_factory=dict)
+    """(partition, seed, microbatches, budget) -> what was found"""
 
     def batch(self, seed: int, num_microbatches: int) -> list[Microbatch]:
         return make_workload(self.name, seed=seed, num_microbatches=num_microbatches).microbatches
@@ -116,11 +124,18 @@ def scenario(name: str, num_microbatches: int, *, split_backward: bool, with_mem
 
 
 def plan_row(section: str, given: Scenario, seed: int, num_microbatches: int, time_budget_s: float) -> Row:
+    key = (repr(given.choice.partition), seed, num_microbatches, time_budget_s)
+    if key not in given.rows:
+        given.rows[key] = _planned(given, seed, num_microbatches, time_budget_s)
+    return {"section": section, **given.rows[key]}
+
+
+def _planned(given: Scenario, seed: int, num_microbatches: int, time_budget_s: float) -> Row:
     batch = given.batch(seed, num_microbatches)
     plan = given.plan(batch, time_budget_s)
     bound, free_bound = given.own_bound_ns(batch), given.free_bound_ns(batch)
     return {
-        "section": section, "setup": given.name, "split_backward": given.split_backward, "microbatches": num_microbatches, "seed": seed,
+        "setup": given.name, "split_backward": given.split_backward, "microbatches": num_microbatches, "seed": seed,
         "time_budget_s": time_budget_s, "stages": len(plan.stages), "makespan_ns": plan.claimed_makespan, "bound_ns": bound,
         "free_bound_ns": free_bound, "plan_bound_ns": plan.lower_bound, "gap": plan.claimed_makespan / bound,
         "free_gap": plan.claimed_makespan / free_bound, "bubbles": plan.bubble_fraction, "evaluations": plan.evaluations,
@@ -155,7 +170,9 @@ def _against_baselines(args: argparse.Namespace, emit: Callable[[Row], None], se
                 row = plan_row(section, given, seed, count, budget_s)
                 batch = given.batch(seed, count)
                 ideal = run_baseline("interleaved", setup.model, setup.pipeline, batch, given.costs, with_memory=with_memory, virtual_pipeline=2)
-                row["over"] = {} if ideal is None else {"interleaved, V = 2": ideal.makespan_ns / row["makespan_ns"]}
+                row["over"] = {} if ideal is None else {IDEAL_BASELINE: ideal.makespan_ns / row["makespan_ns"]}
+                if ideal is not None:
+                    row["ideal_over_free_bound"] = ideal.makespan_ns / row["free_bound_ns"]
                 for baseline in BASELINES:
                     result = run_baseline(baseline, setup.model, setup.pipeline, batch, given.costs, with_memory=with_memory)
                     if result is not None:
@@ -185,11 +202,13 @@ def searches(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
         given = scenario(name, args.microbatches[0], split_backward=False, with_memory=False)
         for seed in range(args.seeds):
             batch = given.batch(seed, args.microbatches[0])
-            bound = given.own_bound_ns(batch)
+            shipped = plan_row("searches", given, seed, args.microbatches[0], args.time_budget)
+            emit({**shipped, "method": "anneal"})
             for method in get_args(SearchMethod):
-                plan = given.plan(batch, args.time_budget, search=method)
-                emit({"section": "searches", "setup": name, "seed": seed, "method": method, "makespan_ns": plan.claimed_makespan,
-                      "gap": plan.claimed_makespan / bound, "evaluations": plan.evaluations})
+                if method != "anneal":
+                    plan = given.plan(batch, args.time_budget, search=method)
+                    emit({"section": "searches", "setup": name, "seed": seed, "method": method, "makespan_ns": plan.claimed_makespan,
+                          "gap": plan.claimed_makespan / shipped["bound_ns"], "evaluations": plan.evaluations})
 
 
 def rules(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
@@ -203,6 +222,14 @@ def rules(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
         for seed in range(args.seeds):
             for chooser, given in (("paper", paper), ("joint", joint)):
                 emit({**plan_row("rules", given, seed, args.microbatches[0], args.time_budget), "chooser": chooser})
+
+
+def schedule_sections(args: argparse.Namespace, sections: Sequence[str], setup: str) -> list[Row]:
+    """The rows of one setup; a process's whole work."""
+    rows: list[Row] = []
+    for section in sections:
+        SECTIONS[section](argparse.Namespace(**{**vars(args), "setups": [setup]}), rows.append)
+    return rows
 
 
 def threads(args: argparse.Namespace, emit: Callable[[Row], None]) -> None:
@@ -266,6 +293,8 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, Callable[[Row], None]], None]]
     "gaps": gaps, "memory": memory, "speedup": speedup, "baselines": baselines, "convergence": convergence, "searches": searches,
     "rules": rules, "threads": threads, "startup": startup, **{name: part.measure for name, part in PARTS.items()},
 }
+SCHEDULE_SECTIONS = ("gaps", "memory", "speedup", "baselines", "convergence", "searches", "rules")
+"""What is measured there are schedules, so that setups may run beside each other."""
 
 
 # --- the record ------------------------------------------------------------------------------------------------------------------
@@ -290,10 +319,10 @@ def gap_table(rows: list[Row], setups: list[str]) -> str:
     lines = []
     for split_backward in (False, True):
         for count in sorted({row["microbatches"] for row in rows}):
-            for field, label in (("gap", "own bound"), ("free_gap", "free bound")):
+            for ratio, label in (("gap", "own bound"), ("free_gap", "free bound")):
                 cells = []
                 for name in setups:
-                    own = [row[field] for row in rows if (row["setup"], row["split_backward"], row["microbatches"]) == (name, split_backward, count)]
+                    own = [row[ratio] for row in rows if (row["setup"], row["split_backward"], row["microbatches"]) == (name, split_backward, count)]
                     cells.append(spread(own) if own else "-")
                 if any(cell != "-" for cell in cells):
                     lines.append([f"{'split' if split_backward else 'whole'} backward, {count} microbatches, {label}", *cells])
@@ -322,8 +351,10 @@ def ratio_table(rows: list[Row], setups: list[str]) -> str:
             fits = all(row.get("fits", {}).get(baseline, True) for row in own)
             cells.append(spread([row["over"][baseline] for row in own], 2) + ("" if fits else ", does not fit") if own else "-")
         lines.append([baseline, *cells])
-        if baseline == "interleaved, V = 2" and rows[0]["section"] == "speedup":
-            lines.append(asked("interleaved, V = 2: asked for", "speedup", False, setups))
+        if baseline == IDEAL_BASELINE and rows[0]["section"] == "speedup":
+            limits = [[row["ideal_over_free_bound"] for row in rows if row["setup"] == name and "ideal_over_free_bound" in row] for name in setups]
+            lines.append([f"{IDEAL_BASELINE}: no plan can reach more (its time / free bound)", *(spread(found, 2) if found else "-" for found in limits)])
+            lines.append(asked(f"{IDEAL_BASELINE}: asked for", "speedup", False, setups))
     return table(["baseline's time / ours", *setups], lines)
 
 
@@ -394,11 +425,12 @@ def report(rows: list[Row], setups: list[str], head: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="+", choices=tuple(SECTIONS))
+    parser.add_argument("sections", nargs="+", choices=("all", *SECTIONS))
     parser.add_argument("--setups", nargs="+", choices=FIVE_SETUPS, default=list(FIVE_SETUPS))
     parser.add_argument("--microbatches", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--time-budget", type=float, default=1.0)
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="setups at once, where schedules are measured")
     parser.add_argument("--output", type=Path, required=True, help="without suffix: .json and .md are added")
     parser.add_argument("--merge", action="store_true", help="keep the record's rows of other sections and setups")
     args = parser.parse_args()
@@ -410,7 +442,16 @@ def main() -> int:
         print(json.dumps(shown), file=sys.stderr, flush=True)
 
     began = time.time()
-    for section in args.sections:
+    sections = list(SECTIONS) if "all" in args.sections else args.sections
+    if args.jobs > 1:
+        beside = [section for section in sections if section in SCHEDULE_SECTIONS]
+        sections = [section for section in sections if section not in SCHEDULE_SECTIONS]
+        with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+            for found in pool.imap(functools.partial(schedule_sections, args, beside), args.setups, chunksize=1):
+                for row in found:
+                    emit(row)
+                write_record(args, rows, began)
+    for section in sections:
         SECTIONS[section](args, emit)
         write_record(args, rows, began)  # after each, so that an interrupted run leaves what it has
     return 0
