@@ -14,7 +14,17 @@ from megatron_dip.partition.online import split
 from megatron_dip.schedule.exact_memory import choose_exactly, load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem
 from megatron_dip.schedule.interleave import UNLIMITED, Policy, interleave, make_costs, make_kernel_graph, make_workspace
-from megatron_dip.schedule.memory import ITERATIONS, apply_choice, choose, choose_kernel, make_tables
+from megatron_dip.schedule.memory import (
+    ITERATIONS,
+    MemoryTables,
+    RankProblem,
+    _make_hulls,
+    _round,
+    apply_choice,
+    choose,
+    choose_kernel,
+    make_tables,
+)
 from megatron_dip.schedule.result import time_order
 from megatron_dip.schedule.search import SearchOptions, SearchResult, search
 from megatron_dip.spec.errors import InputError
@@ -77,6 +87,32 @@ def test_a_choice_is_written_as_the_graph_has_it(case, split_backward, seed):
     apply_choice(make_tables(problem), choice, *written)
     for found, expected in zip(written, (graph.duration_ns, graph.mem_start_bytes, graph.mem_end_bytes), strict=True):
         assert found.tolist() == expected.tolist()
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50)), min_size=1, max_size=9), st.floats(0, 20), st.floats(0, 450))
+def test_hulls_hold_the_best_at_every_price_and_means_are_rounded_to_the_next_candidate(steps, per_byte, mean):
+    """One pair whose candidates take ever more time and hold ever less: (ns more, bytes less) from one to the next."""
+    time = 1000 + np.cumsum([more for more, _ in steps])
+    held = 500 - np.cumsum([less for _, less in steps])
+    none = np.zeros(1, dtype=np.int32)
+    tables = MemoryTables(
+        num_ranks=1, pair_of_task=none, pair_forward=none, pair_backward=none, pair_weight=none, pair_class=none,
+        num_candidates=np.array([len(steps)], dtype=np.int32), forward_ns=time[None] // 3, backward_ns=(time - time // 3)[None],
+        held_bytes=held[None], fixed_start=np.zeros(1, dtype=np.int64), fixed_end=np.zeros(1, dtype=np.int64),
+    )
+    problem, top = RankProblem(none, none, none, none, np.zeros(1, dtype=np.int64)), np.array([len(steps) - 1], dtype=np.int32)
+    hulls = _make_hulls(tables, problem, top)
+    size = int(hulls.size[0])
+    on_hull = (hulls.time[0, :size] + per_byte * hulls.held[0, :size]).tolist()
+    assert min(on_hull) == pytest.approx(min((time + per_byte * held).tolist()), rel=1e-12)
+    # Costs fall, then rise: what the kernel's walk along a hull relies on.
+    least = on_hull.index(min(on_hull))
+    assert all(before >= after - 1e-6 for before, after in itertools.pairwise(on_hull[: least + 1]))
+    assert all(before <= after + 1e-6 for before, after in itertools.pairwise(on_hull[least:]))
+    trial = np.zeros(1, dtype=np.int32)
+    _round(tables, problem, np.array([mean]), top, trial)
+    assert abs(held[trial[0]] - mean) == min(abs(held - mean))
 
 
 def test_best_of_all_choices_on_a_tiny_case():
