@@ -539,19 +539,23 @@ def test_sequences_that_do_not_divide_are_refused_and_foreseen_padded() -> None:
         assert "pad to a multiple of 4" in message
 
 
-def describe_gpt(rank: int, ranks: int) -> tuple[Any, Any]:
-    """What is known of a batch of pretrain_gpt.py before every rank takes its part of it, and then."""
-    prepare(1, 1, 1)
+def describe_gpt(rank: int, ranks: int) -> tuple[Any, ...]:
+    """What is known of a batch of pretrain_gpt.py before every rank takes its part of it, and then; whether this rank's rows of a causal
+    mask say more than no mask does, and those of a mask with documents."""
+    prepare(1, 1, ranks)
     from megatron_dip.models.gpt import GptDescription
     from megatron_dip.models.provided import sketch_model
+    from tests.distributed.context_attention import on_this_rank
 
     provider = partial(provide_gpt, Case(model="gpt", context=2), 1)
     description = GptDescription(sketch_model(provider), provider, {})  # type: ignore[arg-type]
-    return description.item_metadata({"tokens": torch.zeros(3, 12)}), description.metadata({"input_ids": torch.zeros(3, 6)})
+    lengths = description.item_metadata({"tokens": torch.zeros(3, 12)}), description.metadata({"input_ids": torch.zeros(3, 6)})
+    masks = [mask_of(replace(GPT, documents=documents)) for documents in (False, True)]
+    return *lengths, *(description.conditions(on_this_rank({"attention_mask": mask})) for mask in masks)
 
 
-def test_gpt_sequences_are_counted_whole() -> None:
-    assert launch(describe_gpt, 1) == [({"lm": [12] * 3}, {"lm": [12] * 3})]
+def test_gpt_sequences_and_masks_are_known_by_the_whole() -> None:
+    assert launch(describe_gpt, 2) == [({"lm": [12] * 3}, {"lm": [12] * 3}, [], ["attention_mask"])] * 2
 
 
 MIMO = Case(model="mimo", flags=("--dip-chunks", "images=2", "lm=2", "--dip-sub-microbatch-size", "images=1"))

@@ -60,6 +60,21 @@ def test_gpt_divided_in_other_ways(flags: str, patched_tree: Path, gpt_weights: 
     np.testing.assert_allclose(run.losses, gpt_alone.losses, rtol=1e-5)
 
 
+def test_divided_ranks_evaluate_and_save_for_one_process(checkout: Path, patched_tree: Path, gpt_weights: Path, tmp_path: Path) -> None:
+    common = [*GPT, *SPEC, *words("--eval-iters 2 --eval-interval 2 --split 90,5,5 --train-iters 4")]
+    folders = {"stock": tmp_path / "stock", "dip": tmp_path / "dip"}
+    begin = [*common, *fresh(gpt_weights), *words("--exit-interval 2 --save-interval 2 --save")]
+    stock = finished(start(checkout, checkout / "pretrain_gpt.py", [*begin, str(folders["stock"])], patched=False), 2)
+    dip = finished(start(patched_tree, patched_tree / "pretrain_gpt.py", [*begin, str(folders["dip"]), *DIVIDED, *DIP], ranks=4), 2)
+    np.testing.assert_allclose(dip.losses, stock.losses, rtol=1e-5)
+    assert stock.validation
+    np.testing.assert_allclose(dip.validation, stock.validation, rtol=1e-5)
+    expected, resumed = (
+        finished(start(checkout, checkout / "pretrain_gpt.py", [*common, "--load", str(folder)], patched=False), 2) for folder in folders.values()
+    )
+    np.testing.assert_allclose(resumed.losses, expected.losses, rtol=1e-5)
+
+
 def test_experts_over_context_parallel_ranks(checkout: Path, patched_tree: Path, tmp_path: Path) -> None:
     """Expert-parallel ranks are first the context-parallel ranks of one replica, which run one plan, then those of others, which are linked."""
     arguments = [*GPT, *NO_EVALUATION, *words("--spec gathering EXPERTS"), *SPARSE]
