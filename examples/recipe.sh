@@ -6,8 +6,8 @@
 #   run.sh [flags]     trains; further flags go to the training script
 #
 # Environment of a training run: MEGATRON_LM (checkout), TRAIN_SCRIPT (a script of yours whose model provider builds a LLaVAModel of
-# this recipe's sizes on your data, for instance packed energon/WebDataset shards), NODES, NODE_RANK, MASTER_ADDR; of both: WORK (where
-# files go, default ./runs/SETUP), TIME_BUDGET (seconds of search, default 1).
+# this recipe's sizes on your data, for instance packed energon/WebDataset shards; scripts/write_webdataset.py writes small ones),
+# NODES, NODE_RANK, MASTER_ADDR; of both: WORK (where files go, default ./runs/SETUP), TIME_BUDGET (seconds of search, default 1).
 set -euo pipefail
 
 WORK=${WORK:-runs/$SETUP}
@@ -36,6 +36,10 @@ recipe() {
         plan
         echo
         megatron-dip simulate "$WORK/workload.json" --schedule dip --partition "$WORK/partition.json"
+        echo
+        # Without a plan that fits, the planner has ended this script.
+        echo "The plan fits: no rank goes beyond its capacity, the device's memory less a margin."
+        echo "The simulator's peak may reach into the margin."
         echo
         if [ -z "${MODEL_FLAGS+set}" ]; then
             echo "This model plans and simulates; a training model of it is not part of this release."
