@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dip.schedule.interleave import ALTERNATE, FORWARD_FIRST, MAX_TESTS, UNLIMITED, Policy
+from megatron_dip.schedule import interleave as kernels
+from megatron_dip.schedule.interleave import ALTERNATE, FORWARD_FIRST, MAX_TESTS, Policy
 from megatron_dip.spec.tasks import BACKWARD, FORWARD, WEIGHT, TaskGraph
+
+UNLIMITED = int(kernels.UNLIMITED)
 
 
 def groups(graph: TaskGraph, kind: int) -> list[list[int]]:
@@ -411,9 +414,10 @@ def tree_search(
         node, depth = root, 0
         while len(node.children) >= count - depth and node.children:
             # Newest child first, as the kernel keeps them: it decides ties.
+            chances = math.log(max(2, node.visits))
             node = max(
                 reversed(node.children),
-                key=lambda child: (reference / child.best) ** alpha + beta * math.sqrt(math.log(max(2, child.parent.visits)) / child.visits),
+                key=lambda child, chances=chances: (reference / child.best) ** alpha + beta * math.sqrt(chances / child.visits),  # type: ignore[misc]
             )
             bring_to(depth, node.item)
             depth += 1

@@ -1,10 +1,10 @@
-"""Slow twins of lowering and of the dry run: the same rules in plain Python over dictionaries."""
+"""Slow twins of lowering, of the checks and of the dry run: the same rules in plain Python over dictionaries."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_dip.program.program import Program
+from megatron_dip.program.program import OP_NAMES, Program
 from megatron_dip.spec.tasks import TaskGraph
 
 
@@ -76,10 +76,10 @@ def naive_dry_run(program: Program) -> bool:
     action at a time."""
     rows = program.actions()
     at = [0] * program.num_ranks
-    sends: dict[tuple[int, int], list[int]] = {}
-    receives: dict[tuple[int, int], list[int]] = {}
+    sends: dict[tuple[object, object], list[object]] = {}
+    receives: dict[tuple[object, object], list[object]] = {}
 
-    def arrived(sender: int, receiver: int, tag: int) -> bool:
+    def arrived(sender: object, receiver: object, tag: object) -> bool:
         channel = zip(sends.get((sender, receiver), []), receives.get((sender, receiver), []), strict=False)
         for sent, received in channel:
             if sent != received:
@@ -106,3 +106,87 @@ def naive_dry_run(program: Program) -> bool:
             moved = True
         if not moved:
             return all(at[rank] == len(row) for rank, row in enumerate(rows))
+
+
+def naive_check(program: Program) -> tuple[int, int, int, int] | None:
+    """The first broken rule: (its number, rank, index among the rank's actions or -1, stage or message); None if all are kept."""
+    owner, kind = program.stage_rank.tolist(), program.stage_kind.tolist()
+    ends = list(zip(program.producer.tolist(), program.consumer.tolist(), strict=True))
+    local = list(zip(program.local_before.tolist(), program.local_after.tolist(), strict=True))
+    rows = [
+        [
+            (OP_NAMES[program.op[a]], int(program.stage[a]), int(program.peer[a]), int(program.message[a]))
+            for a in range(program.action_offset[r], program.action_offset[r + 1])
+        ]
+        for r in range(program.num_ranks)
+    ]
+    sends: dict[tuple[int, int], list[int]] = {}
+    place: dict[int, int] = {}
+    for r, row in enumerate(rows):
+        for op, _, peer, message in row:
+            if op == "isend":
+                channel = sends.setdefault((r, peer), [])
+                place[message] = len(channel)
+                channel.append(message)
+    receives: dict[tuple[int, int], int] = {}
+    ran: set[int] = set()
+    done: set[tuple[str, int]] = set()
+    for r, row in enumerate(rows):
+        for index, (op, stage, peer, message) in enumerate(row):
+            if op in ("fw", "bw", "w"):
+                if owner[stage] != r or ("fw", "bw", "w")[kind[stage]] != op or stage in ran:
+                    return 1, r, index, stage
+                for m, (_, consumer) in enumerate(ends):
+                    if consumer == stage and ("wait_recv", m) not in done:
+                        return 5, r, index, m
+                for before, after in local:
+                    if after == stage and before not in ran:
+                        return 6, r, index, before
+                ran.add(stage)
+                continue
+            producer, consumer = ends[message]
+            mine, other = (producer, consumer) if op in ("isend", "wait_send") else (consumer, producer)
+            posted = ("isend" if mine == producer else "irecv", message) in done
+            waited = ("wait_send" if mine == producer else "wait_recv", message) in done
+            if (owner[mine], owner[other]) != (r, peer) or (op in ("isend", "irecv") and posted):
+                return 2, r, index, message
+            if op in ("wait_send", "wait_recv") and (waited or not posted):
+                return 3, r, index, message
+            if op == "isend" and producer not in ran:
+                return 4, r, index, message
+            if op == "irecv":
+                if place.get(message) != receives.get((peer, r), 0):
+                    return 7, r, index, message
+                receives[peer, r] = receives.get((peer, r), 0) + 1
+            done.add((op, message))
+    for stage, rank in enumerate(owner):
+        if stage not in ran:
+            return 8, rank, -1, stage
+    for m, (producer, consumer) in enumerate(ends):
+        if not {("isend", m), ("wait_send", m)} <= done:
+            return 9, owner[producer], -1, m
+        if not {("irecv", m), ("wait_recv", m)} <= done:
+            return 9, owner[consumer], -1, m
+    return None
+
+
+def naive_stands(program: Program) -> list[int]:
+    """How many actions each rank gets through when a wait ends once the message's other end is posted, one action at a time."""
+    rows = program.actions()
+    at = [0] * program.num_ranks
+    posted: set[tuple[str, object]] = set()
+    moved = True
+    while moved:
+        moved = False
+        for rank, row in enumerate(rows):
+            if at[rank] == len(row):
+                continue
+            action = row[at[rank]]
+            needed = {"wait_send": "irecv", "wait_recv": "isend"}.get(action.op)
+            if needed is not None and (needed, action.tag) not in posted:
+                continue
+            if action.op in ("isend", "irecv"):
+                posted.add((action.op, action.tag))
+            at[rank] += 1
+            moved = True
+    return at

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dip.program.dry_run import check_program, dry_run
-from megatron_dip.program.lower import lower
+from megatron_dip.program.lower import _sequence, lower
 from megatron_dip.program.program import NONE, ProgramError
 from tests.program.graphs import build_graph, random_graph, random_order
-from tests.program.naive import naive_dry_run, naive_lower
+from tests.program.naive import naive_dry_run, naive_lower, naive_sequence
 
 cases = given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 25), st.integers(0, 10))
 
@@ -30,7 +30,30 @@ def test_lowering_equals_its_slow_twin(seed: int, num_ranks: int, lookahead: int
         ]
         for first, last in zip(program.action_offset[:-1], program.action_offset[1:], strict=True)
     ]
-    assert got == naive_lower(graph, order, lookahead, send_slack)
+    assert got == naive_lower(graph, [row.tolist() for row in order], lookahead, send_slack)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 4))
+@settings(max_examples=150, deadline=None)
+def test_the_line_of_any_orders_equals_its_slow_twin(seed: int, num_ranks: int, swaps: int) -> None:
+    """Also where the orders contradict the dependencies, up to where every rank stands."""
+    graph = random_graph(seed, num_ranks)
+    order = random_order(graph, seed + 1)
+    rng = np.random.default_rng(seed)
+    for _ in range(swaps):
+        row = order[int(rng.integers(num_ranks))]
+        if len(row):
+            a, b = rng.integers(0, len(row), 2)
+            row[a], row[b] = row[b], row[a]
+    offset = np.cumsum([0, *map(len, order)], dtype=np.int64)
+    next_index, sequence = np.empty(num_ranks, np.int64), np.full(graph.num_tasks, NONE, np.int64)
+    placed = _sequence(
+        graph.rank, graph.duration_ns, graph.dep_offset, graph.dep_task, graph.dep_lag_ns, offset, np.concatenate(order), next_index, sequence
+    )
+    place = naive_sequence(graph, [row.tolist() for row in order])
+    assert placed == len(place)
+    assert sequence.tolist() == [place.get(task, NONE) for task in range(graph.num_tasks)]
+    assert (next_index - offset[:-1]).tolist() == [sum(int(task) in place for task in row) for row in order]
 
 
 @cases
@@ -47,7 +70,7 @@ def test_every_lowered_program_passes_the_checks_and_the_dry_run(seed: int, num_
 def test_inputs_and_outputs_describe_every_data_edge() -> None:
     graph = build_graph(2, [1, 2], [[2, 1], [0, 1]])
     program = lower(graph, random_order(graph, 3))
-    producers = {}
+    producers: dict[int, list[int]] = {}
     for stage, tags in program.inputs().items():
         producers.setdefault(stage, []).extend(program.outputs()[tag] for tag in tags)
     for stage, stages in program.local_inputs().items():
