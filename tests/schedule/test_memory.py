@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import sys
 
+import numba
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_dip.partition.online import split
@@ -18,18 +19,22 @@ from megatron_dip.schedule.memory import (
     ITERATIONS,
     MemoryTables,
     RankProblem,
+    _exchange,
+    _give_back,
     _make_hulls,
+    _repair,
     _round,
     apply_choice,
     choose,
     choose_kernel,
     make_tables,
+    rank_problem,
 )
 from megatron_dip.schedule.result import time_order
 from megatron_dip.schedule.search import SearchOptions, SearchResult, search
 from megatron_dip.spec.errors import InputError
-from tests import naive
-from tests.strategies import Case, cases, vlm_case
+from tests import naive, naive_memory
+from tests.strategies import Case, arrangements, cases, vlm_case
 
 
 def scheduled(case: Case, split_backward: bool) -> tuple[StageProblem, list[np.ndarray]]:
@@ -87,6 +92,150 @@ def test_a_choice_is_written_as_the_graph_has_it(case, split_backward, seed):
     apply_choice(make_tables(problem), choice, *written)
     for found, expected in zip(written, (graph.duration_ns, graph.mem_start_bytes, graph.mem_end_bytes), strict=True):
         assert found.tolist() == expected.tolist()
+
+
+@numba.njit
+def kernel_sort(values):
+    """The sort that the kernel uses, which of equal values comes first is its own affair."""
+    return np.argsort(values)
+
+
+def twin_sort(values: list[float]) -> list[int]:
+    return kernel_sort(np.array(values)).tolist()
+
+
+def lone_rank(num_pairs: int, seed: int) -> tuple[MemoryTables, np.ndarray]:
+    """One rank's pairs and an order of their tasks, any that the formats allow: pairs without a backward, whole and split, and other bytes.
+
+    Small numbers, so that equal rates and costs are frequent; candidates may take equal time. Some have their times
+    in large units: a sum of rounded prices then shows in the bound.
+    """
+    rng = np.random.default_rng(seed)
+    num_classes, width, unit = int(rng.integers(1, 4)), int(rng.integers(2, 7)), int(rng.choice([1, 1, 10**6]))
+    counts = rng.integers(1 + (rng.random(num_classes) < 0.8), width + 1).astype(np.int32)
+    # Rows are padded with their last candidate.
+    steps = np.arange(1, width) < counts[:, None]
+    time = unit * (5 + np.pad(np.cumsum(rng.integers(0, 20, steps.shape) * steps, axis=1), ((0, 0), (1, 0))))
+    held = np.pad(np.cumsum(rng.integers(1, int(rng.choice([3, 20])), steps.shape) * steps, axis=1), ((0, 0), (1, 0)))
+    held = held[:, -1:] - held + rng.integers(0, 4, (num_classes, 1))
+    num_tasks = rng.choice([1, 2, 2, 3], num_pairs)
+    order = np.repeat(np.arange(num_pairs), num_tasks)
+    pair_of_task = rng.permutation(order).astype(np.int32) if rng.random() < 0.5 else order.astype(np.int32)
+    for _ in range(num_pairs):
+        # Else pairs are live one after the other.
+        one, other = rng.integers(0, len(order), 2)
+        pair_of_task[[one, other]] = pair_of_task[[other, one]]
+    tasks = np.full((3, num_pairs), -1, dtype=np.int32)
+    for task, pair in enumerate(pair_of_task):
+        tasks[int((tasks[:, pair] >= 0).sum()), pair] = task
+    start, end = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
+    for giver, size in zip(rng.permutation(tasks[0])[: rng.integers(0, 3)], rng.integers(1, 9, 2), strict=False):
+        # Held encoder outputs: from a forward's start to the end of what runs behind it.
+        start[giver] += size
+        end[rng.integers(giver, len(order))] -= size
+    tables = MemoryTables(
+        num_ranks=1, pair_of_task=pair_of_task, pair_forward=tasks[0], pair_backward=tasks[1], pair_weight=tasks[2],
+        pair_class=rng.integers(0, num_classes, num_pairs).astype(np.int32), num_candidates=counts, forward_ns=time // 3,
+        backward_ns=time - time // 3, held_bytes=held, fixed_start=start, fixed_end=end,
+    )
+    return tables, np.arange(len(order), dtype=np.int32)
+
+
+lone_ranks = st.builds(lone_rank, st.integers(1, 12), st.integers(0, 2**32 - 1))
+
+
+def equals_its_twin(tables: MemoryTables, order: np.ndarray, share: float, iterations: int) -> None:
+    """Points and choice at a limit that lies so far between what the leanest and the fastest candidates need; below 0 nothing fits."""
+    unlimited = naive_memory.rank_of(tables, order.tolist(), 0)
+    low, high = (max(unlimited.over([candidate * (len(pair.candidates) - 1) for pair in unlimited.pairs])) for candidate in (1, 0))
+    limit = int(low + share * (high - low)) if share >= 0 else low - 1
+    found, expected = rank_problem(tables, order, np.int64(limit)), naive_memory.rank_of(tables, order.tolist(), limit)
+    assert [list(row) for row in zip(found.pair, found.first, found.half, found.last, strict=True)] == [
+        [pair.number, pair.first, pair.half, pair.last] for pair in expected.pairs
+    ]
+    assert found.room.tolist() == expected.room
+    choice = np.full(len(tables.pair_class), -7, dtype=np.int32)
+    total, bound = choose_kernel(tables, order, np.int64(limit), choice, iterations)
+    result = naive_memory.choose(tables, order.tolist(), limit, iterations, twin_sort)
+    if result is None:
+        assert share < 0
+        assert (total, bound) == (-1, -1)
+        assert (choice == -7).all()
+        return
+    chosen, expected_total, expected_bound = result
+    assert {pair: candidate for pair, candidate in enumerate(choice.tolist()) if candidate != -7} == chosen
+    assert (total, bound) == (expected_total, expected_bound)
+
+
+shares = st.integers(-1, 20).map(lambda share: share / 20)
+
+
+@settings(max_examples=150)
+@given(lone_ranks, shares, st.sampled_from([0, 1, 13, 60, ITERATIONS]))
+def test_a_lone_ranks_choice_is_its_twins(lone, share, iterations):
+    tables, order = lone
+    equals_its_twin(tables, order, share, iterations)
+
+
+@settings(max_examples=60)
+@given(st.one_of(cases(max_microbatches=5), arrangements()), st.booleans(), shares, st.sampled_from([60, ITERATIONS]))
+def test_choices_are_their_twins(case, split_backward, share, iterations):
+    problem, orders = scheduled(case, split_backward)
+    # Profiles of single bytes are rounded to candidates that hold as much as the one before.
+    assume(all((np.diff(held[:count]) < 0).all() for held, count in zip(problem.held_bytes, problem.num_candidates, strict=True)))
+    for order in orders:
+        equals_its_twin(make_tables(problem), order, share, iterations)
+
+
+@pytest.mark.parametrize("split_backward", [False, True])
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.7, 0.95])
+def test_choices_of_many_equal_pairs_are_their_twins(split_backward, share):
+    problem, orders = scheduled(vlm_case(num_microbatches=12, num_ranks=2), split_backward)
+    equals_its_twin(make_tables(problem), orders[0], share, 60)
+
+
+@settings(max_examples=400)
+@given(lone_ranks, st.floats(0, 1), st.integers(0, 2**32 - 1), st.integers(0, 300))
+def test_steps_from_anywhere_are_their_twins(lone, share, seed, looks):
+    """Rounding, repair, giving back and exchanges from any choice, exchanges also with looks that run out on the way."""
+    tables, order = lone
+    rank = naive_memory.rank_of(tables, order.tolist(), 0)
+    top = np.array([len(pair.candidates) - 1 for pair in rank.pairs], dtype=np.int32)
+    low, high = max(rank.over(top.tolist())), max(rank.over([0] * len(top)))
+    limit = int(low + share * (high - low))
+    rank, problem = naive_memory.rank_of(tables, order.tolist(), limit), rank_problem(tables, order, np.int64(limit))
+    use = np.empty(len(problem.room), dtype=np.int64)
+    # Halves: often as near to one candidate as to another.
+    mean = np.random.default_rng(seed).integers(0, 160, len(top)) / 2
+    trial, expected = np.empty_like(top), naive_memory.rounded(rank, mean.tolist())
+    _round(tables, problem, mean, top, trial)
+    assert trial.tolist() == expected
+    _repair(tables, problem, trial, top, use)
+    expected = naive_memory.repair(rank, expected)
+    assert trial.tolist() == expected
+    # From the leanest choices there is more to give back and to exchange.
+    for found in (trial, naive_memory.repair(rank, (top - np.minimum(top, seed % 3)).tolist())):
+        found = np.array(found, dtype=np.int32)
+        before = found.tolist()
+        _give_back(tables, problem, found, use)
+        assert found.tolist() == naive_memory.give_back(rank, before, twin_sort)
+        found = np.array(before, dtype=np.int32)
+        expected, won = naive_memory.exchange(rank, before, looks)
+        assert _exchange(tables, problem, found, use, looks) == won
+        assert found.tolist() == expected
+
+
+@settings(max_examples=60)
+@given(lone_ranks, st.integers(0, 2**32 - 1))
+def test_a_choice_is_written_as_its_twin_writes_it(lone, seed):
+    tables, order = lone
+    choice = (np.random.default_rng(seed).integers(0, 1000, len(tables.pair_class)) % tables.num_candidates[tables.pair_class]).astype(np.int32)
+    duration, start, end = (np.full(len(order), -5, dtype=np.int64) for _ in range(3))
+    apply_choice(tables, choice, duration, start, end)
+    expected = naive_memory.written(tables, choice.tolist())
+    assert sorted(expected) == list(range(len(order)))
+    for task, (longs, at_start, at_end) in expected.items():
+        assert (duration[task], start[task], end[task]) == (-5 if longs is None else longs, at_start, at_end)
 
 
 @settings(max_examples=200)
