@@ -262,21 +262,59 @@ def longest_paths(graph: TaskGraph) -> tuple[np.ndarray, np.ndarray]:
     return head, tail
 
 
+def unit_needs(graph: TaskGraph) -> list[tuple[int, int]]:
+    """By unit, then by rank: bytes that all forwards of a unit keep on the rank, and most that one of them takes for a moment on top."""
+    found = []
+    for unit in sorted(set(graph.microbatch.tolist())):
+        for rank in range(graph.num_ranks):
+            forwards = [t for t in range(graph.num_tasks) if (graph.microbatch[t], graph.rank[t], graph.kind[t]) == (unit, rank, FORWARD)]
+            kept = [max(0, int(graph.mem_start_bytes[task] + graph.mem_end_bytes[task])) for task in forwards]
+            moments = [int(graph.mem_start_bytes[task]) - keep for task, keep in zip(forwards, kept, strict=True)]
+            found.append((sum(kept), max([0, *moments])))
+    return found
+
+
 def needs(graph: TaskGraph) -> tuple[list[int], list[int]]:
     """Twin of what :func:`megatron_dip.schedule.interleave.refresh_costs` gives each rank: (largest unit's bytes, own work and shortest tail)."""
     worst, rest = [], []
     _, tail = longest_paths(graph)
     for rank in range(graph.num_ranks):
         mine = [task for task in range(graph.num_tasks) if graph.rank[task] == rank]
-        totals = [0]
-        for unit in set(graph.microbatch.tolist()):
-            forwards = [task for task in mine if graph.microbatch[task] == unit and graph.kind[task] == FORWARD]
-            kept = {task: max(0, int(graph.mem_start_bytes[task] + graph.mem_end_bytes[task])) for task in forwards}
-            moment = max((int(graph.mem_start_bytes[task]) - kept[task] for task in forwards), default=0)
-            totals.append(sum(kept.values()) + max(0, moment))
-        worst.append(max(totals))
+        worst.append(max(keep + moment for keep, moment in unit_needs(graph)[rank :: graph.num_ranks]))
         rest.append(sum(int(graph.duration_ns[task]) for task in mine) + min(int(tail[task]) for task in mine))
     return worst, rest
+
+
+def first_come_line(graph: TaskGraph) -> list[int]:
+    """Twin of :func:`megatron_dip.schedule.result.topological_order`; tasks of a cycle, and those behind them, are left out."""
+    waits = [{other for other, _ in edges(graph, task)} for task in range(graph.num_tasks)]
+    placed = [task for task in range(graph.num_tasks) if not waits[task]]
+    for done, task in enumerate(placed, start=1):
+        placed += [other for other in range(graph.num_tasks) if task in waits[other] and waits[other] <= set(placed[:done])]
+    return placed
+
+
+def mirrored_stays(graph: TaskGraph, backward_of: dict[int, int]) -> dict[int, int]:
+    """Twin of the memory bound's stays: by forward, the least time from its start to its backward's end (without one: to its own end).
+
+    That is over the longest chain of later forwards whose backwards come back the same way, by following every such chain.
+    """
+    duration = graph.duration_ns.tolist()
+
+    def way(forward: int) -> int:
+        """From the forward's end to its backward's start."""
+        longest = 0
+        for later in range(graph.num_tasks):
+            if later in backward_of:
+                for out in (lag for other, lag in edges(graph, later) if other == forward):
+                    for back in (lag for other, lag in edges(graph, backward_of[forward]) if other == backward_of[later]):
+                        longest = max(longest, out + duration[later] + way(later) + duration[backward_of[later]] + back)
+        return longest
+
+    forwards = [task for task in range(graph.num_tasks) if graph.kind[task] == FORWARD]
+    return {
+        task: duration[task] + (way(task) + duration[backward_of[task]] if task in backward_of else 0) for task in forwards
+    }
 
 
 def preemptive_bound(head: Sequence[int], duration: Sequence[int], tail: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dip.partition.online import equal_parts, split
+from megatron_dip.partition.online import _least_power_cut, equal_parts, split
 from tests.strategies import Case, cases, vlm_case
 
 
@@ -37,6 +37,18 @@ def test_a_high_power_makes_the_largest_part_smallest(weights: list[int], data: 
         for middle in combinations(range(1, len(weights)), num_parts - 1)
     )
     assert largest <= best * 1.04
+
+
+@given(weights=st.lists(st.integers(0, 6), min_size=1, max_size=9), power=st.sampled_from([1, 2, 3]), data=st.data())
+def test_the_cut_is_the_one_that_looking_at_all_cuts_gives(weights: list[int], power: int, data: st.DataObject) -> None:
+    """Whole numbers add up exactly, so that equal cuts are equal: the last part is as short as can be, then the one before it, ..."""
+    num_parts = data.draw(st.integers(1, len(weights)))
+    bounds = np.empty(num_parts + 1, dtype=np.int64)
+    _least_power_cut(np.array(weights, dtype=np.float64), num_parts, float(power), bounds)
+    cuts = [[0, *middle, len(weights)] for middle in combinations(range(1, len(weights)), num_parts - 1)]
+    assert bounds.tolist() == min(
+        cuts, key=lambda cut: (sum(sum(weights[low:high]) ** power for low, high in pairwise(cut)), [-bound for bound in reversed(cut)])
+    )
 
 
 def test_equal_weights_give_the_larger_parts_first() -> None:

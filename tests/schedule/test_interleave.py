@@ -17,6 +17,7 @@ from megatron_dip.schedule.interleave import (
     ALTERNATE,
     BACKWARD_FIRST,
     FORWARD_FIRST,
+    MAX_TESTS,
     NEVER,
     UNLIMITED,
     KernelGraph,
@@ -115,6 +116,31 @@ def test_more_forwards_than_one_decision_tests_still_go_on():
         schedule = time_order(graph, work.orders())
         assert schedule is not None
         assert all(peak <= most for peak, most in zip(schedule.peak_memory([0, 0]), costs.worst.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("both", [ALTERNATE, BACKWARD_FIRST, FORWARD_FIRST])
+def test_more_blocked_forwards_than_one_decision_tests_equal_the_twin(both):
+    """The first microbatch takes one small forward, the second fills what the first leaves and is blocked with more forwards than are tested."""
+    model = ModelSpec(modules=[module("small", 1), module("many", 1), module("lm", 1, role="backbone")])
+    parts = {name: ModuleProfile(num_layers=1, layer=grid(5, 7, 3, 1), strategies={"none": Strategy()}) for name in ("small", "many")}
+    parts["lm"] = ModuleProfile(num_layers=1, layer=grid(4, 4, 4), strategies={"none": Strategy()})
+    case = Case(
+        model=model, profile=profile(parts), partition=even_partition(model, 1, {}, {"small": 1, "many": 1, "lm": 1}),
+        microbatches=[{"small": [1], "many": [MAX_TESTS + 2], "lm": [1]}, {"many": [1] * (MAX_TESTS + 6), "lm": [1]}],
+    )
+    graph = problem_of(case).fastest
+    kernel = make_kernel_graph(graph)
+    costs, work = make_costs(graph, kernel), make_workspace(kernel)
+    # Groups by microbatch, then by module: the first microbatch's large forward stands behind all of the second's.
+    forward, backward = np.array([0, 3, 1, 2, 4], dtype=np.int32), np.arange(5, dtype=np.int32)
+    makespan = interleave(kernel, costs, costs.worst, forward, backward, Policy(both), work)
+    twin = naive.interleave(graph, costs.worst.tolist(), forward.tolist(), backward.tolist(), Policy(both))
+    assert work.order.tolist() == twin.order[0]
+    assert work.start.tolist() == twin.start
+    assert makespan == twin.makespan
+    large = np.flatnonzero((graph.microbatch == 0) & (graph.kind == 0))[1]
+    before = graph.microbatch[twin.order[0][: twin.order[0].index(large)]].tolist()
+    assert 0 < before.count(1) <= 6
 
 
 def test_gives_up_only_above_the_cutoff():

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dip.schedule import anneal as anneal_module
+from megatron_dip.schedule import interleave as interleave_module
 from megatron_dip.schedule.anneal import anneal_kernel, make_state
-from megatron_dip.schedule.bounds import _jackson
-from megatron_dip.schedule.interleave import NEVER, UNLIMITED, Policy, make_costs, make_kernel_graph, make_workspace
+from megatron_dip.schedule.bounds import _jackson, _stays
+from megatron_dip.schedule.interleave import NEVER, UNLIMITED, Policy, make_costs, make_kernel_graph, make_workspace, refresh_costs
 from megatron_dip.schedule.memory import _usage, make_tables, rank_problem
 from megatron_dip.schedule.paper_search import _ALPHA, _BETA, COMPLETIONS, METHODS, make_paper_state
 from megatron_dip.schedule.refine import make_refine_state, refine_kernel
-from megatron_dip.schedule.result import time_order
+from megatron_dip.schedule.result import _line_kernel, successors, time_order
 from tests import naive
 from tests.schedule.test_interleave import problem_of
 from tests.schedule.test_memory import scheduled
@@ -86,13 +89,113 @@ def test_the_papers_searches_meet_what_their_twins_meet(method, seed):
 
 
 @settings(max_examples=60)
-@given(cases(), st.booleans())
-def test_needs_and_rests(case, split_backward):
+@given(cases(), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_needs_and_rests(case, split_backward, forward_only, seed):
+    """Made for the fastest candidates, then refreshed for others and for any memory."""
+    problem = problem_of(case, split_backward=split_backward, forward_only=forward_only)
+    kernel = make_kernel_graph(problem.fastest)
+    costs = make_costs(problem.fastest, kernel)
+    rng = np.random.default_rng(seed)
+    taken, given = (rng.integers(low, 100, problem.fastest.num_tasks) for low in (0, -100))
+    any_memory = dataclasses.replace(problem.fastest, mem_start_bytes=taken, mem_end_bytes=given)
+    for graph in (problem.fastest, problem.graph(problem.leanest()), any_memory):
+        costs.duration[:], costs.mem_start[:], costs.mem_end[:] = graph.duration_ns, graph.mem_start_bytes, graph.mem_end_bytes
+        refresh_costs(kernel, costs)
+        worst, rest = naive.needs(graph)
+        assert costs.worst.tolist() == worst
+        assert costs.rest.tolist() == rest
+        assert list(zip(costs.need.tolist(), costs.extra.tolist(), strict=True)) == naive.unit_needs(graph)
+
+
+@settings(max_examples=60)
+@given(cases(), st.booleans(), st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_the_line_of_tasks(case, split_backward, redirected, seed):
+    """Redirected dependencies mostly close a cycle: the line ends before it."""
     graph = problem_of(case, split_backward=split_backward).fastest
-    costs = make_costs(graph, make_kernel_graph(graph))
-    worst, rest = naive.needs(graph)
-    assert costs.worst.tolist() == worst
-    assert costs.rest.tolist() == rest
+    rng, dep_task = np.random.default_rng(seed), graph.dep_task.copy()
+    for _ in range(min(redirected, len(dep_task))):
+        dep_task[rng.integers(len(dep_task))] = rng.integers(graph.num_tasks)
+    graph = dataclasses.replace(graph, dep_task=dep_task)
+    line = np.zeros(graph.num_tasks, dtype=np.int32)
+    placed = _line_kernel(graph.dep_offset, *successors(graph), line)
+    assert line[:placed].tolist() == naive.first_come_line(graph)
+
+
+@settings(max_examples=60)
+@given(cases(), st.booleans(), st.booleans())
+def test_how_long_pairs_hold_their_memory(case, split_backward, forward_only):
+    problem = problem_of(case, split_backward=split_backward, forward_only=forward_only)
+    pairs = zip(problem.pair_forward.tolist(), problem.pair_backward.tolist(), strict=True)
+    stays = naive.mirrored_stays(problem.fastest, {forward: backward for forward, backward in pairs if backward >= 0})
+    assert dict(zip(problem.pair_forward.tolist(), _stays(problem).tolist(), strict=True)) == stays
+
+
+@settings(max_examples=40)
+@given(st.sampled_from([1, 63, 64, 65, 200, 5000]), st.integers(0, 2), st.integers(0, 2**32 - 1))
+def test_rows_of_bits(size, row, seed):
+    """What is available on a rank, as a set of positions."""
+    rng = np.random.default_rng(seed)
+    words = size // 64 + 1
+    high_words = words // 64 + 1
+    bits, summary = np.zeros(3 * words, dtype=np.uint64), np.zeros(3 * high_words, dtype=np.uint64)
+    available: set[int] = set()
+    for _ in range(60):
+        if available and rng.random() < 0.45:
+            position = int(rng.choice(sorted(available)))
+            interleave_module._unmark(bits, summary, row, words, high_words, position)
+            available.remove(position)
+        else:
+            position = int(rng.integers(size))
+            interleave_module._mark(bits, summary, row, words, high_words, position)
+            available.add(position)
+        assert interleave_module._first(bits, summary, row, words, high_words) == min(available, default=-1)
+        after = int(rng.integers(size))
+        expected = min((other for other in available if other > after), default=-1)
+        assert interleave_module._next(bits, row * words, words, after) == expected
+    assert not bits.reshape(3, -1)[[other for other in range(3) if other != row]].any()
+
+
+@settings(max_examples=40)
+@given(cases(), st.integers(0, 2**32 - 1))
+def test_the_first_forward_of_a_unit(case, seed):
+    graph = problem_of(case).fastest
+    kernel, rng = make_kernel_graph(graph), np.random.default_rng(seed)
+    work = make_workspace(kernel)
+    forward = rng.permutation(kernel.num_forward_groups).astype(np.int32)
+    backward = np.arange(len(kernel.group_unit) - kernel.num_forward_groups, dtype=np.int32)
+    interleave_module._lay_out(kernel, forward, backward, work.position, work.segment_at, work.group_base)
+    # The twin of positions: the groups' segments one behind the other.
+    groups = naive.groups(graph, 0)
+    places = [task // graph.num_ranks for number in forward for task in groups[number]]
+    assert work.segment_at[: len(places)].tolist() == places
+    assert work.position[places].tolist() == list(range(len(places)))
+    words = len(places) // 64 + 1
+    bits, summary = np.zeros(words, dtype=np.uint64), np.zeros(words // 64 + 1, dtype=np.uint64)
+    marked = [place for place in range(len(places)) if rng.random() < 0.5]
+    for place in marked:
+        interleave_module._mark(bits, summary, 0, words, len(summary), place)
+    for number, unit in enumerate(sorted(set(graph.microbatch.tolist()))):
+        mine = [place for place in marked if graph.microbatch[places[place] * graph.num_ranks] == unit]
+        assert interleave_module._first_of_unit(kernel, bits, 0, work.group_base, number) == min(mine, default=-1)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.one_of(st.none(), st.integers(0, 9)), max_size=60), st.integers(0, 5))
+def test_the_heap_of_arrivals(times, base):
+    """None takes the earliest away. Of equal times any may come first; none is lost."""
+    heap_time, heap_task = np.zeros(base + 60, dtype=np.int64), np.zeros(base + 60, dtype=np.int32)
+    inside: list[tuple[int, int]] = []
+    for task, time in enumerate(times):
+        if time is not None:
+            interleave_module._heap_push(heap_time, heap_task, base, len(inside), time, task)
+            inside.append((time, task))
+        elif inside:
+            first = (int(heap_time[base]), int(heap_task[base]))
+            assert first[0] == min(inside)[0]
+            inside.remove(first)
+            interleave_module._heap_pop(heap_time, heap_task, base, len(inside))
+        held = zip(heap_time[base : base + len(inside)].tolist(), heap_task[base : base + len(inside)].tolist(), strict=True)
+        assert sorted(held) == sorted(inside)
 
 
 @settings(max_examples=100)
