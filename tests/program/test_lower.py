@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,11 +35,13 @@ def test_lowering_equals_its_slow_twin(seed: int, num_ranks: int, lookahead: int
     assert got == naive_lower(graph, [row.tolist() for row in order], lookahead, send_slack)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 4))
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 4), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_the_line_of_any_orders_equals_its_slow_twin(seed: int, num_ranks: int, swaps: int) -> None:
-    """Also where the orders contradict the dependencies, up to where every rank stands."""
+def test_the_line_of_any_orders_equals_its_slow_twin(seed: int, num_ranks: int, swaps: int, coarse: bool) -> None:
+    """Also where the orders contradict the dependencies, up to where every rank stands, and where many tasks start at once."""
     graph = random_graph(seed, num_ranks)
+    if coarse:
+        graph = dataclasses.replace(graph, duration_ns=graph.duration_ns // 700_000, dep_lag_ns=graph.dep_lag_ns // 40_000)
     order = random_order(graph, seed + 1)
     rng = np.random.default_rng(seed)
     for _ in range(swaps):
