@@ -372,7 +372,8 @@ def _repair(tables, problem, trial, top, use):  # type: ignore[no-untyped-def]
                     - tables.forward_ns[kind, now] - tables.backward_ns[kind, now]
                 )
                 # Points to come count too: what stays live longer helps them.
-                rate = cost / (min(saved, use[point] - problem.room[point]) + 0.01 * saved * (problem.last[index] - point))
+                # Candidates may hold equal bytes once rounded.
+                rate = cost / max(min(saved, use[point] - problem.room[point]) + 0.01 * saved * (problem.last[index] - point), 1e-6)
                 if rate < best_rate:
                     best, best_rate = index, rate
             assert best >= 0, "the leanest candidates fit"
@@ -391,7 +392,7 @@ def _give_back(tables, problem, trial, use):  # type: ignore[no-untyped-def]
         gain[index] = 0.0
         if now > 0:
             saved = tables.forward_ns[kind, now] + tables.backward_ns[kind, now] - tables.forward_ns[kind, 0] - tables.backward_ns[kind, 0]
-            more = tables.held_bytes[kind, 0] - tables.held_bytes[kind, now]
+            more = max(tables.held_bytes[kind, 0] - tables.held_bytes[kind, now], 1)
             gain[index] = -saved / (np.float64(more) * (1 + problem.last[index] - problem.first[index]))
     for index in np.argsort(gain):
         if trial[index] == 0:
