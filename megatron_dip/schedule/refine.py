@@ -30,7 +30,7 @@ from megatron_dip.spec.tasks import TaskGraph
 _REACH = 20
 """Places from a block's end that moves reach."""
 _TENURE = 10
-"""Least number of steps for which a move may not be undone; up to twice as many."""
+"""A move may not be undone for a number of steps drawn from this to twice this, less the two at its ends: 8 to 17."""
 _REMEMBERED = 64
 """Moves that are remembered; more than twice the tenure."""
 _PATIENCE = 300
