@@ -41,7 +41,7 @@ def prepare(checkout: Path, script_folder: Path, device: str) -> None:
         sys.path.insert(0, folder)
     patch_in_memory(checkout)
     if device == "cpu":
-        from megatron_dip.hooks.cpu_scripts import prepare_scripts
+        from megatron_dip.without_cuda.scripts import prepare_scripts
 
         prepare_scripts()
 
@@ -67,7 +67,7 @@ def main() -> int:
 if __name__ == "__main__":
     sys.exit(main())
 if __name__ == "__mp_main__" and os.environ.get(_DEVICE_VARIABLE) == "cpu":
-    from megatron_dip.hooks.cpu_scripts import prepare_imports
+    from megatron_dip.without_cuda.scripts import prepare_imports
 
     prepare_imports()
     sys.path.insert(0, os.environ[_CHECKOUT_VARIABLE])

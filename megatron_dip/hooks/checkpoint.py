@@ -6,7 +6,7 @@ tensor-parallel ranks saved can be loaded with any other P, K and T, in one proc
 Files lie as Megatron lays them: ``<folder>/iter_0000010/`` and ``<folder>/latest_checkpointed_iteration.txt``.
 
 The distributed optimizer's state is saved ``fully_reshardable``. Without Apex and Transformer Engine Megatron-Core falls back on
-``torch.optim``, whose per-parameter ``step`` its distributed optimizer cannot load (0.16); :mod:`megatron_dip.hooks.torch_adam` is what that needs.
+``torch.optim``, whose per-parameter ``step`` its distributed optimizer cannot load (0.16); :mod:`megatron_dip.without_cuda.torch_adam` is what that needs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dip.hooks.cpu import CpuDeviceMode
 from megatron_dip.hooks.setup import TrainingModel
-from megatron_dip.hooks.torch_adam import allocate_states, mended_steps
 from megatron_dip.models.description import unwrap
 from megatron_dip.models.vlm import VlmStage
 from megatron_dip.spec.errors import InputError
+from megatron_dip.without_cuda.core import CpuDeviceMode
+from megatron_dip.without_cuda.torch_adam import allocate_states, mended_steps
 
 LATEST = "latest_checkpointed_iteration.txt"
 

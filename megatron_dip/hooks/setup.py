@@ -21,7 +21,6 @@ from megatron.core.distributed import finalize_model_grads as megatron_finalize_
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.hooks.cpu import enable_cpu
 from megatron_dip.models.layout import ModuleCut, check_enough_layers, chunk_order
 from megatron_dip.models.staged import DescribedStagedModel
 from megatron_dip.models.vlm import LANGUAGE, VlmConfig, VlmDescription, VlmStage
@@ -29,6 +28,7 @@ from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.training import OptimizerSpec
 from megatron_dip.spec.workload import Parallel
+from megatron_dip.without_cuda.core import enable_cpu
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -248,8 +248,8 @@ def _run_twice(rank: int, num_ranks: int, seed: int) -> tuple[dict[int, float], 
     """One training step under Megatron's mode that runs every iteration twice."""
     from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
 
-    from megatron_dip.hooks.cpu import CpuDeviceMode
     from megatron_dip.hooks.iterators import LookaheadIterator
+    from megatron_dip.without_cuda.core import CpuDeviceMode
     from tests.distributed.vlm_plans import make_random_plan
 
     case = Case(**{**CASE.__dict__, "image_counts": ((2, 0, 3, 1),)})

@@ -43,8 +43,8 @@ def test_every_rank_says_what_is_wrong(case: Case, device: str, message: str) ->
 
 
 def try_cpu_beside_cuda(rank: int, num_ranks: int) -> str:
-    from megatron_dip.hooks import cpu
     from megatron_dip.spec.errors import InputError
+    from megatron_dip.without_cuda import core as cpu
 
     cuda: Any = torch.cuda
     cuda.is_available, cuda.device_count = lambda: True, lambda: 8
@@ -62,7 +62,7 @@ def test_the_cpu_module_is_refused_where_cuda_is_present() -> None:
 def enable(rank: int, num_ranks: int) -> dict[str, Any]:
     from megatron.core.pipeline_parallel import schedules
 
-    from megatron_dip.hooks.cpu import CpuDeviceMode, enable_cpu
+    from megatron_dip.without_cuda.core import CpuDeviceMode, enable_cpu
 
     enable_cpu()
     enable_cpu()

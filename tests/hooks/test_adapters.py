@@ -303,7 +303,7 @@ def run_cases(rank: int, ranks: int, cases: list[Case]) -> list[Outcome]:
     assert all((case.tensor, case.context) == (tensor, context) for case in cases), "the cases of a launch share their ranks"
     stages = ranks // (tensor * context)
     prepare(tensor, stages, context)
-    from megatron_dip.hooks.cpu import CpuDeviceMode
+    from megatron_dip.without_cuda.core import CpuDeviceMode
 
     with CpuDeviceMode():  # without a mask, as the scripts run them, local layers make one on "cuda"
         return [run_case(rank, stages, case) for case in cases]
@@ -311,12 +311,12 @@ def run_cases(rank: int, ranks: int, cases: list[Case]) -> list[Outcome]:
 
 def prepare(tensor: int, stages: int, context: int) -> None:
     """This process as one of tensor x context x stages ranks on the CPU."""
-    from megatron_dip.hooks.cpu_scripts import mend_without_transformer_engine, prepare_imports
+    from megatron_dip.without_cuda.scripts import mend_without_transformer_engine, prepare_imports
 
     prepare_imports()
     from megatron.core import parallel_state
 
-    from megatron_dip.hooks.cpu import enable_cpu
+    from megatron_dip.without_cuda.core import enable_cpu
     from tests.distributed.context_attention import let_llava_take_it
 
     enable_cpu()

@@ -79,12 +79,12 @@ Outcome = tuple[list[Any], Tensors]
 
 
 def prepare(stages: int, context: int) -> None:
-    from megatron_dip.hooks.cpu_scripts import _answer_for_cuda, mend_without_transformer_engine, prepare_imports
+    from megatron_dip.without_cuda.scripts import _answer_for_cuda, mend_without_transformer_engine, prepare_imports
 
     prepare_imports()
     from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_dip.hooks.cpu import CpuDeviceMode, enable_cpu
+    from megatron_dip.without_cuda.core import CpuDeviceMode, enable_cpu
 
     enable_cpu()
     _answer_for_cuda()  # the experts' dispatcher asks for streams

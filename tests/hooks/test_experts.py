@@ -55,12 +55,12 @@ def provide(
 
 
 def prepare(ranks: int, expert_ranks: int) -> None:
-    from megatron_dip.hooks.cpu_scripts import _answer_for_cuda, mend_without_transformer_engine, prepare_imports
+    from megatron_dip.without_cuda.scripts import _answer_for_cuda, mend_without_transformer_engine, prepare_imports
 
     prepare_imports()
     from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_dip.hooks.cpu import CpuDeviceMode, enable_cpu
+    from megatron_dip.without_cuda.core import CpuDeviceMode, enable_cpu
 
     enable_cpu()
     _answer_for_cuda()  # the experts' dispatcher asks for streams

@@ -4,8 +4,8 @@ arguments...``."""
 import sys
 from pathlib import Path
 
-from megatron_dip.hooks.cpu_scripts import prepare_imports, prepare_scripts
 from megatron_dip.hooks.launching import run_script
+from megatron_dip.without_cuda.scripts import prepare_imports, prepare_scripts
 
 if __name__ == "__main__":
     checkout, script, *arguments = sys.argv[1:]

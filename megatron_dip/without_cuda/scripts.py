@@ -1,4 +1,4 @@
-"""Megatron-LM's own training scripts on a machine without CUDA: what they need beyond :mod:`megatron_dip.hooks.cpu`.
+"""Megatron-LM's own training scripts on a machine without CUDA: what they need beyond :mod:`megatron_dip.without_cuda.core`.
 
 :func:`prepare_scripts` is called once a process, after the checkout is importable and before the script starts. It
 
@@ -9,7 +9,7 @@
 * mends what Megatron-Core does only right with Transformer Engine (the CLIP vision model's norm, norms under sequence parallelism, the
   experts' router).
 
-Limits: as in :mod:`megatron_dip.hooks.cpu`; tried with the scripts of 0.16.1.
+Limits: as in :mod:`megatron_dip.without_cuda.core`; tried with the scripts of 0.16.1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from megatron_dip.hooks.cpu import CpuDeviceMode, enable_cpu
+from megatron_dip.without_cuda.core import CpuDeviceMode, enable_cpu
 
 _HELPERS = "megatron.core.datasets.helpers_cpp"
 
@@ -36,7 +36,9 @@ _HELPERS = "megatron.core.datasets.helpers_cpp"
 def prepare_scripts() -> None:
     """Makes the scripts of the Megatron-LM tree on ``sys.path`` run on the CPU. Raises InputError where CUDA is present."""
     prepare_imports()
-    from megatron_dip.hooks.torch_adam import mend_distributed_optimizer  # imports Megatron-Core, which asks for what was just prepared
+    from megatron_dip.without_cuda.torch_adam import (
+        mend_distributed_optimizer,  # imports Megatron-Core, which asks for what was just prepared
+    )
 
     enable_cpu()
     _answer_for_cuda()
