@@ -33,7 +33,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def prepare(checkout: Path, script_folder: Path, device: str) -> None:
     """Makes the checkout importable with the patch in memory, on the device."""
-    from megatron_dip.hooks.launching import patch_in_memory
+    from megatron_dip.checkouts.launching import patch_in_memory
 
     for folder in (str(checkout), str(script_folder)):
         if folder in sys.path:
@@ -49,7 +49,7 @@ def prepare(checkout: Path, script_folder: Path, device: str) -> None:
 def main() -> int:
     args = parse_arguments()
     try:
-        from megatron_dip.hooks.launching import find_checkout, run_script
+        from megatron_dip.checkouts.launching import find_checkout, run_script
 
         if not args.script.is_file():
             raise InputError("SCRIPT", str(args.script), "no such file", "give the path of a script, such as pretrain_vlm.py")

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from megatron_dip.hooks.conversion import convert
+    from megatron_dip.checkouts.conversion import convert
 
     written = convert(args.path, args.target, args.script, args.arguments, args.device)
     print(f"{written.folder}: {written.format}, iteration {written.iteration}; load it with --load {args.target} --ckpt-format {written.format}")
@@ -47,7 +47,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _inspect(path: Path, as_json: bool) -> int:
-    from megatron_dip.hooks.checkpoint_files import read_checkpoint
+    from megatron_dip.checkouts.checkpoint_files import read_checkpoint
 
     found = read_checkpoint(path)
     if as_json:

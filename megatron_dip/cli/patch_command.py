@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_dip.hooks.patching import inspect_tree, write_state
+from megatron_dip.checkouts.patching import inspect_tree, write_state
 
 SUMMARY = "patch a Megatron-LM checkout for --pipeline-schedule dip, or take the patch back"
 

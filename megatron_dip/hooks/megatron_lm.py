@@ -21,13 +21,13 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dip.checkouts.checkpoint_files import CUT_ATTRIBUTE, check_loadable
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.device import device_names, load_device
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.hooks.arguments import DipOptions, options_from_args
-from megatron_dip.hooks.checkpoint_files import CUT_ATTRIBUTE, check_loadable
 from megatron_dip.hooks.forward_backward import DipForwardBackward
 from megatron_dip.hooks.iterators import LookaheadIterator
 from megatron_dip.models.capture import CapturedCall

@@ -49,7 +49,7 @@ def tree(checkout: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def patched_tree(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One patched copy for all tests that run scripts."""
-    from megatron_dip.hooks.patching import inspect_tree, write_state
+    from megatron_dip.checkouts.patching import inspect_tree, write_state
 
     target = copy_tree(checkout, tmp_path_factory.mktemp("patched"))
     write_state(inspect_tree(target), patched=True)
@@ -59,7 +59,7 @@ def patched_tree(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def mended_tree(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy without the schedule's patch in which scripts run that do not as released (``--repair``)."""
-    from megatron_dip.hooks.patching import inspect_tree, write_state
+    from megatron_dip.checkouts.patching import inspect_tree, write_state
 
     target = copy_tree(checkout, tmp_path_factory.mktemp("mended"))
     write_state(inspect_tree(target, repair=True), patched=True)

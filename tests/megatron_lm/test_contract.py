@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dip.hooks.patching import read_version
+from megatron_dip.checkouts.patching import read_version
 from tests.megatron_lm.runs import DIP, NO_EVALUATION, P2, VARYING, VLM, Run, finished, fresh, own_losses, start, words
 
 CHUNKS = words("--dip-chunks vit=2 lm=2 --dip-sub-microbatch-size vit=2")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dip.hooks.patching import read_version
+from megatron_dip.checkouts.patching import read_version
 from tests.megatron_lm.runs import COMMON, DIP, NO_EVALUATION, P2, SCRIPTS, Run, finished, fresh, start, words
 
 MIMO = SCRIPTS / "mimo_varying.py"

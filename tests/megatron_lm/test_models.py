@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dip.hooks.patching import read_version
+from megatron_dip.checkouts.patching import read_version
 from tests.megatron_lm.runs import COMMON, DIP, NO_EVALUATION, ROOT, SCRIPTS, Run, finished, start, words
 
 MULTIMODAL = SCRIPTS / "multimodal_varying.py"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dip.checkouts.patching import inspect_tree
 from megatron_dip.cli.main import main
-from megatron_dip.hooks.patching import inspect_tree
 from megatron_dip.spec.errors import EXIT_CODE
 
 

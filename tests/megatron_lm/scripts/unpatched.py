@@ -4,7 +4,7 @@ arguments...``."""
 import sys
 from pathlib import Path
 
-from megatron_dip.hooks.launching import run_script
+from megatron_dip.checkouts.launching import run_script
 from megatron_dip.without_cuda.scripts import prepare_imports, prepare_scripts
 
 if __name__ == "__main__":

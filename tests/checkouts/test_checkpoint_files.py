@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_dip.checkouts.checkpoint_files import check_loadable
+from megatron_dip.checkouts.conversion import convert
 from megatron_dip.cli.main import main
-from megatron_dip.hooks.checkpoint_files import check_loadable
-from megatron_dip.hooks.conversion import convert
 from megatron_dip.spec.errors import EXIT_CODE, InputError
 
 

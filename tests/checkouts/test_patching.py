@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dip.checkouts import patching
+from megatron_dip.checkouts.patching import apply_hunks, inspect_tree, parse_patch, patches_directory, read_manifest, write_state
 from megatron_dip.cli.main import main
-from megatron_dip.hooks import patching
-from megatron_dip.hooks.patching import apply_hunks, inspect_tree, parse_patch, patches_directory, read_manifest, write_state
 from megatron_dip.spec.errors import EXIT_CODE, InputError
 
 RANGES = read_manifest(patches_directory())

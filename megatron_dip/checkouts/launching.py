@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dip.hooks.patching import PACKAGE_INFO, Tree, inspect_tree
+from megatron_dip.checkouts.patching import PACKAGE_INFO, Tree, inspect_tree
 from megatron_dip.spec.errors import InputError
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_dip.hooks.checkpoint_files import CheckpointFiles, read_checkpoint
+from megatron_dip.checkouts.checkpoint_files import CheckpointFiles, read_checkpoint
 from megatron_dip.spec.errors import InputError
 
 _OTHER = {"torch": "torch_dist", "torch_dist": "torch"}
