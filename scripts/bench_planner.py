@@ -52,12 +52,12 @@ from bench_planner_parts import PARTS, UNLIMITED_BYTES, Row, parts_of
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.partition.offline import PartitionChoice, cheapest_work_ns, paper_partition
 from megatron_dip.partition.online import split
-from megatron_dip.planner.baselines import BASELINES, run_baseline
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.schedule.bounds import lower_bound_ns
 from megatron_dip.schedule.graph import build_task_graph
 from megatron_dip.schedule.search import SearchMethod
+from megatron_dip.simulator.baselines import BASELINES, run_baseline
 from megatron_dip.spec.codec import save, write_atomically
 from megatron_dip.spec.named import FIVE_SETUPS, named_setup
 from megatron_dip.spec.plan import Plan

@@ -457,9 +457,9 @@ def _report_sleep(args: argparse.Namespace, plans: dict[str, Plan], measured: di
 def _sleep_plans(args: argparse.Namespace) -> dict[str, Plan]:
     """Plans of DIP and of the baselines for one batch, memory left out: the order of stages alone is compared."""
     from megatron_dip.cost.analytic import AnalyticCost
-    from megatron_dip.planner.baselines import run_baseline
     from megatron_dip.planner.iteration import PlanOptions, plan_iteration
     from megatron_dip.planner.partitioning import joint_partition
+    from megatron_dip.simulator.baselines import run_baseline
     from megatron_dip.spec.codec import resolve_workload
     from megatron_dip.workloads.generators import make_workload
 

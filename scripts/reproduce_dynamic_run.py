@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dip.cost.analytic import AnalyticCost
-from megatron_dip.planner.baselines import BASELINES, run_baseline
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.report.tables import markdown_table
+from megatron_dip.simulator.baselines import BASELINES, run_baseline
 from megatron_dip.spec.codec import write_atomically
 from megatron_dip.spec.named import named_setup
 from megatron_dip.workloads.generators import default_parallel, dynamic_bounds, make_workload

@@ -23,11 +23,11 @@ from megatron_dip.cost.fixed import FixedStrategyCost
 from megatron_dip.cost.modules import Kernels
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.partition.offline import even_partition
-from megatron_dip.planner.baselines import run_baseline
-from megatron_dip.planner.measured_steps import MeasuredStep, load_measured_steps, predict_step
-from megatron_dip.planner.simulation import SimulateOptions, make_costs, simulate
 from megatron_dip.report.records import machine, versions
 from megatron_dip.report.tables import markdown_table
+from megatron_dip.simulator.baselines import run_baseline
+from megatron_dip.simulator.measured_steps import MeasuredStep, load_measured_steps, predict_step
+from megatron_dip.simulator.step import SimulateOptions, make_costs, simulate
 from megatron_dip.spec.codec import load_profile, load_workload, resolve_workload
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec

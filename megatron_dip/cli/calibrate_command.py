@@ -23,7 +23,7 @@ from megatron_dip.cost.calibration import WIDTHS, Calibration, ErrorSummary, cal
 from megatron_dip.cost.device import DeviceDescription, load_device
 from megatron_dip.cost.interface import Part
 from megatron_dip.cost.modules import Kernels
-from megatron_dip.planner.measured_steps import MEASURED_STEPS_FORMAT, MeasuredStep, load_measured_steps, predict_step
+from megatron_dip.simulator.measured_steps import MEASURED_STEPS_FORMAT, MeasuredStep, load_measured_steps, predict_step
 from megatron_dip.spec.codec import check_writable, load_profile, load_workload, read_format, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.profile import PROFILE_FORMAT, Profile

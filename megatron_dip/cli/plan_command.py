@@ -24,11 +24,11 @@ from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.partition.offline import cheapest_work_ns, paper_partition
-from megatron_dip.planner.baselines import BASELINES, run_baseline
 from megatron_dip.planner.iteration import MemoryChoice, PlanOptions, plan_iteration
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.schedule.grid import format_grid, plan_cells
 from megatron_dip.schedule.search import SearchMethod
+from megatron_dip.simulator.baselines import BASELINES, run_baseline
 from megatron_dip.spec.codec import check_writable, load_partition, load_workload, save, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec

@@ -29,7 +29,7 @@ from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.device import load_device
 from megatron_dip.cost.modules import Kernels
 from megatron_dip.planner.partitioning import joint_partition
-from megatron_dip.planner.simulation import SCHEDULES, SimulateOptions, Simulation, make_costs, simulate_whole
+from megatron_dip.simulator.step import SCHEDULES, SimulateOptions, Simulation, make_costs, simulate_whole
 from megatron_dip.spec.codec import check_writable, load_partition, load_workload, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition

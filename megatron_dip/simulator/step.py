@@ -36,12 +36,12 @@ from megatron_dip.cost.operators import Cause, LatencyRules
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.step import gradient_seconds, optimizer_seconds, parameter_seconds
 from megatron_dip.partition.online import split
-from megatron_dip.planner.baselines import BASELINES, run_baseline
 from megatron_dip.schedule.bounds import problem_bound_ns
 from megatron_dip.schedule.graph import build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.result import Schedule, time_order
 from megatron_dip.schedule.search import DoesNotFit, SearchOptions, search
+from megatron_dip.simulator.baselines import BASELINES, run_baseline
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.profile import Profile

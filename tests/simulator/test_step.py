@@ -19,9 +19,9 @@ from megatron_dip.cost.fixed import FixedStrategyCost
 from megatron_dip.cost.modules import Kernels
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
-from megatron_dip.planner.measured_steps import load_measured_steps, predict_step
-from megatron_dip.planner.simulation import SCHEDULES, SimulateOptions, make_costs, model_flops, simulate, simulate_whole
 from megatron_dip.schedule.result import Schedule
+from megatron_dip.simulator.measured_steps import load_measured_steps, predict_step
+from megatron_dip.simulator.step import SCHEDULES, SimulateOptions, make_costs, model_flops, simulate, simulate_whole
 from megatron_dip.spec.codec import resolve_workload
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from megatron_dip.planner.baselines import BASELINES, BaselineResult, run_baseline
+from megatron_dip.simulator.baselines import BASELINES, BaselineResult, run_baseline
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.profile import ModuleProfile, Strategy

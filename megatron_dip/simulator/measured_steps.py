@@ -15,7 +15,7 @@ from megatron_dip.cost.device import DeviceDescription
 from megatron_dip.cost.fixed import FixedStrategyCost
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.modules import Kernels
-from megatron_dip.planner.simulation import SimulateOptions, simulate
+from megatron_dip.simulator.step import SimulateOptions, simulate
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.simulation import SimulationResult
