@@ -23,10 +23,10 @@ from megatron_dip.cost.device import device_names
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.measured import PartBytes, SlowedCost, StageSample, fit_profile, message_excess_ns, slowdown, waiting
 from megatron_dip.cost.profile import ProfileCost
-from megatron_dip.hooks.forward_backward import DipForwardBackward
-from megatron_dip.hooks.iterators import LookaheadIterator
 from megatron_dip.hooks.setup import build_dip_model
 from megatron_dip.hooks.systems import Example, System, measured_timeline, vlm_config
+from megatron_dip.iteration.forward_backward import DipForwardBackward
+from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.runtime.groups import PipelineGroups

@@ -28,8 +28,8 @@ from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.hooks.arguments import DipOptions, options_from_args
-from megatron_dip.hooks.forward_backward import DipForwardBackward
-from megatron_dip.hooks.iterators import LookaheadIterator
+from megatron_dip.iteration.forward_backward import DipForwardBackward
+from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.models.capture import CapturedCall
 from megatron_dip.models.description import ModelDescription, unwrap
 from megatron_dip.models.gpt import GptDescription

@@ -77,7 +77,7 @@ _MADE: dict[int, tuple[Any, Any]] = {}
 
 
 def dip_of(case: Case, model: Any, **options: Any) -> Any:
-    from megatron_dip.hooks.forward_backward import DipForwardBackward
+    from megatron_dip.iteration.forward_backward import DipForwardBackward
 
     if id(model) not in _MADE:
         partition = even_cut(case)

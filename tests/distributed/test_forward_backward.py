@@ -65,7 +65,7 @@ def _gradient_sum(model: Any) -> float:
 
 
 def _train_and_evaluate(rank: int, num_ranks: int, case: Case) -> dict[str, Any]:
-    from megatron_dip.hooks.iterators import LookaheadIterator
+    from megatron_dip.iteration.lookahead import LookaheadIterator
 
     model = _model(case)
     dip = dip_runs.dip_of(case, model)
@@ -108,7 +108,7 @@ def test_training_and_evaluation_with_changing_microbatches_equal_one_rank() -> 
 
 
 def _plan_ahead(rank: int, num_ranks: int) -> tuple[int, int, dict[str, int]] | None:
-    from megatron_dip.hooks.iterators import LookaheadIterator
+    from megatron_dip.iteration.lookahead import LookaheadIterator
 
     model = _model()
     dip = dip_runs.dip_of(CASE, model, quick_plan_function=dip_runs.PlanMaker(CASE, dip_runs.even_cut(CASE)), plan_deadline_s=30.0)
@@ -128,7 +128,7 @@ def test_plans_are_made_while_the_iteration_before_runs() -> None:
 
 
 def _plan_ahead_of_ramp_up(rank: int, num_ranks: int) -> tuple[int, int] | None:
-    from megatron_dip.hooks.iterators import LookaheadIterator
+    from megatron_dip.iteration.lookahead import LookaheadIterator
 
     sizes, done = [1, 1, 2, 3, 3], 0
     model = _model()
@@ -169,7 +169,7 @@ def test_several_iterations_are_planned_ahead_through_ramp_up_and_evaluation() -
 
 
 def _reads(rank: int, num_ranks: int) -> list[int]:
-    from megatron_dip.hooks.iterators import LookaheadIterator
+    from megatron_dip.iteration.lookahead import LookaheadIterator
 
     read = 0
 
@@ -196,7 +196,7 @@ def test_all_ranks_read_ahead_alike() -> None:
 def _replay(rank: int, num_ranks: int) -> list[tuple[list[float], float, int]]:
     from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
 
-    from megatron_dip.hooks.iterators import LookaheadIterator
+    from megatron_dip.iteration.lookahead import LookaheadIterator
 
     model = _model()
     quick = dip_runs.PlanMaker(CASE, dip_runs.even_cut(CASE))
@@ -248,7 +248,7 @@ def _run_twice(rank: int, num_ranks: int, seed: int) -> tuple[dict[int, float], 
     """One training step under Megatron's mode that runs every iteration twice."""
     from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
 
-    from megatron_dip.hooks.iterators import LookaheadIterator
+    from megatron_dip.iteration.lookahead import LookaheadIterator
     from megatron_dip.without_cuda.core import CpuDeviceMode
     from tests.distributed.vlm_plans import make_random_plan
 
@@ -358,8 +358,8 @@ class _Unreadable(dict[str, torch.Tensor]):
 
 
 def _cannot_look_ahead(rank: int, num_ranks: int) -> tuple[int, int] | None:
-    from megatron_dip.hooks.forward_backward import DipForwardBackward
-    from megatron_dip.hooks.iterators import LookaheadIterator
+    from megatron_dip.iteration.forward_backward import DipForwardBackward
+    from megatron_dip.iteration.lookahead import LookaheadIterator
 
     model = _model()
     description = model.staged.description
@@ -438,7 +438,7 @@ def test_every_form_of_loss_function_is_scaled_as_megatron_does() -> None:
 
 
 def _refusals(rank: int, num_ranks: int) -> dict[str, str]:
-    from megatron_dip.hooks.forward_backward import _REFUSED
+    from megatron_dip.iteration.forward_backward import _REFUSED
     from megatron_dip.spec.errors import InputError
 
     case = Case(**{**CASE.__dict__, "parallel": Parallel()})
@@ -507,8 +507,8 @@ def test_several_optimizer_instances_reduce_once_at_the_end() -> None:
 
 
 def _fail(rank: int, num_ranks: int, how: str) -> None:
-    from megatron_dip.hooks import forward_backward
-    from megatron_dip.hooks.forward_backward import DipForwardBackward
+    from megatron_dip.iteration import forward_backward
+    from megatron_dip.iteration.forward_backward import DipForwardBackward
     from megatron_dip.planner.message import pack_plan, unpack_plan
     from megatron_dip.spec.errors import InputError
 

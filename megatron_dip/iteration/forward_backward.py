@@ -34,8 +34,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_push
 
-from megatron_dip.hooks.iterators import LookaheadIterator, find_lookahead
-from megatron_dip.hooks.linked_replicas import LinkedReplicas, link_replicas
+from megatron_dip.iteration.linked_replicas import LinkedReplicas, link_replicas
+from megatron_dip.iteration.lookahead import LookaheadIterator, find_lookahead
 from megatron_dip.models.capture import CapturedCall, capture
 from megatron_dip.models.deferral import LinearWeightDeferral
 from megatron_dip.planner.linked import restrict, union_of

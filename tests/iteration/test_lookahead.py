@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from megatron.core.rerun_state_machine import RerunDataIterator
 
-from megatron_dip.hooks.iterators import LookaheadIterator, find_lookahead
+from megatron_dip.iteration.lookahead import LookaheadIterator, find_lookahead
 
 
 class Source:
