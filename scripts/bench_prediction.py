@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dip.hooks.ranks import is_rank, run_ranks
 from megatron_dip.report.records import write_record
 from megatron_dip.report.tables import Spread, markdown_table, spread
 from megatron_dip.spec.errors import EXIT_CODE, InputError
+from megatron_dip.trainer.ranks import is_rank, run_ranks
 
 if TYPE_CHECKING:
     from megatron_dip.runtime.timing import StageRecord
@@ -94,11 +94,11 @@ def _train(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_dip.hooks.dip_system import DipSystem
-    from megatron_dip.hooks.training import load_example_module, start_rank
     from megatron_dip.spec.codec import load_example, load_profile
     from megatron_dip.spec.training import RunSettings, SchedulePlan
     from megatron_dip.spec.workload import Parallel
+    from megatron_dip.trainer.dip_system import DipSystem
+    from megatron_dip.trainer.loop import load_example_module, start_rank
 
     config = load_example(EXAMPLE / "config.json")
     path = os.environ["PREDICTION_PROFILE"]

@@ -25,20 +25,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dip.hooks.ranks import is_rank, run_ranks
 from megatron_dip.report.records import write_record
 from megatron_dip.report.tables import Spread, markdown_table, spread
 from megatron_dip.spec.errors import EXIT_CODE, InputError
+from megatron_dip.trainer.ranks import is_rank, run_ranks
 
 if TYPE_CHECKING:
     from megatron_dip.cost.interface import CostModel
-    from megatron_dip.hooks.dip_system import DipSystem
-    from megatron_dip.hooks.stock import ChainCost
-    from megatron_dip.hooks.systems import Example, System
     from megatron_dip.spec.partition import Partition
     from megatron_dip.spec.plan import Plan
     from megatron_dip.spec.timeline import Timeline
     from megatron_dip.spec.training import RunSettings
+    from megatron_dip.trainer.dip_system import DipSystem
+    from megatron_dip.trainer.stock_layouts import ChainCost
+    from megatron_dip.trainer.systems import Example, System
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "vlm" / "digits"
 IMAGE_COUNTS: dict[str, list[tuple[int, int]] | None] = {"uniform": [(0, 12)], "heavy": [(5, 12)], "light": [(0, 4)], "changing": None}
@@ -111,8 +111,8 @@ def bench_schedules(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_dip.hooks.training import start_rank
     from megatron_dip.spec.codec import load_partition
+    from megatron_dip.trainer.loop import start_rank
 
     example, settings = _example(args.seed, args.pipeline, args.warmup + 2 * args.turns, args.images)
     start_rank(settings)
@@ -230,10 +230,10 @@ def _draw(path: Path, systems: dict[str, System], runs: dict[str, Runs], gains: 
 
 
 def _example(seed: int, pipeline: int, iterations: int, images: str) -> tuple[Example, RunSettings]:
-    from megatron_dip.hooks.training import load_example_module
     from megatron_dip.spec.codec import load_example
     from megatron_dip.spec.training import RunSettings, SchedulePlan
     from megatron_dip.spec.workload import Parallel
+    from megatron_dip.trainer.loop import load_example_module
 
     config = load_example(EXAMPLE / "config.json")
     counts = IMAGE_COUNTS[images]
@@ -248,15 +248,15 @@ def _example(seed: int, pipeline: int, iterations: int, images: str) -> tuple[Ex
 def _dip_system(
     example: Example, settings: RunSettings, partition: Partition | None, warmed_by: DipSystem | None = None, split_backward: bool = False
 ) -> DipSystem:
-    from megatron_dip.hooks.dip_system import DipSystem
     from megatron_dip.spec.training import SchedulePlan
+    from megatron_dip.trainer.dip_system import DipSystem
 
     return DipSystem(SchedulePlan(name="dip", partition=partition, split_backward=split_backward), example, settings, warmed_by)
 
 
 def _stock_system(name: str, example: Example, settings: RunSettings, layer_times: dict[str, ChainCost]) -> System:
-    from megatron_dip.hooks.systems import StockSystem
     from megatron_dip.spec.training import SchedulePlan
+    from megatron_dip.trainer.systems import StockSystem
 
     class SerialSystem(StockSystem):
         """One microbatch after the other through the pipeline: never two ranks at work."""
@@ -287,7 +287,7 @@ def _stock_system(name: str, example: Example, settings: RunSettings, layer_time
 def _layer_times(dip: DipSystem, example: Example, settings: RunSettings) -> dict[str, ChainCost]:
     """Mean measured time of each module's layers and ends over microbatches of the run's distribution, for the tuned static split."""
     from megatron_dip.cost.profile import ProfileCost
-    from megatron_dip.hooks.stock import ChainCost
+    from megatron_dip.trainer.stock_layouts import ChainCost
 
     assert dip.profile is not None
     assert dip.model.staged is not None
@@ -308,7 +308,7 @@ def _layer_times(dip: DipSystem, example: Example, settings: RunSettings) -> dic
 
 
 def bench_overhead(args: argparse.Namespace) -> None:
-    from megatron_dip.hooks.training import start_rank
+    from megatron_dip.trainer.loop import start_rank
 
     example, settings = _example(args.seed, 1, args.pairs + 4, "uniform")
     start_rank(settings)
@@ -352,9 +352,9 @@ def _plain_loop(system: DipSystem, items: Sequence[Any]) -> float:
     """What the executor runs, without it: every microbatch through the same chunks in the same sub-microbatches; returns the sum of losses."""
     import contextlib
 
-    from megatron_dip.hooks.setup import finalize_model_grads
     from megatron_dip.partition.online import split
     from megatron_dip.spec.plan import PlanStage
+    from megatron_dip.trainer.build import finalize_model_grads
 
     staged = system.model.staged
     assert staged is not None

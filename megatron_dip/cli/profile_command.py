@@ -78,13 +78,13 @@ def run(args: argparse.Namespace) -> int:
 def _profile_layers(args: argparse.Namespace) -> int:
     workload = load_workload(args.source)
     shapes = grid_shapes(workload, _parse_lists("--counts", args.counts), _parse_lists("--lengths", args.lengths))
-    from megatron_dip.hooks.ranks import is_rank, run_ranks
+    from megatron_dip.trainer.ranks import is_rank, run_ranks
 
     if args.busy > 1 and not is_rank():
         return run_ranks([sys.executable, "-m", "megatron_dip.cli.main", *sys.argv[1:]], args.busy, threads=args.threads or 1)
     import torch
 
-    from megatron_dip.hooks.layer_profile import ProfileSettings, measure_model
+    from megatron_dip.trainer.layer_profile import ProfileSettings, measure_model
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -109,10 +109,10 @@ def _profile_example(args: argparse.Namespace) -> int:
     for option in ("counts", "lengths"):
         if getattr(args, option) is not None:
             raise InputError(f"--{option}", getattr(args, option), "given for an example, whose own batches are measured", "leave it out")
-    from megatron_dip.hooks.ranks import is_rank, run_ranks
     from megatron_dip.spec.codec import load_example, load_partition
     from megatron_dip.spec.training import RunSettings, SchedulePlan
     from megatron_dip.spec.workload import Parallel
+    from megatron_dip.trainer.ranks import is_rank, run_ranks
 
     config = load_example(args.source / "config.json")
     schedule = SchedulePlan(
@@ -136,7 +136,7 @@ def _profile_example(args: argparse.Namespace) -> int:
 
 def _run_rank(args: argparse.Namespace, settings: RunSettings) -> int:
     try:
-        from megatron_dip.hooks.example_profile import profile_example
+        from megatron_dip.trainer.rehearsal import profile_example
 
         found = profile_example(args.source, settings, 60.0 if args.seconds is None else args.seconds, _say)
     except InputError as error:

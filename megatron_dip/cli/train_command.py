@@ -95,8 +95,8 @@ def make_settings(args: argparse.Namespace, config: ExampleConfig) -> RunSetting
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_dip.hooks.ranks import is_rank, run_ranks
     from megatron_dip.spec.codec import load_example
+    from megatron_dip.trainer.ranks import is_rank, run_ranks
 
     settings = make_settings(args, load_example(args.example / "config.json"))
     num_ranks = settings.parallel.num_gpus
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_rank(example: Path, settings: RunSettings) -> int:
     rank = os.environ["RANK"]
     try:
-        from megatron_dip.hooks.training import train
+        from megatron_dip.trainer.loop import train
 
         train(example, settings, lambda line: print(line, flush=True))
     except InputError as error:

@@ -1,6 +1,6 @@
 """How an example is trained: the ``megatron-dip/example/1`` format, the ``config.json`` of an example's folder.
 
-The folder also holds ``example.py``, which brings the data and Megatron's ``forward_step``; see :mod:`megatron_dip.hooks.training`
+The folder also holds ``example.py``, which brings the data and Megatron's ``forward_step``; see :mod:`megatron_dip.trainer.loop`
 for what that module must define. The command line beats the file.
 """
 

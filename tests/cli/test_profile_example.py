@@ -13,10 +13,10 @@ import msgspec
 import pytest
 
 from megatron_dip.cli.main import main
-from megatron_dip.hooks.example_profile import Chooser
 from megatron_dip.spec.codec import load_example, load_plan, load_profile, load_workload, save
 from megatron_dip.spec.errors import EXIT_CODE
 from megatron_dip.spec.partition import Partition
+from megatron_dip.trainer.rehearsal import Chooser
 
 DIGITS = Path(__file__).parents[2] / "examples" / "vlm" / "digits"
 

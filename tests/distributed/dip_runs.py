@@ -64,7 +64,7 @@ class PlanMaker:
 
 
 def build(case: Case, config: Any) -> Any:
-    from megatron_dip.hooks.setup import build_dip_model
+    from megatron_dip.trainer.build import build_dip_model
 
     return build_dip_model(
         config, even_cut(case), overlap_grad_reduce=case.overlap_grad_reduce, distributed_optimizer=case.distributed_optimizer,

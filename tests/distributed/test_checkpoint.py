@@ -40,8 +40,8 @@ class Run:
     """One rank's model and optimizer, and the function that runs an iteration."""
 
     def __init__(self, case: Case, plans: list[list[Plan]], seed: int = 1234) -> None:
-        from megatron_dip.hooks.setup import build_optimizer, initialize_parallel
         from megatron_dip.models.vlm import VlmConfig
+        from megatron_dip.trainer.build import build_optimizer, initialize_parallel
 
         initialize_parallel(case.parallel, device="cpu", seed=1, timeout_s=60)
         self.case = case
@@ -66,7 +66,7 @@ class Run:
 
 
 def save_and_go_on(rank: int, num_ranks: int, case: Case, plans: list[list[Plan]], folder: Path) -> tuple[Result, Result]:
-    from megatron_dip.hooks.checkpoint import save_checkpoint
+    from megatron_dip.trainer.checkpoint import save_checkpoint
 
     run = Run(case, plans)
     run.train(range(SAVED_AT))
@@ -76,7 +76,7 @@ def save_and_go_on(rank: int, num_ranks: int, case: Case, plans: list[list[Plan]
 
 
 def load_and_go_on(rank: int, num_ranks: int, case: Case, plans: list[list[Plan]], folder: Path) -> tuple[Result, Result]:
-    from megatron_dip.hooks.checkpoint import load_checkpoint
+    from megatron_dip.trainer.checkpoint import load_checkpoint
 
     # Plans of the steps before the checkpoint are not run; another seed makes other weights, all of which must be overwritten.
     run = Run(case, [steps[SAVED_AT:] for steps in plans], seed=99)
@@ -118,14 +118,14 @@ def test_distributed_optimizer_and_tied_embeddings(tmp_path: Path) -> None:
 
 
 def load_wrong(rank: int, num_ranks: int, case: Case, folder: Path) -> None:
-    from megatron_dip.hooks.checkpoint import load_checkpoint
+    from megatron_dip.trainer.checkpoint import load_checkpoint
 
     run = Run(case, [])
     load_checkpoint(folder, run.model, run.optimizer)
 
 
 def save_only(rank: int, num_ranks: int, case: Case, folder: Path) -> None:
-    from megatron_dip.hooks.checkpoint import save_checkpoint
+    from megatron_dip.trainer.checkpoint import save_checkpoint
 
     run = Run(case, [])
     save_checkpoint(folder, run.model, run.optimizer, iteration=0)

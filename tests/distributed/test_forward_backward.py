@@ -35,8 +35,8 @@ def _compiled() -> None:
 
 
 def _model(case: Case = CASE) -> Any:
-    from megatron_dip.hooks.setup import initialize_parallel
     from megatron_dip.models.vlm import VlmConfig
+    from megatron_dip.trainer.build import initialize_parallel
 
     initialize_parallel(case.parallel, device="cpu", seed=1, timeout_s=60)
     config = VlmConfig(
@@ -320,8 +320,8 @@ def test_every_stage_has_its_nvtx_range_and_megatrons_timers_run() -> None:
 
 def _overflow(rank: int, num_ranks: int) -> tuple[list[bool], list[float], list[float]]:
     """Four steps in fp16, in the second of which rank 1 alone has a gradient that is not a number."""
-    from megatron_dip.hooks.setup import build_optimizer, initialize_parallel
     from megatron_dip.models.vlm import VlmConfig
+    from megatron_dip.trainer.build import build_optimizer, initialize_parallel
     from tests.distributed.tiny_vlm import OPTIMIZER
 
     initialize_parallel(CASE.parallel, device="cpu", seed=1, timeout_s=60)
@@ -467,8 +467,8 @@ def test_settings_that_need_a_static_order_are_refused() -> None:
 
 
 def _order_of_reductions(rank: int, num_ranks: int, seed: int, optimizer_instances: int = 1) -> tuple[list[tuple[int, int]], list[int]]:
-    from megatron_dip.hooks.setup import initialize_parallel
     from megatron_dip.models.vlm import VlmConfig
+    from megatron_dip.trainer.build import initialize_parallel
     from tests.distributed.vlm_plans import make_random_plan
 
     case = Case(parallel=Parallel(pipeline=2), chunks=(2, 2), num_layers=(8, 8), image_counts=((3, 0, 1, 2),), overlap_grad_reduce=True)

@@ -17,14 +17,14 @@ pytestmark = pytest.mark.distributed
 
 
 def build(case: Case, config: Any) -> Any:
-    from megatron_dip.hooks.stock import ChainCost, build_stock_model
+    from megatron_dip.trainer.stock_layouts import ChainCost, build_stock_model
 
     times = {"vit": ChainCost(layer=1.0, first=0.5), "lm": ChainCost(layer=2.0, last=3.0)}
     return build_stock_model(config, case.option("layout"), virtual=case.option("virtual", 1), layer_times=times)
 
 
 def forward_backward(case: Case, model: Any, items: Sequence[dict[str, torch.Tensor]], replica: int) -> list[dict[str, Any]]:
-    from megatron_dip.hooks.stock import stock_forward_backward
+    from megatron_dip.trainer.stock_layouts import stock_forward_backward
 
     virtual = case.option("virtual", 1)
     iterators: Any = [iter(items) for _ in range(virtual)]

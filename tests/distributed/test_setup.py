@@ -16,8 +16,8 @@ pytestmark = pytest.mark.distributed
 
 
 def set_up(rank: int, num_ranks: int, case: Case, device: str) -> None:
-    from megatron_dip.hooks.setup import initialize_parallel
     from megatron_dip.models.vlm import VlmConfig
+    from megatron_dip.trainer.build import initialize_parallel
 
     initialize_parallel(case.parallel, device=device, seed=1, timeout_s=60)
     build(case, VlmConfig(model=tiny_model(case), parallel=case.parallel))
@@ -95,8 +95,8 @@ def test_partition_for_other_ranks_is_refused() -> None:
 
 
 def set_up_with_partition(rank: int, num_ranks: int, case: Case, partition: Any) -> None:
-    from megatron_dip.hooks.setup import build_dip_model, initialize_parallel
     from megatron_dip.models.vlm import VlmConfig
+    from megatron_dip.trainer.build import build_dip_model, initialize_parallel
 
     initialize_parallel(case.parallel, device="cpu", seed=1, timeout_s=60)
     build_dip_model(VlmConfig(model=tiny_model(case), parallel=case.parallel), partition)

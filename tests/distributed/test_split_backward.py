@@ -43,8 +43,8 @@ def _when_gradients_come(rank: int, num_ranks: int) -> list[tuple[float, float, 
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_dip.hooks.setup import initialize_parallel
     from megatron_dip.models.deferral import LinearWeightDeferral
+    from megatron_dip.trainer.build import initialize_parallel
 
     initialize_parallel(Parallel(), device="cpu", seed=1)
     config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, use_cpu_initialization=True)

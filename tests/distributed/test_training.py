@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_rank(rank: int, num_ranks: int, folder: Path, settings: RunSettings) -> list[str]:
-    from megatron_dip.hooks.training import train
+    from megatron_dip.trainer.loop import train
 
     lines: list[str] = []
     train(folder, settings, lines.append)

@@ -139,8 +139,8 @@ def run_case(case: Case, build: Callable[[Case, Any], Any], forward_backward: Ca
     replica)`` runs one forward and backward and returns Megatron's list of loss dictionaries (empty but on the last rank)."""
     from megatron.core import parallel_state
 
-    from megatron_dip.hooks.setup import build_optimizer, initialize_parallel
     from megatron_dip.models.vlm import VlmConfig
+    from megatron_dip.trainer.build import build_optimizer, initialize_parallel
 
     initialize_parallel(case.parallel, device="cpu", seed=1, timeout_s=60)
     config = VlmConfig(model=tiny_model(case), parallel=case.parallel, frozen=case.frozen, calculate_per_token_loss=case.per_token,
@@ -195,7 +195,7 @@ def _shards(model: Any, value: Callable[[Any], torch.Tensor | None]) -> dict[str
 
 def reference_build(case: Case, config: Any) -> Any:
     """The whole model in one process, in one chunk: nothing of DIP, nothing of a pipeline."""
-    from megatron_dip.hooks.stock import build_stock_model
+    from megatron_dip.trainer.stock_layouts import build_stock_model
 
     return build_stock_model(config, "scripts")
 

@@ -10,12 +10,12 @@ import msgspec
 import pytest
 import torch
 
-from megatron_dip.hooks.stock import ChainCost, parameter_costs, split_evenly, stock_cuts
 from megatron_dip.models.vlm import VlmConfig, VlmDescription, document_mask, merge_patches
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.training import ImageSpec
 from megatron_dip.spec.workload import Parallel
+from megatron_dip.trainer.stock_layouts import ChainCost, parameter_costs, split_evenly, stock_cuts
 from tests.distributed.tiny_vlm import Case, make_microbatch, tiny_model
 
 

@@ -23,10 +23,10 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dip.hooks.setup import TrainingModel
 from megatron_dip.models.description import unwrap
 from megatron_dip.models.vlm import VlmStage
 from megatron_dip.spec.errors import InputError
+from megatron_dip.trainer.build import TrainingModel
 from megatron_dip.without_cuda.core import CpuDeviceMode
 from megatron_dip.without_cuda.torch_adam import allocate_states, mended_steps
 

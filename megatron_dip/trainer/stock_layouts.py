@@ -22,10 +22,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
-from megatron_dip.hooks.setup import TrainingModel, wrap_stages
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.models.vlm import LANGUAGE, VISION, VlmConfig, VlmStage
 from megatron_dip.spec.errors import InputError
+from megatron_dip.trainer.build import TrainingModel, wrap_stages
 
 StockLayout = Literal["scripts", "parameters", "measured"]
 

@@ -32,8 +32,6 @@ from megatron.core import parallel_state
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.measured import PartBytes, StageSample, expected_time, fit_profile
 from megatron_dip.cost.modules import Kernels
-from megatron_dip.hooks.dip_system import DipSystem, measure_p2p, stage_samples
-from megatron_dip.hooks.training import load_example_module, start_rank
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
 from megatron_dip.runtime.executor import PlanLinks
@@ -44,6 +42,8 @@ from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.profile import PointToPoint, Profile
 from megatron_dip.spec.training import RunSettings
 from megatron_dip.spec.workload import Microbatch, Training, Workload
+from megatron_dip.trainer.dip_system import DipSystem, measure_p2p, stage_samples
+from megatron_dip.trainer.loop import load_example_module, start_rank
 
 WARM_UP = 3
 """Rounds of each kind at the start that are not measured: compiled kernels, allocators and caches warm up."""

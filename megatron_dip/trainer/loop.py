@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_dip.hooks.setup import initialize_parallel
-from megatron_dip.hooks.systems import Example, StockSystem, System
 from megatron_dip.spec.codec import encode, load_example, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.training import EvaluationFigures, ExampleConfig, IterationFigures, RunRecord, RunSettings, SchedulePlan
+from megatron_dip.trainer.build import initialize_parallel
+from megatron_dip.trainer.systems import Example, StockSystem, System
 
 
 def load_example_module(folder: Path, config: ExampleConfig, settings: RunSettings) -> Example:
@@ -45,7 +45,7 @@ def start_rank(settings: RunSettings) -> None:
 
 def build_system(schedule: SchedulePlan, example: Example, settings: RunSettings) -> System:
     if schedule.name == "dip":
-        from megatron_dip.hooks.dip_system import DipSystem
+        from megatron_dip.trainer.dip_system import DipSystem
 
         return DipSystem(schedule, example, settings)
     return StockSystem(schedule, example, settings)

@@ -27,13 +27,13 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.cost.modules import STEM_INPUT, VIT_MERGE
-from megatron_dip.hooks.setup import initialize_parallel
 from megatron_dip.models.layers import Norm, projector_spec, transformer_block_spec
 from megatron_dip.models.vlm import document_mask
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
 from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint, Strategy
 from megatron_dip.spec.workload import Parallel
+from megatron_dip.trainer.build import initialize_parallel
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

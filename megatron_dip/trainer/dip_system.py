@@ -23,8 +23,6 @@ from megatron_dip.cost.device import device_names
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.measured import PartBytes, SlowedCost, StageSample, fit_profile, message_excess_ns, slowdown, waiting
 from megatron_dip.cost.profile import ProfileCost
-from megatron_dip.hooks.setup import build_dip_model
-from megatron_dip.hooks.systems import Example, System, measured_timeline, vlm_config
 from megatron_dip.iteration.forward_backward import DipForwardBackward
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.partition.offline import even_partition
@@ -38,6 +36,8 @@ from megatron_dip.spec.profile import PointToPoint, Profile
 from megatron_dip.spec.timeline import Bar, Timeline, plan_timeline
 from megatron_dip.spec.training import RunSettings, SchedulePlan
 from megatron_dip.spec.workload import Microbatch, Training, check_measured
+from megatron_dip.trainer.build import build_dip_model
+from megatron_dip.trainer.systems import Example, System, measured_timeline, vlm_config
 
 PROFILED_FIRST = 8
 """Iterations at the start after each of which the profile is fitted anew."""

@@ -20,16 +20,16 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_dip.hooks.checkpoint import load_checkpoint, save_checkpoint
-from megatron_dip.hooks.setup import TrainingModel, build_optimizer
-from megatron_dip.hooks.stock import ChainCost, build_stock_model, stock_forward_backward
-from megatron_dip.hooks.stock_timing import StockTimer
 from megatron_dip.models.description import unwrap
 from megatron_dip.models.vlm import LANGUAGE, VISION, VlmConfig, VlmStage
 from megatron_dip.spec.codec import save
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.timeline import Bar, Timeline
 from megatron_dip.spec.training import ExampleConfig, OptimizerSpec, RunSettings, SchedulePlan
+from megatron_dip.trainer.build import TrainingModel, build_optimizer
+from megatron_dip.trainer.checkpoint import load_checkpoint, save_checkpoint
+from megatron_dip.trainer.stock_layouts import ChainCost, build_stock_model, stock_forward_backward
+from megatron_dip.trainer.stock_timing import StockTimer
 
 
 class Dataset(Protocol):
