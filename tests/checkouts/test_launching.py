@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hooks.test_patching import contents, make_tree
+from tests.checkouts.test_patching import contents, make_tree
 
 SCRIPT = """
 import sys
