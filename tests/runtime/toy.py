@@ -43,9 +43,10 @@ def make_chunk(module: str, vp_stage: int, rank: int, num_ranks: int) -> torch.n
 class ToyStagedModel:
     """One rank's chunks, as the executor takes them."""
 
-    def __init__(self, plan: Plan, rank: int) -> None:
+    def __init__(self, plan: Plan, rank: int, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
         self.chunk_keys = [(module, k) for module in plan.chunks for k in range(len(plan.chunks[module]))]
-        self.chunks = {(module, k): make_chunk(module, k, rank, plan.ranks) for module, k in self.chunk_keys}
+        self.chunks = {(module, k): make_chunk(module, k, rank, plan.ranks).to(self.device) for module, k in self.chunk_keys}
         self._last = {module: (len(table) - 1, plan.ranks - 1) for module, table in plan.chunks.items()}
         self._backbone = list(plan.chunks)[-1]
 
@@ -61,7 +62,7 @@ class ToyStagedModel:
     def forward(self, stage: PlanStage, inputs: Mapping[int, torch.Tensor], consumers: Sequence[PlanStage]) -> ForwardOutput:
         first = stage.vp_stage == 0 and stage.rank == 0
         if first:
-            x = data(stage.module, stage.microbatch, stage.sub_microbatch)
+            x = data(stage.module, stage.microbatch, stage.sub_microbatch).to(self.device)
             for producer in sorted(inputs):
                 x = x + inputs[producer].mean(0)
         else:
