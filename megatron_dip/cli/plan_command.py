@@ -26,6 +26,7 @@ from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.partition.offline import cheapest_work_ns, paper_partition
 from megatron_dip.planner.iteration import MemoryChoice, PlanOptions, plan_iteration
 from megatron_dip.planner.partitioning import joint_partition
+from megatron_dip.schedule.backward import SplitBackward
 from megatron_dip.schedule.grid import format_grid, plan_cells
 from megatron_dip.schedule.search import SearchMethod
 from megatron_dip.simulator.baselines import BASELINES, run_baseline
@@ -51,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--search", choices=get_args(SearchMethod), default="anneal",
                         help="anneal ships; mcts, dfs and random are the paper's, fifo tries no orders (default anneal)")
     search.add_argument("--split-backward", action=argparse.BooleanOptionalAction, default=None,
-                        help="plan the backward's input and weight parts apart (default: as the workload says)")
+                        help="plan the backward's input and weight parts apart (default: as the workload says); starts from the best plan "
+                        "with whole backwards, so it tries up to N schedules of either form")
+    search.add_argument("--auto-split-backward", action="store_const", const="auto", dest="split_backward",
+                        help="split backwards where that is faster for this batch, else whole ones")
     search.add_argument("--memory", choices=get_args(MemoryChoice), default="relaxation",
                         help="how layers' memory strategies are chosen: relaxation, or exact, which solves the found orders' choice once more "
                         "with HiGHS, up to 10 s a rank beyond the budget (default relaxation)")
@@ -78,7 +82,7 @@ class _Task:
     num_ranks: int
     microbatches: list[Microbatch]
     costs: CostModel
-    split_backward: bool
+    split_backward: SplitBackward
     strategy: str | None
     """Memory strategy of every layer; None = chosen per layer."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
@@ -21,12 +21,12 @@ from megatron_dip.partition.online import split
 from megatron_dip.planner.courtesy import no_collections
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
-from megatron_dip.schedule.bounds import problem_bound_ns
+from megatron_dip.schedule.backward import Solved, SplitBackward, search_forms
 from megatron_dip.schedule.checker import check_plan
 from megatron_dip.schedule.exact_memory import load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
-from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions, SearchResult, search
+from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions, SearchResult
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.long import LongList
 from megatron_dip.spec.model import ModelSpec
@@ -45,12 +45,13 @@ class PlanOptions:
     time_budget_s: float | None = None
     """Seconds of search; building, checking and lowering come on top."""
     evaluations: int | None = None
-    """Schedules that the search may try; with it alone the plan is the same on every machine."""
+    """Schedules that the search may try; with it alone the plan is the same on every machine. Where whole and split backwards are
+    searched, so many of each."""
     threads: int = 1
     seed: int = 0
     search: SearchMethod = "anneal"
-    split_backward: bool = False
-    """Plan the backward's input and weight parts apart."""
+    split_backward: SplitBackward = False
+    """Plan the backward's input and weight parts apart; ``auto``: where that is faster for these microbatches."""
     forward_only: bool = False
     """Evaluation: forwards alone."""
     strategy: str | None = None
@@ -86,10 +87,6 @@ def plan_iteration(
         sub_microbatches = split(microbatches, model, partition, costs)
         if not sub_microbatches:
             raise InputError("microbatches", list(microbatches), "no microbatch has an instance", "give at least one instance")
-        problem = build_problem(
-            model, partition, sub_microbatches, costs, split_backward=options.split_backward, forward_only=options.forward_only,
-            only_strategy=options.strategy,
-        )
         capacity = costs.memory_capacity_bytes()
         initial = static_bytes(model, partition, costs)
         limit = np.full(partition.num_ranks, UNLIMITED, dtype=np.int64)
@@ -98,18 +95,25 @@ def plan_iteration(
         budget = options.time_budget_s
         if budget is None and options.evaluations is None:
             budget = 0.3
-        bound_ns = problem_bound_ns(problem, limit)
+
+    def build(split_backward: bool) -> StageProblem:
+        with no_collections():
+            return build_problem(
+                model, partition, sub_microbatches, costs, split_backward=split_backward, forward_only=options.forward_only,
+                only_strategy=options.strategy,
+            )
+
     try:
-        result = search(problem, limit, SearchOptions(
+        solved = search_forms(build, limit, SearchOptions(
             method=options.search, time_budget_s=budget, evaluations=options.evaluations, threads=options.threads, seed=options.seed,
-        ), bound_ns)
+        ), False if options.forward_only else options.split_backward)
     except DoesNotFit as error:
         assert capacity is not None
         raise _memory_error(error, capacity, initial) from error
     if options.memory == "exact":
-        result = with_exact_memory(problem, limit, result)
+        solved = replace(solved, result=with_exact_memory(solved.problem, limit, solved.result))
     with no_collections():
-        plan = _make_plan(problem, partition, result, capacity, initial, bound_ns, options.seed)
+        plan = _make_plan(solved, partition, capacity, initial, options.seed)
         check_plan(plan, microbatches)
     return msgspec.structs.replace(plan, planning_ns=time.perf_counter_ns() - began)
 
@@ -125,11 +129,9 @@ def _memory_error(error: DoesNotFit, capacity: int, initial: Sequence[int]) -> I
     )
 
 
-def _make_plan(
-    problem: StageProblem, partition: Partition, result: SearchResult, capacity: int | None, initial: list[int], bound_ns: int, seed: int,
-) -> Plan:
+def _make_plan(solved: Solved, partition: Partition, capacity: int | None, initial: list[int], seed: int) -> Plan:
     """The plan but for ``planning_ns``."""
-    schedule = result.schedule
+    schedule = solved.result.schedule
     program = lower(schedule.graph, schedule.order)
     check_program(program)
     dry_run(program)
@@ -138,14 +140,14 @@ def _make_plan(
         ranks=partition.num_ranks,
         memory_capacity=None if capacity is None else [capacity] * partition.num_ranks,
         memory_initial=initial,
-        stages=_plan_stages(problem, partition, result),
+        stages=_plan_stages(solved.problem, partition, solved.result),
         order=[tasks.tolist() for tasks in schedule.order],
         claimed_makespan=schedule.makespan_ns,
-        lower_bound=bound_ns,
+        lower_bound=solved.bound_ns,
         bubble_fraction=schedule.bubble_fraction,
         peak_memory=schedule.peak_memory(initial),
         planning_ns=0,
-        evaluations=result.evaluations,
+        evaluations=solved.evaluations,
         seed=seed,
         chunks=partition.chunks,
         sub_microbatch_size=partition.sub_microbatch_size,

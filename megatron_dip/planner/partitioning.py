@@ -15,9 +15,10 @@ import numpy as np
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.offline import TIME_LIMIT_S, Batch, NothingFits, PartitionChoice, choose_partition
 from megatron_dip.partition.online import split
+from megatron_dip.schedule.backward import SplitBackward, search_forms
 from megatron_dip.schedule.graph import build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
-from megatron_dip.schedule.search import DoesNotFit, SearchOptions, search
+from megatron_dip.schedule.search import DoesNotFit, SearchOptions
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
@@ -34,7 +35,7 @@ def joint_partition(
     batches: Sequence[Batch],
     costs: CostModel,
     *,
-    split_backward: bool = False,
+    split_backward: SplitBackward = False,
     strategy: str | None = None,
     chunks: Mapping[str, int] | None = None,
     sizes: Mapping[str, int] | None = None,
@@ -57,13 +58,16 @@ def joint_partition(
         limit = np.full(num_ranks, UNLIMITED, dtype=np.int64)
         if capacity is not None:
             limit = capacity - np.array(static_bytes(model, partition, costs), dtype=np.int64)
-        problem = build_problem(
-            model, partition, split(batch, model, partition, costs), costs, split_backward=split_backward, only_strategy=strategy
-        )
-        tries, stages = (_THOROUGH, _THOROUGH_STAGES) if fine else (_SHORT, _SHORT_STAGES)
-        options = SearchOptions(evaluations=max(1, min(tries, stages // problem.fastest.num_tasks)))
+        sub_microbatches = split(batch, model, partition, costs)
+        stages = sum(2 * num_ranks * partition.num_chunks(sub.module) for sub in sub_microbatches)
+        tries, most_stages = (_THOROUGH, _THOROUGH_STAGES) if fine else (_SHORT, _SHORT_STAGES)
+        options = SearchOptions(evaluations=max(1, min(tries, most_stages // stages)))
         try:
-            return float(search(problem, limit, options).schedule.makespan_ns)
+            solved = search_forms(
+                lambda form: build_problem(model, partition, sub_microbatches, costs, split_backward=form, only_strategy=strategy),
+                limit, options, split_backward, with_bound=False,
+            )
+            return float(solved.result.schedule.makespan_ns)
         except DoesNotFit as error:
             assert capacity is not None
             rank = int(np.argmax(error.missing))

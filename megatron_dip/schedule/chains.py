@@ -21,7 +21,7 @@ from megatron_dip.schedule.paper_search import METHODS as PAPER_METHODS
 from megatron_dip.schedule.paper_search import PaperState
 from megatron_dip.schedule.portfolio import Start
 from megatron_dip.schedule.refine import RefineState, make_refine_state, refine_kernel
-from megatron_dip.schedule.space import Found, Progress, SearchSpace
+from megatron_dip.schedule.space import Found, Priorities, Progress, SearchSpace
 
 _FIRST_CYCLE = 32
 """Steps of the first cooling cycle; see :func:`_luby` for the others."""
@@ -125,6 +125,12 @@ class Chain:
     def score(self) -> int:
         """Makespan of the best schedule, after a memory choice of its own."""
         return int(NEVER) if self.best is None else self.best.makespan_ns
+
+    def best_priorities(self) -> Priorities:
+        """The chain's own, not those of a cycle from another start."""
+        if self.left is not None:
+            return Priorities(self.left.forward, self.left.backward)
+        return Priorities(self.state.best_forward.copy(), self.state.best_backward.copy())
 
     @property
     def at_cycle_start(self) -> bool:

@@ -102,6 +102,9 @@ class Portfolio:
                     break
         self.starts = [replace(start, makespan_ns=round(start.makespan_ns * worth.get(start.place, 1.0))) for start in self.starts]
 
+    def best_priorities(self) -> Priorities:
+        return min(self.starts, key=lambda start: start.makespan_ns).priorities
+
     def rows(self, place: Place, policies: Sequence[Policy], orders: Sequence[Priorities]) -> bool:
         """Interleaves each order under each policy. False where the budget is spent."""
         space, progress = self.space, self.progress

@@ -40,7 +40,7 @@ from megatron_dip.schedule.paper_search import METHODS as PAPER_METHODS
 from megatron_dip.schedule.paper_search import make_paper_state
 from megatron_dip.schedule.portfolio import Place, Portfolio, Start
 from megatron_dip.schedule.result import Schedule, time_order
-from megatron_dip.schedule.space import Progress, SearchSpace, make_space
+from megatron_dip.schedule.space import Priorities, Progress, SearchSpace, make_space
 
 SearchMethod = Literal["anneal", "mcts", "dfs", "random", "fifo"]
 
@@ -75,7 +75,20 @@ class SearchResult:
     schedule: Schedule
     choice: NDArray[np.int32]
     """[Q] candidate of each stage pair"""
+    priorities: Priorities
+    """The best orders of priority; refinement may have taken the schedule further"""
     evaluations: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seed:
+    """A schedule that a search starts from, beside its portfolio: what it finds is never worse."""
+
+    orders: list[NDArray[np.int32]]
+    """[P] tasks of each rank in order, within the limits under ``choice``"""
+    choice: NDArray[np.int32]
+    """[Q]"""
+    priorities: Priorities
 
 
 class DoesNotFit(Exception):
@@ -90,12 +103,15 @@ class DoesNotFit(Exception):
         super().__init__(f"bytes missing on each rank: {missing.tolist()}")
 
 
-def search(problem: StageProblem, limit: NDArray[np.int64], options: SearchOptions, bound_ns: int = 0) -> SearchResult:
+def search(
+    problem: StageProblem, limit: NDArray[np.int64], options: SearchOptions, bound_ns: int = 0, seed: Seed | None = None
+) -> SearchResult:
     """Best schedule found within the budget.
 
     Args:
         limit: [P] bytes that live stages may hold on each rank, UNLIMITED for no limit.
         bound_ns: a makespan that no schedule can beat; the search ends when it is reached.
+        seed: a schedule to start from (method ``anneal``).
 
     Raises:
         DoesNotFit: no schedule keeps the limit.
@@ -104,15 +120,20 @@ def search(problem: StageProblem, limit: NDArray[np.int64], options: SearchOptio
     space = make_space(problem, limit, bound_ns)
     if space.bounded:
         _check_fit(space)
-    portfolio = Portfolio(space, progress)
+    known = None if seed is None else space.timed(seed.orders, seed.choice)
+    if known is not None:
+        progress.offer(known)
+    portfolio = Portfolio(space, progress, () if seed is None else (seed.priorities,))
+    chains: Sequence[Chain] = ()
     if options.method == "anneal":
         starts = portfolio.whole()
         if not progress.spent():
-            first = starts[: max(_FIRST_CHAINS, options.threads)]
-            _rounds(progress, options.threads, [
+            chains = [
                 Chain(space, progress, starts, start, chains=options.threads, number=number, seed=options.seed * 1009 + number)
-                for number, start in enumerate(first)
-            ], problem.fastest.num_tasks)
+                for number, start in enumerate(starts[: max(_FIRST_CHAINS, options.threads)])
+            ]
+            # What the first chain refines first.
+            chains[0].best = known
     elif options.method == "fifo":
         portfolio.in_given_order(range(space.most_level() + 1 if space.bounded else 1))
     else:
@@ -121,9 +142,11 @@ def search(problem: StageProblem, limit: NDArray[np.int64], options: SearchOptio
         start = Start(int(NEVER), Place(most, 1.0), Policy(), space.given_order())
         paper = make_paper_state(options.method, space.kernel)
         assert options.method in PAPER_METHODS
-        chain = PaperChain(space, progress, start, seed=options.seed, method=options.method, paper=paper)
-        _rounds(progress, options.threads, [chain], problem.fastest.num_tasks)
-    return _result(problem, progress)
+        chains = [PaperChain(space, progress, start, seed=options.seed, method=options.method, paper=paper)]
+    if chains:
+        chains = _rounds(progress, options.threads, chains, problem.fastest.num_tasks)
+    priorities = min(chains, key=lambda chain: chain.score).best_priorities() if chains else portfolio.best_priorities()
+    return _result(problem, progress, priorities)
 
 
 def _check_fit(space: SearchSpace) -> None:
@@ -133,17 +156,17 @@ def _check_fit(space: SearchSpace) -> None:
         raise DoesNotFit(costs.worst - space.limit)
 
 
-def _result(problem: StageProblem, progress: Progress) -> SearchResult:
+def _result(problem: StageProblem, progress: Progress, priorities: Priorities) -> SearchResult:
     best = progress.best
     assert best is not None, "the first row of the portfolio is always tried"
     schedule = time_order(problem.graph(best.choice), best.orders)
     assert schedule is not None
     assert schedule.makespan_ns == best.makespan_ns, (schedule.makespan_ns, best.makespan_ns)
-    return SearchResult(schedule=schedule, choice=best.choice, evaluations=progress.evaluations)
+    return SearchResult(schedule=schedule, choice=best.choice, priorities=priorities, evaluations=progress.evaluations)
 
 
-def _rounds(progress: Progress, threads: int, chains: Sequence[Chain], num_tasks: int) -> None:
-    """Runs chains until the budget is spent: all of them for a trial, then the best, one for each thread."""
+def _rounds(progress: Progress, threads: int, chains: Sequence[Chain], num_tasks: int) -> Sequence[Chain]:
+    """Runs chains until the budget is spent: all of them for a trial, then the best, one for each thread, which are returned."""
     steps = min(_ROUND_STEPS, max(4, _ROUND_STAGES // num_tasks))
     with ThreadPoolExecutor(threads) as pool:
         trial = True
@@ -172,6 +195,7 @@ def _rounds(progress: Progress, threads: int, chains: Sequence[Chain], num_tasks
                 break
             if not trial and len(chains) > 1:
                 _share_best(chains)
+    return chains
 
 
 def _share_best(chains: Sequence[Chain]) -> None:

@@ -36,11 +36,11 @@ from megatron_dip.cost.operators import Cause, LatencyRules
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.step import gradient_seconds, optimizer_seconds, parameter_seconds
 from megatron_dip.partition.online import split
-from megatron_dip.schedule.bounds import problem_bound_ns
+from megatron_dip.schedule.backward import search_forms
 from megatron_dip.schedule.graph import build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.result import Schedule, time_order
-from megatron_dip.schedule.search import DoesNotFit, SearchOptions, search
+from megatron_dip.schedule.search import DoesNotFit, SearchOptions
 from megatron_dip.simulator.baselines import BASELINES, run_baseline
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
@@ -191,7 +191,6 @@ def _dip_pipeline(
     model = workload.model_spec
     partition.validate({module.name: module.num_layers for module in model.modules}, workload.parallel.pipeline)
     subs = split(microbatches, model, partition, costs)
-    problem = build_problem(model, partition, subs, costs, split_backward=workload.training.split_backward)
     initial = static_bytes(model, partition, costs)
     capacity = costs.memory_capacity_bytes()
     limit = np.full(partition.num_ranks, UNLIMITED, dtype=np.int64)
@@ -199,10 +198,14 @@ def _dip_pipeline(
         limit = np.array([capacity - held for held in initial], dtype=np.int64)
     try:
         settings = SearchOptions(evaluations=options.evaluations, threads=options.threads, seed=options.seed)
-        found = search(problem, limit, settings, problem_bound_ns(problem, limit))
+        solved = search_forms(
+            lambda split_backward: build_problem(model, partition, subs, costs, split_backward=split_backward), limit, settings,
+            workload.training.split_backward,
+        )
     except DoesNotFit as error:
         rank = int(np.argmax(error.missing))
         raise _does_not_fit("dip", rank, int(error.missing[rank]), capacity) from error
+    problem, found = solved.problem, solved.result
     recomputed: Counter[tuple[str, tuple[int, ...], str]] = Counter()
     recomputing = set()
     pairs = np.stack((problem.pair_class, found.choice, problem.pair_sub_microbatch), axis=1)
