@@ -28,7 +28,7 @@ from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.hooks.arguments import DipOptions, options_from_args
-from megatron_dip.iteration.forward_backward import DipForwardBackward
+from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.models.capture import CapturedCall
 from megatron_dip.models.description import ModelDescription, unwrap
@@ -357,11 +357,11 @@ def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackw
     if parallel_state.get_expert_model_parallel_world_size() > 1:
         joined = (LANGUAGE, torch.distributed.get_process_group_ranks(parallel_state.get_expert_tensor_and_model_parallel_group()))
     on_cpu = torch.cuda.current_device() == torch.device("cpu")
-    return DipForwardBackward(
-        staged_model=staged, chunks=chunks, partition=built.partition, metadata=description.item_metadata, call_metadata=call_metadata,
-        call_conditions=call_conditions,
+    settings = IterationSettings(
+        metadata=description.item_metadata, call_metadata=call_metadata, call_conditions=call_conditions,
         plan_function=plan, quick_plan_function=None if options.evaluations is not None else quick_plan,
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
         backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, num_outputs=description.num_outputs,
         planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming, joined=joined,
     )
+    return DipForwardBackward(staged_model=staged, chunks=chunks, partition=built.partition, settings=settings)

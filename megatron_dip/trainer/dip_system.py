@@ -23,7 +23,7 @@ from megatron_dip.cost.device import device_names
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.measured import PartBytes, SlowedCost, StageSample, fit_profile, message_excess_ns, slowdown, waiting
 from megatron_dip.cost.profile import ProfileCost
-from megatron_dip.iteration.forward_backward import DipForwardBackward
+from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
@@ -101,9 +101,11 @@ class DipSystem(System):
             check_measured(spec, self.profile, "--profile")
             self._costs = ProfileCost(self.profile, field="--profile")
         self.forward_backward = DipForwardBackward(
-            staged_model=model.staged, chunks=model.chunks, partition=self.partition, metadata=model.staged.description.item_metadata,
-            plan_function=self._plan, quick_plan_function=self._quick_plan, device=device,
-            backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
+            staged_model=model.staged, chunks=model.chunks, partition=self.partition,
+            settings=IterationSettings(
+                metadata=model.staged.description.item_metadata, plan_function=self._plan, quick_plan_function=self._quick_plan,
+                device=device, backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
+            ),
         )
         self._p2p: PointToPoint
         if warmed_by is not None:

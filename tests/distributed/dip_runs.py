@@ -77,13 +77,16 @@ _MADE: dict[int, tuple[Any, Any]] = {}
 
 
 def dip_of(case: Case, model: Any, **options: Any) -> Any:
-    from megatron_dip.iteration.forward_backward import DipForwardBackward
+    from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 
     if id(model) not in _MADE:
         partition = even_cut(case)
         made = DipForwardBackward(
-            staged_model=model.staged, chunks=model.chunks, partition=partition, metadata=model.staged.description.item_metadata,
-            device=torch.device("cpu"), **{"plan_function": PlanMaker(case, partition), "timeout_s": 30.0, **options},
+            staged_model=model.staged, chunks=model.chunks, partition=partition,
+            settings=IterationSettings(
+                metadata=model.staged.description.item_metadata, device=torch.device("cpu"),
+                **{"plan_function": PlanMaker(case, partition), "timeout_s": 30.0, **options},
+            ),
         )
         _MADE[id(model)] = (model, made)
     return _MADE[id(model)][1]

@@ -117,7 +117,7 @@ def _plan_ahead(rank: int, num_ranks: int) -> tuple[int, int, dict[str, int]] | 
         model.zero_grad()
         _call(model, dip, data, 3)
         # Stands for what else an iteration takes: the next plan is made meanwhile.
-        while dip._service is not None and not all(request.done.is_set() for request in dip._service._waiting.values()):
+        while dip._plans is not None and not all(request.done.is_set() for request in dip._plans._service._waiting.values()):
             time.sleep(0.01)
     counts = dip.counts()
     return None if counts is None else (counts.taken, counts.ahead, counts.fallbacks)
@@ -154,7 +154,7 @@ def _plan_ahead_of_ramp_up(rank: int, num_ranks: int) -> tuple[int, int] | None:
                 _call(model, dip, evaluation, 2, forward_only=True)
             model.train(True)
         done += 1
-        while dip._service is not None and not all(request.done.is_set() for request in dip._service._waiting.values()):
+        while dip._plans is not None and not all(request.done.is_set() for request in dip._plans._service._waiting.values()):
             time.sleep(0.01)
     counts = dip.counts()
     if counts is None:
@@ -216,7 +216,7 @@ def _replay(rank: int, num_ranks: int) -> list[tuple[list[float], float, int]]:
         runs.append((losses, _gradient_sum(model), dip.plan.seed))
         if rewind:
             gate.set()
-            while dip._service is not None and not dip._service._plans:
+            while dip._plans is not None and not dip._plans._service._plans:
                 time.sleep(0.01)
             data.rewind()
         else:
@@ -358,7 +358,7 @@ class _Unreadable(dict[str, torch.Tensor]):
 
 
 def _cannot_look_ahead(rank: int, num_ranks: int) -> tuple[int, int] | None:
-    from megatron_dip.iteration.forward_backward import DipForwardBackward
+    from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
     from megatron_dip.iteration.lookahead import LookaheadIterator
 
     model = _model()
@@ -371,9 +371,11 @@ def _cannot_look_ahead(rank: int, num_ranks: int) -> tuple[int, int] | None:
 
     partition = dip_runs.even_cut(CASE)
     dip = DipForwardBackward(
-        staged_model=model.staged, chunks=model.chunks, partition=partition, metadata=metadata,
-        call_metadata=lambda call: description.metadata(description.bind(call.args, call.kwargs)), device=torch.device("cpu"),
-        plan_function=dip_runs.PlanMaker(CASE, partition), timeout_s=30.0,
+        staged_model=model.staged, chunks=model.chunks, partition=partition,
+        settings=IterationSettings(
+            metadata=metadata, call_metadata=lambda call: description.metadata(description.bind(call.args, call.kwargs)),
+            device=torch.device("cpu"), plan_function=dip_runs.PlanMaker(CASE, partition), timeout_s=30.0,
+        ),
     )
     data = LookaheadIterator([_Unreadable(item) for item in _items(0, (2, 0, 1, 1, 1, 0))])
     for _ in range(3):
@@ -507,8 +509,8 @@ def test_several_optimizer_instances_reduce_once_at_the_end() -> None:
 
 
 def _fail(rank: int, num_ranks: int, how: str) -> None:
-    from megatron_dip.iteration import forward_backward
-    from megatron_dip.iteration.forward_backward import DipForwardBackward
+    from megatron_dip.iteration import agreement
+    from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
     from megatron_dip.planner.message import pack_plan, unpack_plan
     from megatron_dip.spec.errors import InputError
 
@@ -543,21 +545,24 @@ def _fail(rank: int, num_ranks: int, how: str) -> None:
     if how == "data end":
         items = items[:1]
     dip = DipForwardBackward(
-        staged_model=model.staged, chunks=model.chunks, partition=partition, metadata=model.staged.description.item_metadata,
-        device=torch.device("cpu"), **{"plan_function": dip_runs.PlanMaker(CASE, dip_runs.even_cut(CASE)), **options},
+        staged_model=model.staged, chunks=model.chunks, partition=partition,
+        settings=IterationSettings(
+            metadata=model.staged.description.item_metadata, device=torch.device("cpu"),
+            **{"plan_function": dip_runs.PlanMaker(CASE, dip_runs.even_cut(CASE)), **options},
+        ),
     )
     if how == "other plan" and rank == 1:
-        broadcast = forward_backward._broadcast
+        broadcast = agreement._broadcast
 
         def other_plan(*args: Any) -> bytes:
             message = broadcast(*args)
             plan = unpack_plan(message[1:])
             return message[:1] + pack_plan(msgspec.structs.replace(plan, order=[row[::-1] for row in plan.order])).data
 
-        forward_backward._broadcast = other_plan
+        agreement._broadcast = other_plan
     if how == "unreadable plan" and rank == 1:
-        broadcast = forward_backward._broadcast
-        forward_backward._broadcast = lambda *args: broadcast(*args)[:-1]
+        broadcast = agreement._broadcast
+        agreement._broadcast = lambda *args: broadcast(*args)[:-1]
     if how == "death" and rank == 1:
         model.chunks[0].register_forward_hook(lambda *_: os._exit(9))
     if how == "late death" and rank == 0:
