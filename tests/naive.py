@@ -281,7 +281,8 @@ def needs(graph: TaskGraph) -> tuple[list[int], list[int]]:
     for rank in range(graph.num_ranks):
         mine = [task for task in range(graph.num_tasks) if graph.rank[task] == rank]
         worst.append(max(keep + moment for keep, moment in unit_needs(graph)[rank :: graph.num_ranks]))
-        rest.append(sum(int(graph.duration_ns[task]) for task in mine) + min(int(tail[task]) for task in mine))
+        # Tasks without a duration hold nothing up.
+        rest.append(sum(int(graph.duration_ns[task]) for task in mine) + min((int(tail[task]) for task in mine if graph.duration_ns[task]), default=0))
     return worst, rest
 
 

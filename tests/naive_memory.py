@@ -91,6 +91,7 @@ def rank_of(tables: MemoryTables, order: Sequence[int], limit: int) -> Rank:
     A forward is a point where something is given back before the next forward starts: at its own end, or by a task right behind it. The
     last one is a point too.
     """
+    order = [task for task in order if tables.pair_of_task[task] >= 0]
     fixed = [(int(tables.fixed_start[task]), int(tables.fixed_end[task])) for task in order]
     pair_of = [int(tables.pair_of_task[task]) for task in order]
     forwards = [place for place, task in enumerate(order) if tables.pair_forward[pair_of[place]] == task]

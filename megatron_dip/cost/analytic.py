@@ -95,6 +95,7 @@ class AnalyticCost:
         self.p2p_bytes_per_second = message_bandwidth(self.groups.pipeline, self.device)
         self._modules = {module.name: module for module in model.modules}
         self._runs_backward = model.backward_modules()
+        self._trained = {module.name: model.trainable_parts(module.name).any for module in model.modules}
         self._consumer: dict[str, ModuleSpec | None] = {}
         for module in model.modules:
             consumers = model.consumers_of(module.name)
@@ -199,10 +200,11 @@ class AnalyticCost:
         built = self.graphs(name, part, lengths) if lengths else None
         if built is None:
             return _NOTHING
-        runs_backward, trains = self._runs_backward[name], self._modules[name].trainable
+        runs_backward, trains = self._runs_backward[name], self._trained[name]
         forward = time_graph(built.forward, self.device, self.rules)
         backward = time_graph(built.backward, self.device, self.rules)
-        saved = built.forward.saved_bytes() if runs_backward else 0.0
+        # Where no backward follows, they are an upper bound of what lives within the part for a moment.
+        saved = built.forward.saved_bytes()
         weight_ns = input_ns = backward_flops = 0.0
         exposed: Mapping[Cause, float] = {}
         if runs_backward:

@@ -12,7 +12,7 @@ from megatron_dip.spec.profile import Strategy
 class FixedStrategyCost(WrappedCost):
     """Costs under which every layer uses strategy ``label`` and nothing is left to choose.
 
-    Layers of modules that do not know the strategy, or that hold nothing, stay as they are.
+    Layers of modules that do not know the strategy, or that hold nothing or have no backward, stay as they are.
     """
 
     def __init__(self, costs: CostModel, label: str) -> None:
@@ -21,7 +21,7 @@ class FixedStrategyCost(WrappedCost):
 
     def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:
         cost = self.costs.part(module, part, lengths)
-        if part != "layer" or not lengths or cost.activation_bytes == 0.0:
+        if part != "layer" or not lengths or cost.activation_bytes == 0.0 or cost.backward_input_ns + cost.backward_weight_ns == 0.0:
             return cost
         strategy = self.costs.strategies(module, lengths).get(self.label)
         if strategy is None:

@@ -25,7 +25,7 @@ class PartCost:
     backward_input_ns: float = 0.0
     backward_weight_ns: float = 0.0
     activation_bytes: float = 0.0
-    """Held from forward to backward."""
+    """Held from forward to backward; where no backward follows, at most this for a moment."""
     boundary_bytes: float = 0.0
     """Message to the next chunk when this part is the chunk's last."""
 

@@ -103,24 +103,38 @@ class ModuleWork:
 
 def module_work(model: ModelSpec, module: str, size: int, microbatches: Sequence[Microbatch], costs: CostModel) -> ModuleWork:
     """Work of a module in parts of equal count (what the sub-microbatches of equal cost come to, near enough to rank by)."""
-    backward, trainable = model.backward_modules()[module], model.module(module).trainable
-    shapes: Counter[tuple[int, ...]] = Counter()
+    parts = model.trainable_parts(module)
+    # For each way in which a microbatch's other modules need gradients: the module as if it were one stage.
+    whole = {
+        below: parts.stage(0, model.module(module).num_layers, at_first=True, at_last=True, below=below) for below in (False, True)
+    }
+    needs: dict[frozenset[str], bool] = {}
+    shapes: Counter[tuple[tuple[int, ...], bool]] = Counter()
     for microbatch in microbatches:
         lengths = microbatch.get(module, ())
         num_parts = -(-len(lengths) // size)
+        present = frozenset(name for name, instances in microbatch.items() if instances)
+        if present not in needs:
+            needs[present] = model.gradients_into(present).get(module, False)
+        below = needs[present]
         for part in range(num_parts):
             start, end = part * len(lengths) // num_parts, (part + 1) * len(lengths) // num_parts
-            shapes[tuple(sorted(lengths[start:end]))] += 1
+            shapes[tuple(sorted(lengths[start:end])), below] += 1
 
     def total(part: Part) -> float:
         result = 0.0
-        for lengths, count in shapes.items():
-            cost = costs.part(module, part, lengths)
-            time = cost.forward_ns + (cost.backward_input_ns + cost.backward_weight_ns * trainable if backward else 0.0)
-            result += count * time
+        for (lengths, below), count in shapes.items():
+            cost, backward = costs.part(module, part, lengths), whole[below]
+            layers = model.module(module).num_layers
+            # Of a layer the share of layers, since all of a module's count alike here.
+            passed, trained = {
+                "first": (backward.first, backward.weight_first), "last": (backward.last, backward.weight_last),
+                "layer": (backward.layers / layers, backward.weight_layers / layers),
+            }[part]
+            result += count * (cost.forward_ns + passed * cost.backward_input_ns + trained * cost.backward_weight_ns)
         return result
 
-    return ModuleWork(total("layer"), total("first"), total("last"), sum(shapes.values()))
+    return ModuleWork(total("layer"), total("first"), total("last"), shapes.total())
 
 
 def cheapest_work_ns(model: ModelSpec, microbatches: Sequence[Microbatch], costs: CostModel) -> int:

@@ -28,12 +28,8 @@ class WorkEstimate:
 
     def __init__(self, model: ModelSpec, partition: Partition, costs: CostModel) -> None:
         self._model, self._partition, self._costs = model, partition, costs
-        self._runs_backward = model.backward_modules()
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], NDArray[np.int64]] = {}
-        self._units: dict[tuple[str, tuple[int, ...]], NDArray[np.float64]] = {}
-        self._layers = {
-            module.name: np.sum(np.array(partition.chunks[module.name], dtype=np.int64), axis=0) for module in model.modules
-        }
+        self._units: dict[tuple[str, tuple[int, ...], bool], NDArray[np.float64]] = {}
 
     def of(self, microbatches: Sequence[Microbatch]) -> NDArray[np.int64]:
         """ns on each pipeline rank [microbatches, ranks]. Raises InputError for metadata that no model could run."""
@@ -47,24 +43,32 @@ class WorkEstimate:
 
     def _work(self, microbatch: Microbatch) -> NDArray[np.int64]:
         total = np.zeros(self._partition.num_ranks)
+        below = self._model.gradients_into([name for name, lengths in microbatch.items() if lengths])
         for sub in split([microbatch], self._model, self._partition, self._costs):
-            key = (sub.module, tuple(sorted(sub.lengths)))
+            key = (sub.module, tuple(sorted(sub.lengths)), below[sub.module])
             if key not in self._units:
                 self._units[key] = self._unit(*key)
             total += self._units[key]
         return np.rint(total).astype(np.int64)
 
-    def _unit(self, name: str, lengths: tuple[int, ...]) -> NDArray[np.float64]:
-        """ns on each rank of one pass of these instances through the whole module and back."""
-        layer, first, last = (self._part_ns(name, part, lengths) for part in ("layer", "first", "last"))
-        unit = self._layers[name] * layer
-        unit[0] += first
-        unit[-1] += last
-        return unit
+    def _unit(self, name: str, lengths: tuple[int, ...], below: bool) -> NDArray[np.float64]:
+        """ns on each rank of one pass of these instances through the whole module and back, as far as gradients go.
 
-    def _part_ns(self, name: str, part: str, lengths: tuple[int, ...]) -> float:
-        cost = self._costs.part(name, part, lengths)  # type: ignore[arg-type]
-        if not self._runs_backward[name]:
-            return cost.forward_ns
-        weight = cost.backward_weight_ns if self._model.module(name).trainable else 0.0
-        return cost.forward_ns + cost.backward_input_ns + weight
+        Args:
+            below: whether what feeds the module needs a gradient.
+        """
+        layer, first, last = (self._costs.part(name, part, lengths) for part in ("layer", "first", "last"))  # type: ignore[arg-type]
+        parts, num_ranks = self._model.trainable_parts(name), self._partition.num_ranks
+        sizes = [layers for row in self._partition.chunks[name] for layers in row]
+        unit, first_layer = np.zeros(num_ranks), 0
+        for index, layers in enumerate(sizes):
+            at_first, at_last = index == 0, index == len(sizes) - 1
+            backward = parts.stage(first_layer, layers, at_first=at_first, at_last=at_last, below=below)
+            first_layer += layers
+            unit[index % num_ranks] += layers * layer.forward_ns + first.forward_ns * at_first + last.forward_ns * at_last
+            unit[index % num_ranks] += (
+                backward.layers * layer.backward_input_ns + backward.first * first.backward_input_ns + backward.last * last.backward_input_ns
+                + backward.weight_layers * layer.backward_weight_ns + backward.weight_first * first.backward_weight_ns
+                + backward.weight_last * last.backward_weight_ns
+            )
+        return unit

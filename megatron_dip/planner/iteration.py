@@ -26,13 +26,13 @@ from megatron_dip.schedule.checker import check_plan
 from megatron_dip.schedule.exact_memory import load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
-from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions, SearchResult
+from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.long import LongList
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Dep, Plan, PlanStage
-from megatron_dip.spec.tasks import KIND_NAMES, WEIGHT
+from megatron_dip.spec.tasks import KIND_NAMES, WEIGHT, TaskGraph
 from megatron_dip.spec.workload import Microbatch
 
 MemoryChoice = Literal["relaxation", "exact"]
@@ -131,7 +131,7 @@ def _memory_error(error: DoesNotFit, capacity: int, initial: Sequence[int]) -> I
 
 def _make_plan(solved: Solved, partition: Partition, capacity: int | None, initial: list[int], seed: int) -> Plan:
     """The plan but for ``planning_ns``."""
-    schedule = solved.result.schedule
+    schedule, tasks = solved.problem.present(solved.result.schedule)
     program = lower(schedule.graph, schedule.order)
     check_program(program)
     dry_run(program)
@@ -140,8 +140,10 @@ def _make_plan(solved: Solved, partition: Partition, capacity: int | None, initi
         ranks=partition.num_ranks,
         memory_capacity=None if capacity is None else [capacity] * partition.num_ranks,
         memory_initial=initial,
-        stages=_plan_stages(solved.problem, partition, solved.result),
-        order=[tasks.tolist() for tasks in schedule.order],
+        stages=_plan_stages(
+            solved.problem, partition, schedule.graph, solved.problem.pair_of_task[tasks].tolist(), solved.result.choice.tolist()
+        ),
+        order=[row.tolist() for row in schedule.order],
         claimed_makespan=schedule.makespan_ns,
         lower_bound=solved.bound_ns,
         bubble_fraction=schedule.bubble_fraction,
@@ -158,12 +160,12 @@ def _make_plan(solved: Solved, partition: Partition, capacity: int | None, initi
     )
 
 
-def _plan_stages(problem: StageProblem, partition: Partition, result: SearchResult) -> list[PlanStage]:
-    graph = result.schedule.graph
-    pair_of_task = np.empty(graph.num_tasks, dtype=np.int64)
-    for tasks in (problem.pair_forward, problem.pair_backward, problem.pair_weight):
-        pair_of_task[tasks[tasks >= 0]] = np.flatnonzero(tasks >= 0)
-    pairs, choice = pair_of_task.tolist(), result.choice.tolist()
+def _plan_stages(problem: StageProblem, partition: Partition, graph: TaskGraph, pairs: list[int], choice: list[int]) -> list[PlanStage]:
+    """Args:
+    graph: the chosen schedule's, without absent tasks.
+    pairs: [tasks of ``graph``] each one's pair.
+    choice: [pairs] each one's candidate.
+    """
     rank, kind, vp_stage = graph.rank.tolist(), graph.kind.tolist(), graph.vp_stage.tolist()
     duration, start, end = graph.duration_ns.tolist(), graph.mem_start_bytes.tolist(), graph.mem_end_bytes.tolist()
     offset, dep_task, dep_lag = graph.dep_offset.tolist(), graph.dep_task.tolist(), graph.dep_lag_ns.tolist()

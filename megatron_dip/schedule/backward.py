@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_dip.schedule.bounds import problem_bound_ns
 from megatron_dip.schedule.graph import StageProblem
 from megatron_dip.schedule.search import SearchOptions, SearchResult, Seed, search
+from megatron_dip.spec.tasks import WEIGHT
 
 SplitBackward = bool | Literal["auto"]
 """False: whole backwards; True: split ones; ``auto``: whichever is faster for these very microbatches, whole ones when equal."""
@@ -43,8 +44,8 @@ class Solved:
 def with_weights_behind(result: SearchResult, split: StageProblem) -> Seed:
     """The schedule of whole backwards in the problem of split ones: each weight stage right behind its input stage."""
     weight_of = np.full(split.fastest.num_tasks, -1, dtype=np.int32)
-    has_weight = split.pair_weight >= 0
-    weight_of[split.pair_backward[has_weight]] = split.pair_weight[has_weight]
+    weights = np.flatnonzero(split.fastest.kind == WEIGHT)
+    weight_of[split.fastest.dep_task[split.fastest.dep_offset[weights]]] = weights  # each waits for its backward alone
     orders = []
     for tasks in result.schedule.order:
         both = np.stack((tasks, weight_of[tasks]), axis=1).reshape(-1)

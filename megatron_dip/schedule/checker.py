@@ -4,7 +4,8 @@ In: a :class:`~megatron_dip.spec.plan.Plan`, and the microbatches if known. Out:
 peak memory computed afresh. A plan holds when
 
 - every stage stands exactly once in the order of its own rank, and every chunk of a module is passed by every sub-microbatch;
-- forward chains, backward chains (their mirror), F before B before W are all among the dependencies, and nobody waits in a circle;
+- forward chains, backward chains (their mirror, as far down as something is trained), F before B before W are all among the
+  dependencies, no gradient goes to a stage without a backward, and nobody waits in a circle;
 - with start = max(end of the stage before on the rank, end of a dependency + lag) the last end is ``claimed_makespan``, no less than
   ``lower_bound``;
 - memory, taken at starts and ends, never exceeds the capacity, peaks where ``peak_memory`` says and ends where it began;
@@ -171,12 +172,19 @@ def _check_chains(plan: Plan, report: CheckReport) -> None:
             feeders.extend((plan.stages[dep.stage], stage) for dep in stage.deps)
         backward = [kinds["bw"][place] for place in sorted(kinds["bw"], reverse=True)]
         for stage in backward:
+            for dep in stage.deps:
+                if plan.stages[dep.stage].kind != "bw" and (dep.stage != kinds["fw"].get((stage.vp_stage, stage.rank), stage).id):
+                    report.add(f"{_name(stage)} waits for {_name(plan.stages[dep.stage])}, which has no gradient for it", stage.id)
             if (stage.vp_stage, stage.rank) not in kinds["fw"]:
                 report.add(f"{_name(stage)} has no forward", stage.id)
             elif kinds["fw"][stage.vp_stage, stage.rank].id not in depends[stage.id]:
                 report.add(f"{_name(stage)} does not wait for its forward", stage.id)
-        if backward and len(backward) != len(forward):
-            report.add(f"{label}: {len(backward)} backward stages for {len(forward)} forward stages", *(s.id for s in backward))
+        # Before the first part that is trained there is none, behind it every stage has one.
+        if backward:
+            lowest = (backward[-1].vp_stage, backward[-1].rank)
+            missing = [stage for place, stage in kinds["fw"].items() if place >= lowest and place not in kinds["bw"]]
+            if missing:
+                report.add(f"{label}: {_name(missing[0])} has no backward, and stages before it have one", *(s.id for s in missing))
         for before, after in itertools.pairwise(backward):
             if before.id not in depends[after.id]:
                 report.add(f"{_name(after)} does not wait for {_name(before)}", after.id)
@@ -206,6 +214,8 @@ def _check_chains(plan: Plan, report: CheckReport) -> None:
         ahead = source_kinds["bw"].get((source.vp_stage, source.rank))
         if ahead is not None and behind is not None and behind.id not in depends[ahead.id]:
             report.add(f"{_name(ahead)} does not wait for {_name(behind)}", ahead.id)
+        if ahead is not None and behind is None:
+            report.add(f"{_name(ahead)} gets no gradient: {_name(stage)} has no backward", ahead.id)
 
 
 def _check_data(plan: Plan, microbatches: Sequence[Mapping[str, Sequence[int]]], report: CheckReport) -> None:

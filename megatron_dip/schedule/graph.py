@@ -7,12 +7,17 @@ Layout of task ids, on which the compiled kernels rely: a *segment* is one pass 
 through one chunk on all P ranks, and task t is segment t // P on rank t % P. Forward segments come first, by sub-microbatch, then by
 vp_stage; then backward segments in the same order, then weight segments.
 
+Frozen parts: a stage has a backward only if something trained stands in it or before it. Segments without any are left out; in one
+that some ranks have (a frozen vision model's last chunk, whose projector is trained) the others' places are *absent* tasks. These take
+no time and no memory and nobody waits for them: they are there for the layout alone, and :meth:`StageProblem.present` takes them out.
+
 Edges: a stage waits for the stage before it in its sub-microbatch's chain of K * P stages (backward: behind it); the first stage of a
 module for the last stages of all sub-microbatches, of its microbatch, of the modules that feed it (backward mirrored); a backward for
 its own forward; a weight stage for its backward. Rounding: times are summed over a stage's layers as floats, then rounded to ns.
 
 Memory: a forward takes its stage's activation at its start; its backward gives it back at its end (split: floor of one half at the
-end of the input part, the rest at the end of the weight part); without a backward it is given back at the forward's own end. Where
+end of the input part, the rest at the end of the weight part). A forward without a backward has one layer's activation at a time, and
+gives it back at its own end; so do the layers of a stage below its first trained one. Where
 the cost model says so, what a module hands to the modules it feeds is held on rank 0, where they take it, once for each
 sub-microbatch that takes it: from the start of the giving stage of rank 0 (somewhat before it arrives) to the end of the taking
 stage's backward, or of its forward where the giving module has no backward. Not modelled: temporary buffers within a stage.
@@ -21,16 +26,18 @@ stage's backward, or of its forward where the giving module has no backward. Not
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dip.cost.interface import CostModel
+from megatron_dip.cost.interface import CostModel, PartCost
 from megatron_dip.schedule.candidates import Candidates, layer_options, pair_candidates
-from megatron_dip.spec.model import ModelSpec
+from megatron_dip.schedule.result import Schedule
+from megatron_dip.spec.model import ModelSpec, StageBackward
 from megatron_dip.spec.partition import Partition, SubMicrobatch
+from megatron_dip.spec.profile import Strategy
 from megatron_dip.spec.tasks import BACKWARD, FORWARD, WEIGHT, TaskGraph
 
 
@@ -63,7 +70,9 @@ class StageProblem:
     candidates: tuple[Candidates, ...]
     """[C]"""
     class_layers: NDArray[np.int32]
-    """[C] number of layers"""
+    """[C] number of layers; those below the first trained one have no place in the candidates"""
+    pair_of_task: NDArray[np.int32]
+    """[T] the pair that a task belongs to, -1 = the task is absent"""
 
     @property
     def num_pairs(self) -> int:
@@ -99,7 +108,33 @@ class StageProblem:
 
     def strategies(self, pair: int, candidate: int) -> list[str]:
         """Memory strategy of each layer of the pair."""
-        return self.candidates[self.pair_class[pair]].strategy_list(candidate)
+        kind = self.pair_class[pair]
+        chosen = self.candidates[kind].strategy_list(candidate)
+        return ["none"] * (int(self.class_layers[kind]) - len(chosen)) + chosen
+
+    def present(self, schedule: Schedule) -> tuple[Schedule, NDArray[np.int64]]:
+        """The schedule without absent tasks, and for each of its tasks the number that it has here."""
+        kept = np.flatnonzero(self.pair_of_task >= 0)
+        if len(kept) == len(self.pair_of_task):
+            return schedule, kept
+        graph = schedule.graph
+        number = np.full(graph.num_tasks, -1, dtype=np.int32)
+        number[kept] = np.arange(len(kept), dtype=np.int32)
+        waiting = np.repeat(np.arange(graph.num_tasks), np.diff(graph.dep_offset))
+        edges = number[waiting] >= 0
+        assert (number[graph.dep_task[edges]] >= 0).all(), "a task waits for an absent one"
+        tasks = {
+            name: getattr(graph, name)[kept]
+            for name in ("rank", "kind", "module", "vp_stage", "microbatch", "sub_microbatch", "duration_ns", "mem_start_bytes", "mem_end_bytes")
+        }
+        counts = np.bincount(number[waiting[edges]], minlength=len(kept))
+        compact = TaskGraph(
+            num_ranks=graph.num_ranks, module_names=graph.module_names, **tasks,
+            dep_offset=np.concatenate(([0], np.cumsum(counts))).astype(np.int32), dep_task=number[graph.dep_task[edges]],
+            dep_lag_ns=graph.dep_lag_ns[edges], dep_is_data=graph.dep_is_data[edges],
+        )
+        orders = tuple(number[order][number[order] >= 0] for order in schedule.order)
+        return Schedule(graph=compact, order=orders, start_ns=schedule.start_ns[kept]), kept
 
 
 def build_task_graph(
@@ -142,42 +177,53 @@ def build_problem(
     assert sub_microbatches, "an iteration without a sub-microbatch has nothing to schedule"
     num_ranks = partition.num_ranks
     module_index = {module.name: index for index, module in enumerate(model.modules)}
-    runs_backward = {name: needs and not forward_only for name, needs in model.backward_modules().items()}
-    table = _ClassTable(model, partition, costs, runs_backward, split_backward, only_strategy)
-    units = [table.unit(sub) for sub in sub_microbatches]
+    table = _ClassTable(model, partition, costs, split_backward, only_strategy)
+    present: dict[int, set[str]] = {}
+    for sub in sub_microbatches:
+        present.setdefault(sub.microbatch, set()).add(sub.module)
+    below = {microbatch: model.gradients_into(modules) for microbatch, modules in present.items()}
+    units = [table.unit(sub, None if forward_only else below[sub.microbatch][sub.module]) for sub in sub_microbatches]
     num_chunks = np.array([partition.num_chunks(sub.module) for sub in sub_microbatches], dtype=np.int64)
-    has_backward = np.array([runs_backward[sub.module] for sub in sub_microbatches])
-    has_weight = np.array([split_backward and runs_backward[s.module] and model.module(s.module).trainable for s in sub_microbatches])
+    with_b = np.concatenate([unit.has_backward for unit in units])
+    with_w = np.concatenate([unit.has_weight for unit in units])
 
-    # Segments: [U] first segment of each sub-microbatch in the forward, backward and weight blocks.
+    # Segments: [U] first segment of each sub-microbatch in the forward, backward and weight blocks, and the first chunk that has one.
     forward_first = np.concatenate(([0], np.cumsum(num_chunks)))
-    backward_first = forward_first[-1] + np.concatenate(([0], np.cumsum(num_chunks * has_backward)))
-    weight_first = backward_first[-1] + np.concatenate(([0], np.cumsum(num_chunks * has_weight)))
+    backward_chunk = num_chunks - np.array([unit.backward_chunks for unit in units], dtype=np.int64)
+    backward_first = forward_first[-1] + np.concatenate(([0], np.cumsum(num_chunks - backward_chunk)))
+    weight_chunk = num_chunks - np.array([unit.weight_chunks for unit in units], dtype=np.int64)
+    weight_first = backward_first[-1] + np.concatenate(([0], np.cumsum(num_chunks - weight_chunk)))
     num_pairs = int(forward_first[-1]) * num_ranks
     num_tasks = int(weight_first[-1]) * num_ranks
 
     sub_index = np.repeat(np.arange(len(units)), num_chunks * num_ranks)
     position = np.arange(num_pairs) - forward_first[sub_index] * num_ranks
+    # In segments of their own, all ranks' tasks; in pair_*, those that are there.
+    backward = _segment_tasks(position, sub_index, backward_first, backward_chunk, num_ranks)
+    weight = _segment_tasks(position, sub_index, weight_first, weight_chunk, num_ranks)
     pair_forward = np.arange(num_pairs, dtype=np.int32)
-    pair_backward = np.where(has_backward[sub_index], backward_first[sub_index] * num_ranks + position, -1).astype(np.int32)
-    pair_weight = np.where(has_weight[sub_index], weight_first[sub_index] * num_ranks + position, -1).astype(np.int32)
+    pair_backward, pair_weight = np.where(with_b, backward, -1).astype(np.int32), np.where(with_w, weight, -1).astype(np.int32)
     pair_class = np.concatenate([unit.classes for unit in units]).astype(np.int32)
 
-    pair_of_task = np.empty(num_tasks, dtype=np.int64)
+    place_of_task = np.empty(num_tasks, dtype=np.int64)
     kind = np.empty(num_tasks, dtype=np.int8)
-    for code, tasks in ((FORWARD, pair_forward), (BACKWARD, pair_backward), (WEIGHT, pair_weight)):
-        pair_of_task[tasks[tasks >= 0]] = np.flatnonzero(tasks >= 0)
+    for code, tasks in ((FORWARD, pair_forward), (BACKWARD, backward), (WEIGHT, weight)):
+        place_of_task[tasks[tasks >= 0]] = np.flatnonzero(tasks >= 0)
         kind[tasks[tasks >= 0]] = code
+    pair_of_task = np.full(num_tasks, -1, dtype=np.int32)
+    for tasks in (pair_forward, pair_backward, pair_weight):
+        pair_of_task[tasks[tasks >= 0]] = np.flatnonzero(tasks >= 0)
     duration = np.zeros(num_tasks, dtype=np.int64)
     mem_start, mem_end = np.zeros(num_tasks, dtype=np.int64), np.zeros(num_tasks, dtype=np.int64)
     arrays = table.arrays()
     held = arrays.held_bytes[pair_class, 0]
     duration[pair_forward] = arrays.forward_ns[pair_class, 0]
-    mem_start[pair_forward] = held
-    with_b, with_w = pair_backward >= 0, pair_weight >= 0
+    passing = arrays.passing_bytes[pair_class]
+    mem_start[pair_forward] = held + passing
     duration[pair_backward[with_b]] = arrays.backward_ns[pair_class, 0][with_b]
     duration[pair_weight[with_w]] = arrays.weight_ns[pair_class][with_w]
-    mem_end[pair_forward[~with_b]] = -held[~with_b]
+    mem_end[pair_forward] = -passing
+    mem_end[pair_forward[~with_b]] -= held[~with_b]
     mem_end[pair_backward[with_b]] = -np.where(with_w, held // 2, held)[with_b]
     mem_end[pair_weight[with_w]] = -(held - held // 2)[with_w]
 
@@ -197,7 +243,7 @@ def build_problem(
     for (microbatch, name), takers in by_place.items():
         givers = [giver for source in model.inputs_of(name) for giver in by_place.get((microbatch, source), ())]
         for giver in givers:
-            gives_back = bool(has_backward[giver])
+            gives_back = pair_backward[last_pair[giver]] >= 0
             for taker in takers:
                 edges.add(first_pair[taker], last_pair[giver], lag[last_pair[giver]], data=True)
                 if gives_back:
@@ -209,18 +255,18 @@ def build_problem(
                     mem_start[pair_forward[last_pair[giver] - (num_ranks - 1)]] += size
                     release = pair_backward[first_pair[taker]] if gives_back else pair_forward[first_pair[taker]]
                     mem_end[release] -= size
-    edges.add(pair_backward[with_b], pair_forward[with_b], 0, data=False)
-    edges.add(pair_weight[with_w], pair_backward[with_w], 0, data=False)
+    edges.add(backward[backward >= 0], pair_forward[backward >= 0], 0, data=False)
+    edges.add(weight[weight >= 0], backward[weight >= 0], 0, data=False)
     dep_offset, dep_task, dep_lag, dep_is_data = edges.rows(num_tasks)
 
-    subs_of_task = sub_index[pair_of_task]
+    subs_of_task = sub_index[place_of_task]
     graph = TaskGraph(
         num_ranks=num_ranks,
         module_names=tuple(module_index),
         rank=(np.arange(num_tasks) % num_ranks).astype(np.int32),
         kind=kind,
         module=np.array([module_index[sub.module] for sub in sub_microbatches], dtype=np.int16)[subs_of_task],
-        vp_stage=(position[pair_of_task] // num_ranks).astype(np.int16),
+        vp_stage=(position[place_of_task] // num_ranks).astype(np.int16),
         microbatch=np.array([sub.microbatch for sub in sub_microbatches], dtype=np.int32)[subs_of_task],
         sub_microbatch=np.array([sub.sub_microbatch for sub in sub_microbatches], dtype=np.int32)[subs_of_task],
         duration_ns=duration, mem_start_bytes=mem_start, mem_end_bytes=mem_end,
@@ -231,7 +277,16 @@ def build_problem(
         pair_weight=pair_weight, pair_class=pair_class, pair_sub_microbatch=sub_index.astype(np.int32),
         num_candidates=arrays.num_candidates, forward_ns=arrays.forward_ns, backward_ns=arrays.backward_ns,
         held_bytes=arrays.held_bytes, candidates=tuple(table.candidates), class_layers=np.array(table.layers, dtype=np.int32),
+        pair_of_task=pair_of_task,
     )
+
+
+def _segment_tasks(
+    position: NDArray[np.int64], sub_index: NDArray[np.int64], first_segment: NDArray[np.int64], first_chunk: NDArray[np.int64], num_ranks: int
+) -> NDArray[np.int64]:
+    """[Q] the task of each pair in its sub-microbatch's segments of one kind; -1 in chunks before the first one that has a segment."""
+    inside = position - first_chunk[sub_index] * num_ranks
+    return np.where(inside >= 0, first_segment[sub_index] * num_ranks + inside, -1)
 
 
 def static_bytes(model: ModelSpec, partition: Partition, costs: CostModel) -> list[int]:
@@ -251,13 +306,20 @@ def static_bytes(model: ModelSpec, partition: Partition, costs: CostModel) -> li
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """What all sub-microbatches of one module with the same lengths share."""
+    """What all sub-microbatches of one module with the same lengths share, where they need the same gradients."""
 
     classes: NDArray[np.int32]
     """[K * P]"""
     lags: NDArray[np.int64]
     """[K * P] of the message that the stage sends to another rank, ns"""
     output_bytes: int
+    has_backward: NDArray[np.bool_]
+    """[K * P]"""
+    has_weight: NDArray[np.bool_]
+    """[K * P] a weight stage of its own"""
+    backward_chunks: int
+    """Last chunks that have backward segments"""
+    weight_chunks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,80 +329,136 @@ class _ClassArrays:
     backward_ns: NDArray[np.int64]
     weight_ns: NDArray[np.int64]
     held_bytes: NDArray[np.int64]
+    passing_bytes: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _StageShape:
+    """What stages of one module and one batch size must have in common to cost the same."""
+
+    num_layers: int
+    at_first: bool
+    at_last: bool
+    backward: StageBackward
+
+
+@dataclass(frozen=True, slots=True)
+class _ClassRow:
+    forward_ns: NDArray[np.int64]
+    """[candidates]; likewise below"""
+    backward_ns: NDArray[np.int64]
+    held_bytes: NDArray[np.int64]
+    weight_ns: int
+    passing_bytes: int
+    """What layers without a graph need for a moment beyond ``held_bytes``, whatever the candidate"""
 
 
 class _ClassTable:
-    """Collects classes of equal stage pairs: same module, lengths, number of layers and extras."""
+    """Collects classes of equal stage pairs: same module, lengths, number of layers, extras and backward."""
 
     def __init__(
-        self, model: ModelSpec, partition: Partition, costs: CostModel, runs_backward: dict[str, bool], split_backward: bool,
-        only_strategy: str | None,
+        self, model: ModelSpec, partition: Partition, costs: CostModel, split_backward: bool, only_strategy: str | None,
     ) -> None:
         self._model, self._partition, self._costs = model, partition, costs
-        self._runs_backward, self._split, self._only = runs_backward, split_backward, only_strategy
-        self._units: dict[tuple[str, tuple[int, ...]], _Unit] = {}
-        self._rows: list[tuple[NDArray[np.int64], NDArray[np.int64], int, NDArray[np.int64]]] = []
+        self._split, self._only = split_backward, only_strategy
+        self._units: dict[tuple[str, tuple[int, ...], bool | None], _Unit] = {}
+        self._rows: list[_ClassRow] = []
         self.candidates: list[Candidates] = []
         self.layers: list[int] = []
 
-    def unit(self, sub: SubMicrobatch) -> _Unit:
+    def unit(self, sub: SubMicrobatch, below: bool | None) -> _Unit:
+        """Args:
+        below: whether what feeds the module needs a gradient; None: no backward at all.
+        """
         # A stage costs the same whatever the order of its instances.
-        key = (sub.module, tuple(sorted(sub.lengths)))
+        key = (sub.module, tuple(sorted(sub.lengths)), below)
         unit = self._units.get(key)
         if unit is None:
             unit = self._units[key] = self._make_unit(*key)
         return unit
 
-    def _make_unit(self, name: str, lengths: tuple[int, ...]) -> _Unit:
-        costs, backward = self._costs, self._runs_backward[name]
+    def _make_unit(self, name: str, lengths: tuple[int, ...], below: bool | None) -> _Unit:
+        costs, parts = self._costs, self._model.trainable_parts(name)
         layer, first, last = (costs.part(name, part, lengths) for part in ("layer", "first", "last"))
         strategies = dict(costs.strategies(name, lengths))
         if self._only is not None:
             strategies = {"none": strategies["none"], self._only: strategies.get(self._only, strategies["none"])}
-        options = layer_options(layer, strategies, has_backward=backward)
-        if self._only is not None and backward:
-            options = [option for option in options if option.label == self._only] or options[:1]
         sizes = [layers for row in self._partition.chunks[name] for layers in row]
-        by_shape: dict[tuple[int, bool, bool], int] = {}
+        by_shape: dict[_StageShape, int] = {}
         classes = np.empty(len(sizes), dtype=np.int32)
         lags = np.empty(len(sizes), dtype=np.int64)
-        trainable = self._model.module(name).trainable
+        has_backward, has_weight = np.zeros(len(sizes), dtype=np.bool_), np.zeros(len(sizes), dtype=np.bool_)
+        first_layer = 0
         for index, num_layers in enumerate(sizes):
             at_first, at_last = index == 0, index == len(sizes) - 1
-            extras = [part for part, present in ((first, at_first), (last, at_last)) if present]
+            backward = _NO_BACKWARD if below is None else parts.stage(
+                first_layer, num_layers, at_first=at_first, at_last=at_last, below=below
+            )
+            first_layer += num_layers
             boundary = last.boundary_bytes if at_last and last.boundary_bytes > 0 else layer.boundary_bytes
             lags[index] = math.ceil(costs.p2p_latency_ns + boundary * 1e9 / costs.p2p_bytes_per_second)
-            shape = (num_layers, at_first, at_last)
+            has_backward[index], has_weight[index] = backward.needed, self._split and backward.has_weights
+            shape = _StageShape(num_layers, at_first, at_last, backward)
             if shape not in by_shape:
                 by_shape[shape] = len(self._rows)
-                mixes = pair_candidates(options, num_layers)
-                weight = num_layers * layer.backward_weight_ns + sum(part.backward_weight_ns for part in extras)
-                weight = weight if trainable and backward else 0.0
-                backward_ns = mixes.backward_input_ns + sum(part.backward_input_ns for part in extras)
-                if not self._split:
-                    backward_ns = backward_ns + weight
-                self._rows.append((
-                    _whole(mixes.forward_ns + sum(part.forward_ns for part in extras)),
-                    _whole(backward_ns) if backward else np.zeros(len(mixes.forward_ns), dtype=np.int64),
-                    round(weight) if self._split else 0,
-                    _whole(mixes.activation_bytes + sum(part.activation_bytes for part in extras)),
-                ))
-                self.candidates.append(mixes)
-                self.layers.append(num_layers)
+                self._add_class(shape, layer, first, last, strategies)
             classes[index] = by_shape[shape]
         output = last.boundary_bytes if last.boundary_bytes > 0 else layer.boundary_bytes
-        return _Unit(classes=classes, lags=lags, output_bytes=round(output))
+        return _Unit(
+            classes=classes, lags=lags, output_bytes=round(output), has_backward=has_backward, has_weight=has_weight,
+            backward_chunks=self._chunks_from_first(has_backward), weight_chunks=self._chunks_from_first(has_weight),
+        )
+
+    def _chunks_from_first(self, stages: NDArray[np.bool_]) -> int:
+        """Number of chunks from the first one with a marked stage on."""
+        return -(-(len(stages) - int(np.argmax(stages))) // self._partition.num_ranks) if stages.any() else 0
+
+    def _add_class(self, shape: _StageShape, layer: PartCost, first: PartCost, last: PartCost, strategies: dict[str, Strategy]) -> None:
+        backward = shape.backward
+        options = layer_options(layer, strategies, has_backward=backward.needed)
+        if self._only is not None and backward.needed:
+            options = [option for option in options if option.label == self._only] or options[:1]
+        mixes = pair_candidates(options, backward.layers)
+        frozen_layers = shape.num_layers - backward.layers
+        # (cost, whether it is there, whether a gradient passes it, whether its weights are trained)
+        extras = [
+            (part, passed, trained) for part, present, passed, trained in (
+                (first, shape.at_first, backward.first, backward.weight_first), (last, shape.at_last, backward.last, backward.weight_last),
+            ) if present
+        ]
+        weight = backward.weight_layers * layer.backward_weight_ns + sum(part.backward_weight_ns for part, _, trained in extras if trained)
+        backward_ns = mixes.backward_input_ns + sum(part.backward_input_ns for part, passed, _ in extras if passed)
+        if not self._split:
+            backward_ns = backward_ns + weight
+        held = _whole(mixes.activation_bytes + sum(part.activation_bytes for part, passed, _ in extras if passed))
+        # Without a graph one layer's activation lives at a time.
+        moment = [layer.activation_bytes] if frozen_layers else []
+        moment += [part.activation_bytes for part, passed, _ in extras if not passed]
+        passing = round(max(moment, default=0.0))
+        self._rows.append(_ClassRow(
+            forward_ns=_whole(mixes.forward_ns + frozen_layers * layer.forward_ns + sum(part.forward_ns for part, _, _ in extras)),
+            backward_ns=_whole(backward_ns) if backward.needed else np.zeros(len(mixes.forward_ns), dtype=np.int64),
+            held_bytes=held, weight_ns=round(weight) if self._split else 0, passing_bytes=max(0, passing - int(held.min())),
+        ))
+        self.candidates.append(mixes)
+        self.layers.append(shape.num_layers)
 
     def arrays(self) -> _ClassArrays:
-        width = max(len(row[0]) for row in self._rows)
+        width = max(len(row.forward_ns) for row in self._rows)
 
-        def padded(column: int) -> NDArray[np.int64]:
-            return np.array([np.pad(row[column], (0, width - len(row[column])), mode="edge") for row in self._rows], dtype=np.int64)  # type: ignore[arg-type]
+        def padded(rows: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+            return np.array([np.pad(row, (0, width - len(row)), mode="edge") for row in rows], dtype=np.int64)
 
         return _ClassArrays(
-            num_candidates=np.array([len(row[0]) for row in self._rows], dtype=np.int32), forward_ns=padded(0), backward_ns=padded(1),
-            weight_ns=np.array([row[2] for row in self._rows], dtype=np.int64), held_bytes=padded(3),
+            num_candidates=np.array([len(row.forward_ns) for row in self._rows], dtype=np.int32),
+            forward_ns=padded(row.forward_ns for row in self._rows), backward_ns=padded(row.backward_ns for row in self._rows),
+            weight_ns=np.array([row.weight_ns for row in self._rows], dtype=np.int64),
+            held_bytes=padded(row.held_bytes for row in self._rows),
+            passing_bytes=np.array([row.passing_bytes for row in self._rows], dtype=np.int64),
         )
+
+
+_NO_BACKWARD = StageBackward(needed=False, first=False, layers=0, last=False, weight_first=False, weight_layers=0, weight_last=False)
 
 
 def _whole(values: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -242,8 +242,11 @@ def refresh_costs(kernel, costs):  # type: ignore[no-untyped-def]
             tail[task] = max(tail[task], kernel.succ_lag[edge] + costs.duration[behind] + tail[behind])
         rank = task % num_ranks
         costs.rest[rank] += costs.duration[task]
-        shortest[rank] = min(shortest[rank], tail[task])
-    costs.rest[:] += shortest
+        if costs.duration[task] > 0:  # others, absent tasks among them, hold nothing up
+            shortest[rank] = min(shortest[rank], tail[task])
+    for rank in range(num_ranks):
+        if shortest[rank] < NEVER:
+            costs.rest[rank] += shortest[rank]
 
 
 def make_workspace(kernel: KernelGraph) -> Workspace:

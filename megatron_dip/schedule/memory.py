@@ -46,7 +46,7 @@ class MemoryTables(NamedTuple):
 
     num_ranks: int
     pair_of_task: NDArray[np.int32]
-    """[T]"""
+    """[T]; -1 = absent, as in :class:`~megatron_dip.schedule.graph.StageProblem`"""
     pair_forward: NDArray[np.int32]
     """[Q] task ids, -1 = none; likewise below"""
     pair_backward: NDArray[np.int32]
@@ -69,11 +69,8 @@ class MemoryTables(NamedTuple):
 
 def make_tables(problem: StageProblem) -> MemoryTables:
     graph = problem.fastest
-    pair_of_task = np.empty(graph.num_tasks, dtype=np.int32)
-    for tasks in (problem.pair_forward, problem.pair_backward, problem.pair_weight):
-        pair_of_task[tasks[tasks >= 0]] = np.flatnonzero(tasks >= 0)
     tables = MemoryTables(
-        num_ranks=graph.num_ranks, pair_of_task=pair_of_task, pair_forward=problem.pair_forward, pair_backward=problem.pair_backward,
+        num_ranks=graph.num_ranks, pair_of_task=problem.pair_of_task, pair_forward=problem.pair_forward, pair_backward=problem.pair_backward,
         pair_weight=problem.pair_weight, pair_class=problem.pair_class, num_candidates=problem.num_candidates,
         forward_ns=problem.forward_ns, backward_ns=problem.backward_ns, held_bytes=problem.held_bytes,
         fixed_start=np.zeros(graph.num_tasks, dtype=np.int64), fixed_end=np.zeros(graph.num_tasks, dtype=np.int64),
@@ -136,6 +133,8 @@ def rank_problem(tables, order, limit):  # type: ignore[no-untyped-def]
     for position in range(size):
         task = order[position]
         number = tables.pair_of_task[task]
+        if number < 0:
+            continue
         if tables.pair_forward[number] == task:
             index_of[number] = num_pairs
             pair[num_pairs] = number

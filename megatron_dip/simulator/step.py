@@ -261,8 +261,9 @@ def _baseline_pipeline(workload: Workload, name: str, microbatches: Sequence[Mic
 def _recomputing_everywhere(pipeline: _Pipeline, workload: Workload, costs: FixedStrategyCost) -> _Pipeline:
     """The pipeline with the one strategy, which its scheduler did not see, counted in."""
     recomputed: Counter[tuple[str, tuple[int, ...], str]] = Counter()
+    runs_backward = workload.model_spec.backward_modules()
     for (module, lengths), times in pipeline.units.items():
-        if costs.part(module, "layer", lengths).activation_bytes:
+        if runs_backward[module] and costs.part(module, "layer", lengths).activation_bytes:
             recomputed[module, lengths, costs.label] += times * workload.model_spec.module(module).num_layers
     everywhere = frozenset(range(pipeline.schedule.graph.num_ranks)) if costs.label == "full" else frozenset()
     return dataclasses.replace(pipeline, recomputed=recomputed, recomputing_ranks=everywhere)
@@ -540,6 +541,7 @@ def _simulate_fsdp(workload: Workload, options: SimulateOptions) -> SimulationRe
         for m in model.modules
     ) / gpus
     largest_block = max(base.chunk_parameters(m.name, 1, first=False, last=False) for m in model.modules)
+    runs_backward = model.backward_modules()
     rounds = [workload.microbatches[start : start + gpus] for start in range(0, len(workload.microbatches), gpus)]
     choices = [workload.training.recompute] if workload.training.recompute != "auto" else ["none", "selective", "full"]
     best: SimulationResult | None = None
@@ -547,7 +549,7 @@ def _simulate_fsdp(workload: Workload, options: SimulateOptions) -> SimulationRe
     for label in choices:
         costs = FixedStrategyCost(base, label)
         held = max(
-            sum(_held_bytes(costs, model.module(name).num_layers, name, lengths) for name, lengths in m.items() if lengths)
+            sum(_held_bytes(costs, model.module(name).num_layers, name, lengths) for name, lengths in m.items() if lengths and runs_backward[name])
             for m in workload.microbatches
         )
         working = max(

@@ -7,6 +7,8 @@ default filled in. Widths are per module (not per tensor-parallel shard). Source
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -80,6 +82,63 @@ class ModuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             raise InputError(f"{where}.vocab_size", self.vocab_size, "must be at least 1", "give the vocabulary's size or leave it out")
 
 
+@dataclass(frozen=True, slots=True)
+class TrainableParts:
+    """Which parts of a module have weights that are trained: all or none of them by a workload, any by a model that was built."""
+
+    first: bool
+    """What stands before the layers: embedding or stem."""
+    layers: tuple[bool, ...]
+    """Each layer, in order. A layer with a trained adapter is trained."""
+    last: bool
+    """What stands behind the layers: final norm, projector, head."""
+
+    @property
+    def any(self) -> bool:
+        return self.first or self.last or any(self.layers)
+
+    def stage(self, first_layer: int, num_layers: int, *, at_first: bool, at_last: bool, below: bool) -> StageBackward:
+        """What the backward of one stage has to do.
+
+        Args:
+            first_layer: of the stage, within the module.
+            at_first, at_last: whether the stage holds what stands before, or behind, all layers.
+            below: whether a module that feeds this one, in the same microbatch, needs a gradient.
+        """
+        own = self.layers[first_layer : first_layer + num_layers]
+        from_below = below or (self.first and not at_first) or any(self.layers[:first_layer])
+        behind_first = from_below or (at_first and self.first)
+        passed = num_layers if behind_first else next((num_layers - index for index, trained in enumerate(own) if trained), 0)
+        return StageBackward(
+            first=at_first and behind_first, layers=passed, last=at_last and (behind_first or passed > 0 or self.last),
+            weight_first=at_first and self.first, weight_layers=sum(own), weight_last=at_last and self.last, needed=(
+                behind_first or passed > 0 or (at_last and self.last)
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StageBackward:
+    """What the backward of one stage passes: from the stage's end down to the first thing that is trained, or on to the stage before."""
+
+    needed: bool
+    """Whether there is a backward: something trained stands in the stage or before it."""
+    first: bool
+    """A gradient passes the embedding or stem."""
+    layers: int
+    """How many of the stage's layers a gradient passes, counted from the last one. The others run without a graph."""
+    last: bool
+    """A gradient passes the projector or head."""
+    weight_first: bool
+    """These have weight gradients; likewise below."""
+    weight_layers: int
+    weight_last: bool
+
+    @property
+    def has_weights(self) -> bool:
+        return self.weight_first or self.weight_layers > 0 or self.weight_last
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A multimodal model: its modules in any order that their inputs allow."""
 
@@ -126,10 +185,32 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         A frozen module behind a trainable one passes gradients to its inputs but has no weight gradient; a module with nothing
         trainable at or before it runs no backward at all.
         """
-        needs: dict[str, bool] = {}
-        for name in self.topological():
-            needs[name] = self.module(name).trainable or any(needs[source] for source in self.inputs_of(name))
-        return needs
+        below = self._gradients_into(self.topological())
+        return {name: passed or self.trainable_parts(name).any for name, passed in below.items()}
+
+    def gradients_into(self, present: Collection[str]) -> dict[str, bool]:
+        """For each module of a microbatch whether what feeds it needs a gradient, in topological order.
+
+        By a workload file all microbatches are alike in this, also those that lack a feeding module: who reads the file and the plan
+        can tell from the modules alone which stages there are.
+
+        Args:
+            present: modules that have instances in the microbatch.
+        """
+        below = self._gradients_into(self.topological())
+        return {name: needed for name, needed in below.items() if name in present}
+
+    def _gradients_into(self, names: Collection[str]) -> dict[str, bool]:
+        """As above, with nothing but ``names`` (in topological order) in the microbatch."""
+        below: dict[str, bool] = {}
+        for name in names:
+            below[name] = any(below[source] or self.trainable_parts(source).any for source in self.inputs_of(name) if source in below)
+        return below
+
+    def trainable_parts(self, name: str) -> TrainableParts:
+        """Which parts of a module are trained: all or none, as the module says of itself."""
+        module = self.module(name)
+        return TrainableParts(module.trainable, (module.trainable,) * module.num_layers, module.trainable)
 
     def validate(self, where: str = "model") -> None:
         if not self.modules:
@@ -147,3 +228,18 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                         f"{where}.modules[{index}].inputs", source, "no such module", f"use one of {sorted(seen)}"
                     )
         self.topological()
+
+
+class BuiltModelSpec(ModelSpec, frozen=True, kw_only=True):
+    """A model whose chunks were built: of each part it is known whether it is trained. In memory only, no file holds this."""
+
+    parts: dict[str, TrainableParts]
+    """By module."""
+
+    def gradients_into(self, present: Collection[str]) -> dict[str, bool]:
+        """A module that is absent from a microbatch feeds nothing there and needs no gradient: text alone through a frozen language model
+        has no backward."""
+        return self._gradients_into([name for name in self.topological() if name in present])
+
+    def trainable_parts(self, name: str) -> TrainableParts:
+        return self.parts[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,9 +13,13 @@ from hypothesis import strategies as st
 from megatron_dip.cost.interface import Part, PartCost
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
+from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.schedule.candidates import LayerOption, layer_options, pair_candidates
-from megatron_dip.schedule.graph import build_problem, build_task_graph, static_bytes
-from megatron_dip.spec.model import ModelSpec
+from megatron_dip.schedule.graph import StageProblem, build_problem, build_task_graph, static_bytes
+from megatron_dip.schedule.interleave import UNLIMITED
+from megatron_dip.schedule.search import SearchOptions, search
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.model import BuiltModelSpec, ModelSpec, ModuleSpec, TrainableParts
 from megatron_dip.spec.profile import Offload, Strategy
 from megatron_dip.spec.tasks import BACKWARD, FORWARD, WEIGHT, TaskGraph
 from tests import naive
@@ -107,10 +112,110 @@ def test_split_backward_and_frozen_modules():
         ("vit", FORWARD), ("mid", FORWARD), ("lm", FORWARD), ("mid", BACKWARD), ("lm", BACKWARD), ("mid", WEIGHT),
     ]
     assert graph.duration_ns.tolist() == [60, 60, 160, 36, 86, 27]  # frozen: input part alone
-    assert graph.mem_start_bytes.tolist() == [54, 54, 58, 0, 0, 0]
-    assert graph.mem_end_bytes.tolist() == [-54, 0, 0, -27, -58, -27]  # halves only where a weight part follows
+    assert graph.mem_start_bytes.tolist() == [27, 54, 58, 0, 0, 0]  # without a backward: one layer's at a time
+    assert graph.mem_end_bytes.tolist() == [-27, 0, 0, -27, -58, -27]  # halves only where a weight part follows
     odd = make(ModelSpec(modules=[module("lm", 1, role="backbone")]), 1, [{"lm": [1]}], split_backward=True, only_strategy="none").fastest
     assert odd.mem_end_bytes.tolist() == [0, -6, -7]  # 13 bytes: floor of the half first
+
+
+def partly_trained(*modules: ModuleSpec, **parts: TrainableParts) -> BuiltModelSpec:
+    """Modules of which some parts are trained; those without an entry say it of themselves."""
+    spec = ModelSpec(modules=list(modules))
+    return BuiltModelSpec(modules=spec.modules, parts={m.name: parts.get(m.name, spec.trainable_parts(m.name)) for m in modules})
+
+
+def stages_of(graph: TaskGraph, problem: StageProblem, name: str, kind: int) -> list[tuple[int, int]]:
+    """(vp_stage, rank) of a module's stages of one kind that are there."""
+    mask = (graph.module == graph.module_names.index(name)) & (graph.kind == kind) & (problem.pair_of_task >= 0)
+    return sorted({(int(graph.vp_stage[task]), int(graph.rank[task])) for task in np.flatnonzero(mask)})
+
+
+@pytest.mark.parametrize("split_backward", [False, True])
+def test_only_what_stands_behind_something_trained_has_a_backward(split_backward):
+    batch = [{"vit": [2], "lm": [5]}, {"lm": [5]}]
+    vision = (False,) * 4
+    # Frozen ViT, trained projector: only the chunk with the part "last" has a backward.
+    model = partly_trained(module("vit", 4), module("lm", 4, role="backbone"), vit=TrainableParts(False, vision, True))
+    problem = make(model, 2, batch, chunks={"vit": 2}, only_strategy="none", split_backward=split_backward)
+    graph = problem.fastest
+    assert stages_of(graph, problem, "vit", BACKWARD) == [(1, 1)]
+    assert stages_of(graph, problem, "vit", WEIGHT) == ([(1, 1)] if split_backward else [])
+    schedule = search(problem, np.full(2, UNLIMITED), SearchOptions(evaluations=4)).schedule
+    present, kept = problem.present(schedule)
+    assert present.graph.num_tasks == len(kept) == (problem.pair_of_task >= 0).sum() < graph.num_tasks
+    assert present.makespan_ns == schedule.makespan_ns
+    assert (graph.duration_ns[problem.pair_of_task < 0] == 0).all()
+    # A stage without a backward holds one layer for its own time; the last one has no layer in its backward.
+    first, last = find(graph, FORWARD, "vit", 0), find(graph, FORWARD, "vit", 1, vp_stage=1)
+    assert graph.mem_start_bytes[first] == -graph.mem_end_bytes[first] == 9 * 2
+    assert graph.mem_start_bytes[last] + graph.mem_end_bytes[last] == 0  # the test's projector keeps nothing
+    # Its gradient comes from the language model's first stage; nothing goes further.
+    back = find(graph, BACKWARD, "vit", 1, vp_stage=1)
+    assert sorted(source for source, _ in naive.edges(graph, back)) == sorted([find(graph, BACKWARD, "lm", 0), last])
+
+
+def test_a_frozen_language_model_with_text_alone_has_no_backward():
+    model = partly_trained(module("vit", 2), module("lm", 2, role="backbone", trainable=False))
+    problem = make(model, 2, [{"vit": [2], "lm": [5]}, {"lm": [5]}], only_strategy="none")
+    graph = problem.fastest
+    backwards = graph.microbatch[(graph.kind == BACKWARD) & (graph.module == graph.module_names.index("lm"))]
+    assert set(backwards.tolist()) == {0}
+    assert stages_of(graph, problem, "vit", BACKWARD) == [(0, 0), (0, 1)]
+
+
+def test_an_adapter_in_one_layer_needs_gradients_from_there_on():
+    parts = TrainableParts(False, (False, False, False, True, False, False), False)
+    model = partly_trained(module("lm", 6, role="backbone"), lm=parts)
+    problem = make(model, 2, [{"lm": [5]}], only_strategy="none", split_backward=True)  # ranks with layers 0 to 2, and 3 to 5
+    graph = problem.fastest
+    assert stages_of(graph, problem, "lm", BACKWARD) == [(0, 1)]
+    assert stages_of(graph, problem, "lm", WEIGHT) == [(0, 1)]
+    problem = make(model, 3, [{"lm": [5]}], only_strategy="full")  # layers 2 and 3 together: of the first of them nothing is kept
+    graph = problem.fastest
+    assert stages_of(graph, problem, "lm", BACKWARD) == [(0, 1), (0, 2)]
+    middle = find(graph, FORWARD, "lm", 1)
+    assert problem.strategies(middle, 0) == ["none", "full"]
+    assert graph.mem_start_bytes[middle] + graph.mem_end_bytes[middle] == 9
+    assert graph.mem_start_bytes[middle] == 45  # one frozen layer for a moment
+    assert graph.duration_ns[find(graph, BACKWARD, "lm", 1)] == round(5 * (6 + 4.5) + 5 * 10)
+
+
+@settings(max_examples=40)
+@given(cases(), st.booleans(), st.randoms(use_true_random=False))
+def test_partly_trained_models_plan_check_and_keep_every_limit(case, split_backward, random):
+    costs = case.costs()
+    parts = {
+        m.name: TrainableParts(random.random() < 0.3, tuple(random.random() < 0.3 for _ in range(m.num_layers)), random.random() < 0.5)
+        for m in case.model.modules
+    }
+    model = BuiltModelSpec(modules=case.model.modules, parts=parts)
+    plan = plan_iteration(model, case.partition, case.microbatches, costs, PlanOptions(evaluations=20, split_backward=split_backward))
+    trained_before: dict[tuple[str, int], bool] = {}
+    for microbatch, lengths in enumerate(case.microbatches):
+        for name in model.topological():
+            if lengths.get(name):
+                trained_before[name, microbatch] = any(
+                    trained_before[source, microbatch] or parts[source].any for source in model.inputs_of(name) if lengths.get(source)
+                )
+    backwards = {(s.module, s.vp_stage, s.rank, s.microbatch, s.sub_microbatch) for s in plan.stages if s.kind == "bw"}
+    for stage in plan.stages:
+        if stage.kind == "fw":
+            first, count = stage.layers
+            own = parts[stage.module]
+            rows = case.partition.chunks[stage.module]
+            at_last = (stage.vp_stage, stage.rank) == (len(rows) - 1, case.partition.num_ranks - 1)
+            needed = trained_before[stage.module, stage.microbatch] or own.first or any(own.layers[: first + count]) or (at_last and own.last)
+            assert needed == ((stage.module, stage.vp_stage, stage.rank, stage.microbatch, stage.sub_microbatch) in backwards)
+    # Gradients go only to stages that have a backward, and every plan that fits the leanest way fits its limit.
+    for tag, source in plan.outputs.items():
+        if plan.stages[source].kind == "bw":
+            (taker,) = (plan.stages[stage] for stage, tags in plan.inputs.items() if tag in tags)
+            assert taker.kind == "bw"
+    limit = max(1, max(plan.peak_memory) * 3 // 4)
+    tight = case.costs(limit)
+    with contextlib.suppress(InputError):
+        lean = plan_iteration(model, case.partition, case.microbatches, tight, PlanOptions(evaluations=20, split_backward=split_backward))
+        assert max(lean.peak_memory) <= limit
 
 
 def test_forward_only_has_only_forwards():
