@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from megatron_dip.spec.timeline import Timeline
     from megatron_dip.spec.training import RunSettings
     from megatron_dip.trainer.dip_system import DipSystem
-    from megatron_dip.trainer.stock_layouts import ChainCost
+    from megatron_dip.models.built_in import ChainCost
     from megatron_dip.trainer.systems import Example, System
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "vlm" / "digits"
@@ -287,7 +287,7 @@ def _stock_system(name: str, example: Example, settings: RunSettings, layer_time
 def _layer_times(dip: DipSystem, example: Example, settings: RunSettings) -> dict[str, ChainCost]:
     """Mean measured time of each module's layers and ends over microbatches of the run's distribution, for the tuned static split."""
     from megatron_dip.cost.profile import ProfileCost
-    from megatron_dip.trainer.stock_layouts import ChainCost
+    from megatron_dip.models.built_in import ChainCost
 
     assert dip.profile is not None
     assert dip.model.staged is not None

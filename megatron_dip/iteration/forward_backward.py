@@ -150,6 +150,8 @@ class DipForwardBackward:
         """Made with the first plan that splits backwards."""
         self._timer: StageTimer | None = None
         self._clock_offset_ns: int | None = None
+        self._loss_is_sum = False
+        """Seen once: losses of a microbatch's parts add up to its loss."""
         self.plan: Plan | None = None
         """The plan of the last iteration."""
 
@@ -194,7 +196,8 @@ class DipForwardBackward:
         if pg_collection is None:
             pg_collection = _default_pg_collection()
         loss = IterationLoss(
-            batch.calls, config, num_microbatches, forward_only, collect_non_loss_data, pg_collection.cp.size(), self._device
+            batch.calls, config, num_microbatches, forward_only, collect_non_loss_data, pg_collection.cp.size(), self._device,
+            self._loss_is_sum,
         )
         set_auxiliary_loss_scale(config, num_microbatches, pg_collection.cp.size(), self._device)
         if not (first_val_step is False and forward_only):
@@ -206,6 +209,7 @@ class DipForwardBackward:
             self._run(plan, loss, config, forward_only, bool(force_all_reduce))
         finally:
             self._staged_model.end_iteration()
+        self._loss_is_sum = loss.is_known_as_sum
 
         if config.finalize_model_grads_func is not None and not forward_only:
             with nvtx_range("dip finalize"), _naming_the_other_replicas():

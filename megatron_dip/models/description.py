@@ -7,6 +7,7 @@ module computes. :class:`megatron_dip.models.vlm.VlmDescription` is the one for 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,6 +19,16 @@ from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.workload import Microbatch
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputSlice:
+    """Where the output for a part of a microbatch's instances lies in the model's output for all of them."""
+
+    dim: int
+    start: int
+    whole: int
+    """Size of the whole output along ``dim``; the part's other sizes are the whole's."""
 
 
 class ModelDescription(Protocol):
@@ -58,8 +69,17 @@ class ModelDescription(Protocol):
         """The Megatron module of one chunk, with weights that do not depend on the partition."""
         ...
 
-    def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
-        """The message between two forward stages, of one module or of two."""
+    def boundary(self, producer: PlanStage, consumer: PlanStage, batch: Any, first_instance: int) -> PayloadSpec:
+        """The message between two forward stages, of one module or of two.
+
+        Args:
+            batch: of the stages' microbatch, from :meth:`bind`.
+            first_instance: of the producer within the microbatch.
+        """
+        ...
+
+    def output_slice(self, stage: PlanStage, batch: Any, first_instance: int) -> OutputSlice | None:
+        """Where the output of a stage that ends in the loss lies in its microbatch's; None: the module's instances cannot be split there."""
         ...
 
     def run_chunk(

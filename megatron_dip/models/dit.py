@@ -36,6 +36,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_dip.models.layers import PackedAttention
+
 NUM_MODULATIONS = 6
 """Shift, scale and gate of self attention and of the MLP."""
 STATE_ROWS_PER_CLIP = NUM_MODULATIONS + 1
@@ -200,36 +202,6 @@ def _sum_over_tensor_ranks(value: torch.Tensor) -> torch.Tensor:
     from torch.distributed.nn.functional import all_reduce
 
     return all_reduce(value, group=parallel_state.get_tensor_model_parallel_group())
-
-
-class PackedAttention(MegatronModule):
-    """Core attention over packed sequences without Transformer Engine: one after another, so that no mask of S x S is ever made."""
-
-    def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
-        softmax_scale: float | None = None, **unused: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self.softmax_scale = softmax_scale
-        self.is_causal = attn_mask_type == AttnMaskType.causal
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-        attn_mask_type: AttnMaskType | None = None, attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> torch.Tensor:
-        """[S, heads, head size] (keys and values [T, ...]) -> [S, heads * head size]"""
-        assert packed_seq_params is not None, "PackedAttention needs the bounds of its sequences"
-        queries = packed_seq_params.cu_seqlens_q.diff().tolist()
-        keys = packed_seq_params.cu_seqlens_kv.diff().tolist()
-        parts = [
-            torch.nn.functional.scaled_dot_product_attention(
-                q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], is_causal=self.is_causal,
-                scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1],
-            )[0].transpose(0, 1)
-            for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True)
-        ]
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)
 
 
 @dataclass

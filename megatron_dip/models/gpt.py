@@ -88,8 +88,11 @@ class GptDescription:
         with gpt_cut(config, pre_process=first, post_process=last, vp_stage=stage, layer_spec=layer_spec):
             return call_provider(self._provider, **{**self._arguments, "config": config, "vp_stage": stage})
 
-    def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
+    def boundary(self, producer: PlanStage, consumer: PlanStage, batch: Any, first_instance: int) -> PayloadSpec:
         return self._language.boundary(producer)
+
+    def output_slice(self, stage: PlanStage, batch: Any, first_instance: int) -> None:
+        return None
 
     def run_chunk(
         self, chunk: torch.nn.Module, stage: PlanStage, batch: Mapping[str, Any], first_instance: int,

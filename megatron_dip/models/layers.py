@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,9 +34,46 @@ class Norm:
         return norm
 
 
-def transformer_block_spec(num_layers: int, *, causal: bool) -> TransformerBlockSubmodules:
-    """``num_layers`` local layers and a final norm. Not causal = no mask at all (Megatron's local ViT spec is causal)."""
+class PackedAttention(MegatronModule):
+    """Core attention over packed sequences without Transformer Engine: one after another, so that no mask of S x S is ever made."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
+        softmax_scale: float | None = None, **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+        self.is_causal = attn_mask_type == AttnMaskType.causal
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None, attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """[S, heads, head size] (keys and values [T, ...]) -> [S, heads * head size]"""
+        assert packed_seq_params is not None, "PackedAttention needs the bounds of its sequences"
+        queries = packed_seq_params.cu_seqlens_q.diff().tolist()
+        keys = packed_seq_params.cu_seqlens_kv.diff().tolist()
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(
+                q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], is_causal=self.is_causal,
+                scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1],
+            )[0].transpose(0, 1)
+            for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True)
+        ]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)
+
+
+def transformer_block_spec(num_layers: int, *, causal: bool, packed: bool = False) -> TransformerBlockSubmodules:
+    """``num_layers`` local layers and a final norm.
+
+    Args:
+        causal: False = no mask at all (Megatron's local ViT spec is causal).
+        packed: attention takes the bounds of packed sequences (``packed_seq_params``) instead of a mask.
+    """
     layer = get_gpt_layer_local_spec()
+    if packed:
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
     layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}

@@ -197,12 +197,15 @@ class LlavaDescription:
             chunk.vision_projection = self._projection.build()
         return chunk
 
-    def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
+    def boundary(self, producer: PlanStage, consumer: PlanStage, batch: Any, first_instance: int) -> PayloadSpec:
         if producer.module == LANGUAGE:
             return self._language.boundary(producer)
         if consumer.module == VISION:
             return self._vision.boundary(producer, self._language.dtype)
         return PayloadSpec((self.embeddings_per_tile, producer.instances, self._language.config.hidden_size), self._language.dtype)
+
+    def output_slice(self, stage: PlanStage, batch: Any, first_instance: int) -> None:
+        return None
 
     def run_chunk(
         self, chunk: torch.nn.Module, stage: PlanStage, batch: Mapping[str, Any], first_instance: int,

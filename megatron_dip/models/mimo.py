@@ -271,13 +271,16 @@ class MimoDescription:
         modality = self._modalities[module]
         return EncoderChunk(self._sketch, modality, modality.tower.build_chunk(cut, vp_stage, rank), vp_stage=stage, last=last)
 
-    def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
+    def boundary(self, producer: PlanStage, consumer: PlanStage, batch: Any, first_instance: int) -> PayloadSpec:
         if producer.module == LANGUAGE:
             return self._language.boundary(producer)
         tower = self._modalities[producer.module].tower
         if consumer.module == producer.module:
             return tower.boundary(producer, self._language.dtype)
         return PayloadSpec((producer.instances * tower.length, self._language.config.hidden_size), self._language.dtype)
+
+    def output_slice(self, stage: PlanStage, batch: Any, first_instance: int) -> None:
+        return None
 
     def run_chunk(
         self, chunk: torch.nn.Module, stage: PlanStage, batch: Mapping[str, Any], first_instance: int,

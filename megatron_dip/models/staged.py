@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_dip.models.description import ModelDescription
-from megatron_dip.runtime.interface import ChunkKey, ForwardOutput, PayloadSpec
+from megatron_dip.runtime.interface import ChunkKey, ForwardOutput, OutputPart, PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan, PlanStage
 
@@ -41,21 +41,16 @@ class DescribedStagedModel:
         self._stages: list[PlanStage] = []
         self._batches: list[Any] = []
         self._first_instance: dict[tuple[str, int, int], int] = {}
+        self._num_parts: dict[tuple[str, int], int] = {}
+        """(module, microbatch) -> its sub-microbatches."""
 
     def begin_iteration(self, plan: Plan, microbatches: Sequence[ModelCall], *, forward_only: bool) -> None:
         """Binds the calls; raises InputError where a microbatch does not hold the instances that the plan was made for."""
         self._stages = plan.stages
         self._batches = [self.description.bind(call.args, call.kwargs) for call in microbatches]
-        counts: dict[tuple[str, int], dict[int, int]] = {}
-        for stage in plan.stages:
-            if stage.kind == "fw":
-                counts.setdefault((stage.module, stage.microbatch), {})[stage.sub_microbatch] = stage.instances
-        self._first_instance = {}
-        for (module, microbatch), parts in counts.items():
-            first = 0
-            for part in sorted(parts):
-                self._first_instance[module, microbatch, part] = first
-                first += parts[part]
+        counts = part_sizes(plan)
+        self._num_parts = {key: len(parts) for key, parts in counts.items()}
+        self._first_instance = first_instances(counts)
         for index, batch in enumerate(self._batches):
             for module, found in self.description.num_instances(batch).items():
                 planned = sum(counts.get((module, index), {}).values())
@@ -66,7 +61,10 @@ class DescribedStagedModel:
                     )
 
     def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
-        return self.description.boundary(producer, consumer)
+        return self.description.boundary(producer, consumer, self._batches[producer.microbatch], self._first(producer))
+
+    def _first(self, stage: PlanStage) -> int:
+        return self._first_instance[stage.module, stage.microbatch, stage.sub_microbatch]
 
     def forward(self, stage: PlanStage, inputs: Mapping[int, torch.Tensor], consumers: Sequence[PlanStage]) -> ForwardOutput:
         producers = sorted((self._stages[producer] for producer in inputs), key=lambda producer: producer.sub_microbatch)
@@ -76,14 +74,46 @@ class DescribedStagedModel:
         key = (stage.module, stage.vp_stage)
         for block in self._blocks[key]:
             set_strategies(block, stage.strategy)
-        first = self._first_instance[stage.module, stage.microbatch, stage.sub_microbatch]
-        output = self.description.run_chunk(self.chunks[key], stage, self._batches[stage.microbatch], first, by_module)
+        batch, first = self._batches[stage.microbatch], self._first(stage)
+        output = self.description.run_chunk(self.chunks[key], stage, batch, first, by_module)
         if not consumers:
-            return ForwardOutput(payloads={}, result=output)
+            return ForwardOutput(payloads={}, result=self._result(stage, output, batch, first))
         return ForwardOutput(payloads={consumer.id: output for consumer in consumers})
 
+    def _result(self, stage: PlanStage, output: torch.Tensor, batch: Any, first_instance: int) -> torch.Tensor | OutputPart:
+        if self._num_parts[stage.module, stage.microbatch] == 1:
+            return output
+        place = self.description.output_slice(stage, batch, first_instance)
+        if place is None:
+            raise InputError(
+                f"sub_microbatch_size.{stage.module}", stage.sub_microbatch,
+                "the module that ends in the loss is split within a microbatch, which this model does not allow",
+                "make its sub-microbatch size as large as a microbatch's instances",
+            )
+        return OutputPart(output, place.dim, place.start, place.whole)
+
     def end_iteration(self) -> None:
-        self._stages, self._batches, self._first_instance = [], [], {}
+        self._stages, self._batches, self._first_instance, self._num_parts = [], [], {}, {}
+
+
+def part_sizes(plan: Plan) -> dict[tuple[str, int], dict[int, int]]:
+    """(module, microbatch) -> number of a sub-microbatch -> its instances."""
+    counts: dict[tuple[str, int], dict[int, int]] = {}
+    for stage in plan.stages:
+        if stage.kind == "fw":
+            counts.setdefault((stage.module, stage.microbatch), {})[stage.sub_microbatch] = stage.instances
+    return counts
+
+
+def first_instances(counts: Mapping[tuple[str, int], Mapping[int, int]]) -> dict[tuple[str, int, int], int]:
+    """(module, microbatch, sub-microbatch) -> number of its first instance within the microbatch."""
+    first: dict[tuple[str, int, int], int] = {}
+    for (module, microbatch), parts in counts.items():
+        before = 0
+        for part in sorted(parts):
+            first[module, microbatch, part] = before
+            before += parts[part]
+    return first
 
 
 def set_strategies(block: TransformerBlock, strategies: Sequence[str]) -> None:

@@ -13,13 +13,12 @@ Not modelled: images of different sizes in one model, more than one packed seque
 from __future__ import annotations
 
 import inspect
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -27,7 +26,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dip.models.built_in import ChainCost, layer_parameters
 from megatron_dip.models.description import unwrap
+from megatron_dip.models.initial_weights import draw_weights, global_name
 from megatron_dip.models.layers import projector_spec, transformer_block_spec
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.runtime.interface import PayloadSpec
@@ -141,6 +142,37 @@ class VlmConfig:
             **self._common(),
         )
 
+    @property
+    def model_spec(self) -> ModelSpec:
+        return self.model.modules
+
+    @property
+    def outermost(self) -> str:
+        return LANGUAGE
+
+    @property
+    def has_fixed_lengths(self) -> bool:
+        return True
+
+    def describe(self) -> VlmDescription:
+        return VlmDescription(self)
+
+    def build_stage(self, cuts: Mapping[str, ModuleCut], vp_stage: int, rank: int, *, is_chained: bool) -> VlmStage:
+        return (ChainedVlmStage if is_chained else VlmStage)(self, cuts, vp_stage, rank)
+
+    def parameter_costs(self) -> dict[str, ChainCost]:
+        vision, language, image = self.vision, self.language, self.image
+        words = float(language.vocab_size or 0) * language.hidden_size
+        merged = vision.hidden_size * image.merge**2
+        return {
+            VISION: ChainCost(
+                layer=layer_parameters(vision),
+                first=float((image.channels * image.patch**2 + image.patches) * vision.hidden_size),
+                last=float((merged + language.hidden_size) * language.hidden_size),
+            ),
+            LANGUAGE: ChainCost(layer=layer_parameters(language), first=words, last=words),
+        }
+
     def _common(self) -> dict[str, Any]:
         return {
             "tensor_model_parallel_size": self.parallel.tensor,
@@ -230,7 +262,7 @@ class VlmStage(MegatronModule):
     embeddings [N * t, 1, H] of the images for the language model's first layers (None: no image), hidden states [S, 1, H] after them.
     """
 
-    def __init__(self, config: VlmConfig, cuts: dict[str, ModuleCut], vp_stage: int, rank: int) -> None:
+    def __init__(self, config: VlmConfig, cuts: Mapping[str, ModuleCut], vp_stage: int, rank: int) -> None:
         """Builds what ``cuts`` put on this place.
 
         Args:
@@ -287,6 +319,11 @@ class VlmStage(MegatronModule):
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor | None] | None) -> None:
         """Megatron's hand-over of what the stage before this one made; see the class."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def held_modules(self) -> list[str]:
+        """Modules of which it has layers, in the order of data."""
+        parts = ((VISION, self.vision_model), (LANGUAGE, self.language_model))
+        return [name for name, part in parts if part is not None]
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         return None if self.language_model is None else self.language_model.shared_embedding_or_output_weight()
@@ -367,6 +404,25 @@ class VlmStage(MegatronModule):
         return embeddings.index_copy(0, places, image_embeddings.to(embeddings.dtype))
 
 
+class ChainedVlmStage(VlmStage):
+    """A stage of a chain of both modules: a microbatch without images sends a dummy token from stage to stage."""
+
+    def has_images(self, images: torch.Tensor | None, hidden: torch.Tensor | None) -> bool:
+        return images is not None and len(images) > 0
+
+    def pass_by(self, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        assert self.vision_model is not None
+        parameter = self.vision_model.decoder.layers[0].mlp.linear_fc2.weight
+        width = self.vlm_config.language.hidden_size if self.vision_projection is not None else self.vlm_config.vision.hidden_size
+        dummy = torch.zeros(1, 1, width, dtype=parameter.dtype, device=parameter.device)
+        return dummy if hidden is None else dummy + hidden.sum() * 0
+
+    def merge_images(self, embeddings: torch.Tensor, image_embeddings: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        if not bool((tokens == self.vlm_config.image.token_id).any()):
+            return embeddings + image_embeddings.sum() * 0
+        return super().merge_images(embeddings, image_embeddings, tokens)
+
+
 def merge_patches(hidden: torch.Tensor, image: ImageSpec) -> torch.Tensor:
     """Joins merge x merge neighbouring patches: [patches, N, hidden] -> [t, N, merge * merge * hidden]."""
     side, merge = image.size // image.patch, image.merge
@@ -384,53 +440,26 @@ def document_mask(cu_lengths: torch.Tensor | None, length: int, device: torch.de
     return later[None, None]
 
 
-@torch.no_grad()
 def initialize_weights(stage: VlmStage, config: VlmConfig) -> None:
-    """Draws every weight from its own generator, seeded by the weight's checkpoint name, so that each cut starts from equal weights.
+    """Draws every matrix by its checkpoint name (:mod:`megatron_dip.models.initial_weights`).
 
     Matrices are normal with Megatron's standard deviations (``init_method_std``, and for the matrices that write into the residual
-    stream divided by sqrt(2 * layers)); biases and norms keep Megatron's zeros and ones. Under tensor parallelism every rank draws the
-    whole matrix and keeps its part. The head of tied embeddings takes the embedding's values.
+    stream divided by sqrt(2 * layers)); biases and norms keep Megatron's zeros and ones. The head of tied embeddings takes the
+    embedding's values.
     """
-    tensor_rank = parallel_state.get_tensor_model_parallel_rank() if config.parallel.tensor > 1 else 0
-    for name, parameter in stage.named_parameters():
-        if parameter.ndim < 2:
-            if name.endswith("conv1.bias"):
-                parameter.zero_()
-            continue
+
+    def std_of(name: str, parameter: torch.nn.Parameter) -> float:
+        if not name.endswith(("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")):
+            return config.init_method_std
+        layers = (config.vision if name.startswith("vision_model") else config.language).num_layers
+        return config.init_method_std / (2 * layers) ** 0.5
+
+    def key_of(name: str) -> str:
         key = global_name(stage, name)
-        if key == "language_model.output_layer.weight" and stage.share_embeddings_and_output_weights:
-            key = "language_model.embedding.word_embeddings.weight"
-        std = config.init_method_std
-        if name.endswith(("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")):
-            layers = (config.vision if name.startswith("vision_model") else config.language).num_layers
-            std /= (2 * layers) ** 0.5
-        dimension = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
-        shape = list(parameter.shape)
-        if dimension >= 0:
-            shape[dimension] *= config.parallel.tensor
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}:{key}".encode()))
-        whole = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-        if dimension >= 0:
-            # A gated MLP's first matrix is two stacked ones, each spread by itself.
-            stacked = 2 if name.endswith("mlp.linear_fc1.weight") and shape[0] == 2 * _ffn_size(config, name) else 1
-            parts = [half.chunk(config.parallel.tensor, dim=dimension)[tensor_rank] for half in whole.chunk(stacked, dim=0)]
-            whole = torch.cat(parts, dim=0) if stacked > 1 else parts[0]
-        parameter.copy_(whole)
+        tied = key == "language_model.output_layer.weight" and stage.share_embeddings_and_output_weights
+        return "language_model.embedding.word_embeddings.weight" if tied else key
 
-
-def _ffn_size(config: VlmConfig, name: str) -> int:
-    return (config.vision if name.startswith("vision_model") else config.language).ffn_hidden_size
-
-
-def global_name(stage: VlmStage, name: str) -> str:
-    """A parameter's name with its layer's number in the whole module instead of in the stage."""
-    part, dot, rest = name.partition(".decoder.layers.")
-    if not dot:
-        return name
-    index, _, tail = rest.partition(".")
-    decoder: Any = stage.get_submodule(f"{part}.decoder")
-    return f"{part}.decoder.layers.{decoder.layers[int(index)].layer_number - 1}.{tail}"
+    draw_weights(stage, seed=config.seed, tensor_parallel=config.parallel.tensor, std_of=std_of, key_of=key_of)
 
 
 _FORWARD_SIGNATURE = inspect.signature(VlmStage.forward)
@@ -476,7 +505,7 @@ class VlmDescription:
     def build_chunk(self, partition: Partition, module: str, vp_stage: int, rank: int) -> VlmStage:
         return VlmStage(self.config, {module: ModuleCut.of_partition(partition, module)}, vp_stage, rank)
 
-    def boundary(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
+    def boundary(self, producer: PlanStage, consumer: PlanStage, batch: Any, first_instance: int) -> PayloadSpec:
         config = self.config
         if producer.module == VISION and consumer.module == VISION:
             shape = (config.image.patches, producer.instances, config.vision.hidden_size)
@@ -486,6 +515,9 @@ class VlmDescription:
             tokens = producer.tokens // config.parallel.tensor if config.sequence_parallel else producer.tokens
             shape = (tokens, 1, config.language.hidden_size)
         return PayloadSpec(shape, config.dtype)
+
+    def output_slice(self, stage: PlanStage, batch: Any, first_instance: int) -> None:
+        return None
 
     def run_chunk(
         self, chunk: torch.nn.Module, stage: PlanStage, batch: dict[str, Any], first_instance: int,

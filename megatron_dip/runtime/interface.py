@@ -32,12 +32,25 @@ class PayloadSpec:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class OutputPart:
+    """The model's output for a part of a microbatch, where the module that ends in the loss is split within it."""
+
+    tensor: torch.Tensor
+    dim: int
+    """Along which the parts of a microbatch stand behind each other."""
+    start: int
+    whole: int
+    """Size along ``dim`` of all parts together."""
+
+
 @dataclass(slots=True)
 class ForwardOutput:
     payloads: dict[int, torch.Tensor]
     """Consumer stage id -> payload, still attached to the autograd graph."""
     result: Any = None
-    """What the loss function takes; set on the stages that end in a loss (those without consumers)."""
+    """What the loss function takes (an :class:`OutputPart`: with the microbatch's other parts); set on the stages that end in a loss
+    (those without consumers)."""
 
 
 class StagedModel(Protocol):

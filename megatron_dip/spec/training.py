@@ -63,6 +63,45 @@ class VisionLanguageModel(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     """Standard deviation of the matrices at the start; Megatron's word and default."""
 
 
+class VideoSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Latents of a clip, [channels, frames, height, width], and how they become patches for the diffusion transformer."""
+
+    channels: int
+    patch_spatial: int = 2
+    """Height and width of a patch."""
+    patch_temporal: int = 1
+    """Frames of a patch."""
+    freq_dim: int = 256
+    """Sines and cosines of the timestep."""
+    text_width: int | None = None
+    """Width of text embeddings that come with the data; absent where the model has a language model."""
+
+    @property
+    def patch_size(self) -> int:
+        """Values of a patch."""
+        return self.channels * self.patch_temporal * self.patch_spatial**2
+
+    def validate(self, where: str) -> None:
+        for field in ("channels", "patch_spatial", "patch_temporal", "freq_dim"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{where}.{field}", getattr(self, field), "must be at least 1", "give a positive whole number")
+        if self.freq_dim % 2:
+            raise InputError(f"{where}.freq_dim", self.freq_dim, "is odd", "give as many sines as cosines")
+        if self.text_width is not None and self.text_width < 1:
+            raise InputError(f"{where}.text_width", self.text_width, "must be at least 1", "give the embeddings' width or leave it out")
+
+
+class TextToVideoModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The model: a diffusion transformer, a language model before it (or text embeddings with the data), and the clips' form."""
+
+    modules: ModelSpec
+    video: VideoSpec
+    sequence_length: int
+    """Text tokens of a microbatch at most."""
+    init_method_std: float = 0.02
+    """Standard deviation of the matrices at the start; Megatron's word and default."""
+
+
 class OptimizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     lr: float
     min_lr: float = 0.0

@@ -1,7 +1,7 @@
 """Builds what training needs of Megatron: parallel state, model chunks inside DDP, optimizer.
 
 The chunk list is laid out as Megatron's ``finalize_model_grads`` needs it (:func:`megatron_dip.models.layout.chunk_order`). Every DDP
-carries one and the same config, that of the language model, on which Megatron keeps its training functions.
+carries one and the same config, that of the outermost module, on which Megatron keeps its training functions.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from megatron.core.distributed import finalize_model_grads as megatron_finalize_
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dip.models.built_in import BuiltInConfig
 from megatron_dip.models.layout import ModuleCut, check_enough_layers, chunk_order
 from megatron_dip.models.staged import DescribedStagedModel
-from megatron_dip.models.vlm import LANGUAGE, VlmConfig, VlmDescription, VlmStage
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.training import OptimizerSpec
@@ -39,7 +39,8 @@ class TrainingModel:
     """In the order of the list that Megatron's functions get."""
     config: TransformerConfig
     """The config that every chunk's DDP carries."""
-    vlm_config: VlmConfig
+    whole: BuiltInConfig
+    """The model before it was cut."""
     staged: DescribedStagedModel | None = None
     """How DIP's executor runs the chunks; None for a stock layout."""
 
@@ -92,7 +93,7 @@ def initialize_parallel(parallel: Parallel, *, device: str, seed: int, timeout_s
 
 
 def build_dip_model(
-    config: VlmConfig, partition: Partition, *, overlap_grad_reduce: bool = False, overlap_param_gather: bool = False,
+    config: BuiltInConfig, partition: Partition, *, overlap_grad_reduce: bool = False, overlap_param_gather: bool = False,
     distributed_optimizer: bool = False,
 ) -> TrainingModel:
     """This rank's chunks of every module of ``partition``, each inside Megatron's DDP.
@@ -100,25 +101,25 @@ def build_dip_model(
     Args:
         overlap_param_gather: gathers updated weights during the next forward pass; needs the two others.
     """
-    spec, ranks = config.model.modules, parallel_state.get_pipeline_model_parallel_world_size()
+    spec, ranks = config.model_spec, parallel_state.get_pipeline_model_parallel_world_size()
     partition.validate({module.name: module.num_layers for module in spec.modules}, ranks)
     check_enough_layers(partition)
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    description = VlmDescription(config)
-    keys = chunk_order(partition, rank, LANGUAGE)
+    description = config.describe()
+    keys = chunk_order(partition, rank, config.outermost)
     stages = [description.build_chunk(partition, module, vp_stage, rank) for module, vp_stage in keys]
-    cut = ModuleCut.of_partition(partition, LANGUAGE)
+    cut = ModuleCut.of_partition(partition, config.outermost)
     model = wrap_stages(
-        config, stages, cut.config(config.transformer_config(config.language)), overlap_grad_reduce=overlap_grad_reduce,
+        config, stages, cut.config(config.transformer_config(spec.module(config.outermost))), overlap_grad_reduce=overlap_grad_reduce,
         overlap_param_gather=overlap_param_gather, distributed_optimizer=distributed_optimizer,
     )
     return TrainingModel(
-        chunks=model.chunks, config=model.config, vlm_config=config,
+        chunks=model.chunks, config=model.config, whole=config,
         staged=DescribedStagedModel(description, dict(zip(keys, model.chunks, strict=True))),
     )
 
 
-def _tied_weights(stages: Sequence[VlmStage]) -> tuple[torch.nn.Parameter, torch.nn.Parameter] | None:
+def _tied_weights(stages: Sequence[Any]) -> tuple[torch.nn.Parameter, torch.nn.Parameter] | None:
     """Embedding and head weights that are two copies of one weight on this rank, or None."""
     ends = [stage for stage in stages if stage.pre_process != stage.post_process and stage.share_embeddings_and_output_weights]
     if len(ends) != 2:
@@ -131,7 +132,7 @@ def _tied_weights(stages: Sequence[VlmStage]) -> tuple[torch.nn.Parameter, torch
 
 
 def wrap_stages(
-    config: VlmConfig, stages: Sequence[VlmStage], training_config: TransformerConfig, *, overlap_grad_reduce: bool = False,
+    config: BuiltInConfig, stages: Sequence[Any], training_config: TransformerConfig, *, overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False, distributed_optimizer: bool = False,
 ) -> TrainingModel:
     """Puts each stage into DDP; all DDPs carry ``training_config``, on which Megatron's training functions are set."""
@@ -150,7 +151,7 @@ def wrap_stages(
         chunk.broadcast_params()
     training_config.finalize_model_grads_func = partial(finalize_model_grads, tied=_tied_weights(stages) if len(stages) > 1 else None)
     training_config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-    return TrainingModel(chunks=chunks, config=training_config, vlm_config=config)
+    return TrainingModel(chunks=chunks, config=training_config, whole=config)
 
 
 def finalize_model_grads(
@@ -167,7 +168,7 @@ def finalize_model_grads(
 
 def build_optimizer(model: TrainingModel, spec: OptimizerSpec, *, distributed_optimizer: bool = False) -> MegatronOptimizer:
     """Megatron's AdamW over all chunks, with its clipping; the learning rate starts at ``spec.lr`` (schedules are the caller's)."""
-    dtype = model.vlm_config.dtype
+    dtype = model.whole.dtype
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=spec.lr, min_lr=spec.min_lr, weight_decay=spec.weight_decay, adam_beta1=spec.adam_beta1,

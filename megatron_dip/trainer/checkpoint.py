@@ -21,10 +21,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dip.models.description import unwrap
-from megatron_dip.models.vlm import VlmStage
 from megatron_dip.spec.errors import InputError
 from megatron_dip.trainer.build import TrainingModel
 from megatron_dip.without_cuda.core import CpuDeviceMode
@@ -81,7 +81,7 @@ def load_checkpoint(folder: Path, model: TrainingModel, optimizer: MegatronOptim
                 "use the configuration that it was saved with",
             ) from error
         for index, chunk in enumerate(model.chunks):
-            unwrap(chunk, VlmStage).load_state_dict(state[f"model{index}"])
+            unwrap(chunk, MegatronModule).load_state_dict(state[f"model{index}"])
         if optimizer is not None:
             with mended_steps(optimizer):
                 optimizer.load_state_dict(state["optimizer"])
@@ -95,7 +95,7 @@ def _content_metadata() -> dict[str, Any]:
 def _sharded_state(model: TrainingModel, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     metadata = {**_content_metadata(), "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = {
-        f"model{index}": unwrap(chunk, VlmStage).sharded_state_dict(prefix="", metadata=metadata) for index, chunk in enumerate(model.chunks)
+        f"model{index}": unwrap(chunk, MegatronModule).sharded_state_dict(prefix="", metadata=metadata) for index, chunk in enumerate(model.chunks)
     }
     if optimizer is not None:
         allocate_states(optimizer)

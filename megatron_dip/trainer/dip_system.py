@@ -37,7 +37,7 @@ from megatron_dip.spec.timeline import Bar, Timeline, plan_timeline
 from megatron_dip.spec.training import RunSettings, SchedulePlan
 from megatron_dip.spec.workload import Microbatch, Training, check_measured
 from megatron_dip.trainer.build import build_dip_model
-from megatron_dip.trainer.systems import Example, System, measured_timeline, vlm_config
+from megatron_dip.trainer.systems import Example, System, measured_timeline, whole_model
 
 PROFILED_FIRST = 8
 """Iterations at the start after each of which the profile is fitted anew."""
@@ -70,7 +70,7 @@ class DipSystem(System):
             spec, ranks, example.config.virtual_pipeline, example.config.sub_microbatch_size
         )
         model = build_dip_model(
-            vlm_config(example, settings), self.partition, overlap_grad_reduce=settings.overlap_grad_reduce,
+            whole_model(example, settings), self.partition, overlap_grad_reduce=settings.overlap_grad_reduce,
             distributed_optimizer=settings.distributed_optimizer,
         )
         assert model.staged is not None

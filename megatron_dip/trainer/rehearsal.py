@@ -32,6 +32,7 @@ from megatron.core import parallel_state
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.measured import PartBytes, StageSample, expected_time, fit_profile
 from megatron_dip.cost.modules import Kernels
+from megatron_dip.models.staged import first_instances, part_sizes
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
 from megatron_dip.runtime.executor import PlanLinks
@@ -110,9 +111,10 @@ def profile_example(folder: Path, settings: RunSettings, seconds: float, say: Ca
         rehearsal = rehearsals[rounds % len(rehearsals)]
         rounds += 1
         planned_latency_ns = rehearsal.system.current_costs().p2p_latency_ns
-        plan, records = rehearsal.run([pool[index] for index in rehearsal.chooser.choose(settings.num_microbatches)])
+        items = [pool[index] for index in rehearsal.chooser.choose(settings.num_microbatches)]
+        plan, records = rehearsal.run(items)
         if is_first and records is not None and rounds > WARM_UP * len(rehearsals):
-            bytes_per_token = bytes_per_token or _bytes_per_token(system, plan, metadata)
+            bytes_per_token = bytes_per_token or _bytes_per_token(system, plan, items, metadata)
             _collect(found, plan, records, rehearsal.partition, planned_latency_ns)
             if rounds % (LEAST_ROUNDS * len(rehearsals)) == 0:
                 # Orders as training's plans have them, not those of a rough guess; messages stay as they were measured first.
@@ -227,16 +229,17 @@ def _fit(system: DipSystem, samples: Sequence[StageSample], bytes_per_token: Map
     return fit_profile(samples, {module.name: module.num_layers for module in modules}, bytes_per_token, p2p)
 
 
-def _bytes_per_token(system: DipSystem, plan: Plan, metadata: Sequence[Microbatch]) -> dict[str, PartBytes]:
+def _bytes_per_token(system: DipSystem, plan: Plan, items: Sequence[Any], metadata: Sequence[Microbatch]) -> dict[str, PartBytes]:
     """Activations as the operator graphs have them (local layers keep attention's scores), messages as the model sends them."""
     config = system.example.config
     costs = AnalyticCost(config.model.modules, system.settings.parallel, Training(dtype="fp32"), "cpu", kernels=Kernels(attention="unfused"))
     links = PlanLinks(plan)
     assert system.model.staged is not None
+    description, first = system.model.staged.description, first_instances(part_sizes(plan))
     sent: dict[str, dict[str, float]] = {}
     for forward, stage in ((stage.id, stage) for stage in plan.stages if stage.kind == "fw"):
         for consumer in links.of(plan.stages[forward]).consumers:
-            spec = system.model.staged.payload(stage, consumer)
+            spec = description.boundary(stage, consumer, items[stage.microbatch], first[stage.module, stage.microbatch, stage.sub_microbatch])
             size = math.prod(spec.shape) * spec.dtype.itemsize / stage.tokens
             sent.setdefault(stage.module, {})["boundary" if consumer.module == stage.module else "output"] = size
     found = {}

@@ -2,9 +2,9 @@
 
 Three layouts:
 
-* ``scripts``: as Megatron's scripts lay a vision-language model out, the whole ViT with its projector on the first rank, the language
-  model's layers split evenly over all ranks. One chunk a rank: the scripts know no virtual stages.
-* ``parameters``: the layers of both modules in one chain, cut into P * V stages with as equal parameters as can be (the baseline of
+* ``scripts``: as Megatron's scripts lay a vision-language model out, the whole ViT with its projector (a text-to-video model: the language
+  model) on the first rank, the last module's layers split evenly over all ranks. One chunk a rank: the scripts know no virtual stages.
+* ``parameters``: the layers of all modules in one chain, cut into P * V stages with as equal parameters as can be (the baseline of
   the DIP paper; V > 1 runs Megatron's interleaved schedule).
 * ``measured``: the same chain, cut by given times of the layers.
 
@@ -15,69 +15,18 @@ has no image one dummy token travels through the ViT's stages; it is added to th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
+from megatron_dip.models.built_in import BuiltInConfig, ChainCost
 from megatron_dip.models.layout import ModuleCut
-from megatron_dip.models.vlm import LANGUAGE, VISION, VlmConfig, VlmStage
 from megatron_dip.spec.errors import InputError
 from megatron_dip.trainer.build import TrainingModel, wrap_stages
 
 StockLayout = Literal["scripts", "parameters", "measured"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChainCost:
-    """What one module weighs in the chain, in any unit: time, or parameters."""
-
-    layer: float
-    first: float = 0.0
-    """Stem or embedding, on top of the first layer."""
-    last: float = 0.0
-    """Projector or head, on top of the last layer."""
-
-
-class ChainStage(VlmStage):
-    """A stage of a chain of both modules: a microbatch without images sends a dummy token from stage to stage."""
-
-    def has_images(self, images: torch.Tensor | None, hidden: torch.Tensor | None) -> bool:
-        return images is not None and len(images) > 0
-
-    def pass_by(self, hidden: torch.Tensor | None) -> torch.Tensor | None:
-        assert self.vision_model is not None
-        parameter = self.vision_model.decoder.layers[0].mlp.linear_fc2.weight
-        width = self.vlm_config.language.hidden_size if self.vision_projection is not None else self.vlm_config.vision.hidden_size
-        dummy = torch.zeros(1, 1, width, dtype=parameter.dtype, device=parameter.device)
-        return dummy if hidden is None else dummy + hidden.sum() * 0
-
-    def merge_images(self, embeddings: torch.Tensor, image_embeddings: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        if not bool((tokens == self.vlm_config.image.token_id).any()):
-            return embeddings + image_embeddings.sum() * 0
-        return super().merge_images(embeddings, image_embeddings, tokens)
-
-
-def parameter_costs(config: VlmConfig) -> dict[str, ChainCost]:
-    """Parameters of the layers, and of what stands before and behind them."""
-    vision, language, image = config.vision, config.language, config.image
-    costs = {}
-    for module in (vision, language):
-        hidden, kv = module.hidden_size, module.hidden_size // module.num_attention_heads * module.query_groups
-        matrices = 3 if module.has_gated_mlp else 2
-        costs[module.name] = float(2 * hidden * (hidden + kv) + matrices * hidden * module.ffn_hidden_size)
-    words = float(language.vocab_size or 0) * language.hidden_size
-    merged = vision.hidden_size * image.merge**2
-    return {
-        VISION: ChainCost(
-            layer=costs[VISION],
-            first=float((image.channels * image.patch**2 + image.patches) * vision.hidden_size),
-            last=float((merged + language.hidden_size) * language.hidden_size),
-        ),
-        LANGUAGE: ChainCost(layer=costs[LANGUAGE], first=words, last=words),
-    }
 
 
 def split_evenly(costs: Sequence[float], num_parts: int) -> list[int]:
@@ -104,55 +53,61 @@ def split_evenly(costs: Sequence[float], num_parts: int) -> list[int]:
 
 
 def stock_cuts(
-    config: VlmConfig, layout: StockLayout, *, ranks: int, virtual: int = 1, layer_times: Mapping[str, ChainCost] | None = None
+    config: BuiltInConfig, layout: StockLayout, *, ranks: int, virtual: int = 1, layer_times: Mapping[str, ChainCost] | None = None
 ) -> dict[str, ModuleCut]:
     """Where each module's layers lie in a stock layout; stage k * P + r is chunk k on rank r."""
-    vision, language = config.vision.num_layers, config.language.num_layers
+    spec = config.model_spec
+    order = spec.topological()
+    layers = {name: spec.module(name).num_layers for name in order}
     if layout == "scripts":
+        *before, last = order
         if virtual != 1:
-            raise InputError("virtual", virtual, "Megatron's scripts have no virtual stages for a vision-language model", "use 1")
-        if language % ranks:
-            raise InputError("model.lm.num_layers", language, f"is not divisible by {ranks} pipeline ranks", "change one of them")
+            raise InputError("virtual", virtual, "Megatron's scripts have no virtual stages for a multimodal model", "use 1")
+        if layers[last] % ranks:
+            raise InputError(f"model.{last}.num_layers", layers[last], f"is not divisible by {ranks} pipeline ranks", "change one of them")
         return {
-            VISION: ModuleCut(((vision, *[0] * (ranks - 1)),), (0, 0), (0, 0)),
-            LANGUAGE: ModuleCut((tuple([language // ranks] * ranks),), (0, 0), (0, ranks - 1)),
+            **{name: ModuleCut(((layers[name], *[0] * (ranks - 1)),), (0, 0), (0, 0)) for name in before},
+            last: ModuleCut((tuple([layers[last] // ranks] * ranks),), (0, 0), (0, ranks - 1)),
         }
-    stages = ranks * virtual
-    if stages > vision + language:
+    stages, total = ranks * virtual, sum(layers.values())
+    if stages > total:
         raise InputError(
-            "virtual", virtual, f"{vision + language} layers cannot fill {stages} stages ({ranks} pipeline ranks x {virtual})",
+            "virtual", virtual, f"{total} layers cannot fill {stages} stages ({ranks} pipeline ranks x {virtual})",
             "use fewer stages or more layers",
         )
     if layout == "measured" and layer_times is None:
         raise InputError("layer_times", None, "the measured layout needs the layers' times", "give them, or use the layout parameters")
-    costs = parameter_costs(config) if layout == "parameters" or layer_times is None else dict(layer_times)
+    costs = config.parameter_costs() if layout == "parameters" or layer_times is None else dict(layer_times)
     chain: list[float] = []
-    for module, layers in ((VISION, vision), (LANGUAGE, language)):
-        part = [costs[module].layer] * layers
-        part[0] += costs[module].first
-        part[-1] += costs[module].last
+    for name in order:
+        part = [costs[name].layer] * layers[name]
+        part[0] += costs[name].first
+        part[-1] += costs[name].last
         chain += part
-    return _chain_cuts(split_evenly(chain, stages), vision, ranks)
+    return _chain_cuts(split_evenly(chain, stages), layers, ranks)
 
 
-def _chain_cuts(sizes: Sequence[int], vision_layers: int, ranks: int) -> dict[str, ModuleCut]:
-    in_stage: dict[str, list[int]] = {VISION: [], LANGUAGE: []}
-    start = 0
-    for size in sizes:
-        seen = max(0, min(size, vision_layers - start))
-        in_stage[VISION].append(seen)
-        in_stage[LANGUAGE].append(size - seen)
-        start += size
+def _chain_cuts(sizes: Sequence[int], layers: Mapping[str, int], ranks: int) -> dict[str, ModuleCut]:
+    """Args:
+    sizes: layers of each stage of the chain.
+    layers: of each module, in the chain's order.
+    """
     cuts = {}
-    for module, layers in in_stage.items():
-        held = [stage for stage, count in enumerate(layers) if count]
-        rows = tuple(tuple(layers[i : i + ranks]) for i in range(0, len(layers), ranks))
-        cuts[module] = ModuleCut(rows, divmod(held[0], ranks), divmod(held[-1], ranks))
+    begin = 0
+    for name, count in layers.items():
+        in_stage, start = [], 0
+        for size in sizes:
+            in_stage.append(max(0, min(start + size, begin + count) - max(start, begin)))
+            start += size
+        held = [stage for stage, held_layers in enumerate(in_stage) if held_layers]
+        rows = tuple(tuple(in_stage[i : i + ranks]) for i in range(0, len(in_stage), ranks))
+        cuts[name] = ModuleCut(rows, divmod(held[0], ranks), divmod(held[-1], ranks))
+        begin += count
     return cuts
 
 
 def build_stock_model(
-    config: VlmConfig, layout: StockLayout, *, virtual: int = 1, layer_times: Mapping[str, ChainCost] | None = None,
+    config: BuiltInConfig, layout: StockLayout, *, virtual: int = 1, layer_times: Mapping[str, ChainCost] | None = None,
     distributed_optimizer: bool = False,
 ) -> TrainingModel:
     """This rank's stages, for :func:`stock_forward_backward`; ``layer_times`` are those of the layout ``measured``.
@@ -164,20 +119,21 @@ def build_stock_model(
     if ranks == 1 and virtual > 1:
         raise InputError("virtual", virtual, "Megatron interleaves only with more than one pipeline rank", "use 1")
     cuts = stock_cuts(config, layout, ranks=ranks, virtual=virtual, layer_times=layer_times)
-    if config.language.tied_embeddings and ranks > 1 and cuts[LANGUAGE].first != (0, 0):
+    outermost = config.model_spec.module(config.outermost)
+    if outermost.tied_embeddings and ranks > 1 and cuts[outermost.name].first != (0, 0):
         raise InputError(
-            "model.lm.tied_embeddings", True, "Megatron ties embedding and head only where the first stage holds the embedding",
+            f"model.{outermost.name}.tied_embeddings", True, "Megatron ties embedding and head only where the first stage holds the embedding",
             "use the layout scripts, or untie them",
         )
-    kind = VlmStage if layout == "scripts" else ChainStage
-    stages = [kind(config, cuts, vp_stage, rank) for vp_stage in range(virtual)]
+    # Where one module feeds the next on the same rank, as the scripts have it, a stage need not hand on what is not there.
+    stages = [config.build_stage(cuts, vp_stage, rank, is_chained=layout != "scripts") for vp_stage in range(virtual)]
     training_config = replace(
-        config.transformer_config(config.language),
+        config.transformer_config(outermost),
         num_layers=ranks * virtual,
         pipeline_model_parallel_size=ranks,
         virtual_pipeline_model_parallel_size=None if virtual == 1 else virtual,
         microbatch_group_size_per_vp_stage=ranks,
-        variable_seq_lengths=layout != "scripts",
+        variable_seq_lengths=layout != "scripts" or not config.has_fixed_lengths,
         # With two ranks and batched messages Megatron's interleaved schedule takes one neighbour's tensor for the other's, silently.
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=False,

@@ -19,16 +19,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 
+from megatron_dip.models.built_in import BuiltInConfig, ChainCost, config_of
 from megatron_dip.models.description import unwrap
-from megatron_dip.models.vlm import LANGUAGE, VISION, VlmConfig, VlmStage
 from megatron_dip.spec.codec import save
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.timeline import Bar, Timeline
 from megatron_dip.spec.training import ExampleConfig, OptimizerSpec, RunSettings, SchedulePlan
 from megatron_dip.trainer.build import TrainingModel, build_optimizer
 from megatron_dip.trainer.checkpoint import load_checkpoint, save_checkpoint
-from megatron_dip.trainer.stock_layouts import ChainCost, build_stock_model, stock_forward_backward
+from megatron_dip.trainer.stock_layouts import build_stock_model, stock_forward_backward
 from megatron_dip.trainer.stock_timing import StockTimer
 
 
@@ -54,11 +55,9 @@ class Example:
     """Defines forward_step, and evaluation_step whose report counts ``answers``: (right, asked)."""
 
 
-def vlm_config(example: Example, settings: RunSettings) -> VlmConfig:
+def whole_model(example: Example, settings: RunSettings) -> BuiltInConfig:
     """The example's model under the run's parallel sizes; weights by the run's seed, the same for every schedule."""
-    return VlmConfig(
-        model=example.config.model, parallel=settings.parallel, seed=settings.seed, init_method_std=example.config.model.init_method_std
-    )
+    return config_of(example.config.model, settings.parallel, seed=settings.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +176,7 @@ class StockSystem(System):
     ) -> None:
         virtual = schedule.virtual if schedule.name == "interleaved" else 1
         model = build_stock_model(
-            vlm_config(example, settings), schedule.layout, virtual=virtual, layer_times=layer_times,
+            whole_model(example, settings), schedule.layout, virtual=virtual, layer_times=layer_times,
             distributed_optimizer=settings.distributed_optimizer,
         )
         self.forward_backward = stock_forward_backward(virtual=virtual)
@@ -226,9 +225,8 @@ def measured_timeline(bars: Sequence[Bar], title: str, ranks: int) -> Timeline:
 
 
 def _held_modules(chunk: torch.nn.Module) -> str:
-    stage = unwrap(chunk, VlmStage)
-    parts = ((VISION, stage.vision_model), (LANGUAGE, stage.language_model))
-    return "+".join(name for name, part in parts if part is not None)
+    stage: Any = unwrap(chunk, MegatronModule)
+    return "+".join(stage.held_modules())
 
 
 def _reduce_report(reports: Sequence[Mapping[str, torch.Tensor]], key: str) -> tuple[float, float]:

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.distributed
 
 
 def build(case: Case, config: Any) -> Any:
-    from megatron_dip.trainer.stock_layouts import ChainCost, build_stock_model
+    from megatron_dip.models.built_in import ChainCost
+    from megatron_dip.trainer.stock_layouts import build_stock_model
 
     times = {"vit": ChainCost(layer=1.0, first=0.5), "lm": ChainCost(layer=2.0, last=3.0)}
     return build_stock_model(config, case.option("layout"), virtual=case.option("virtual", 1), layer_times=times)

@@ -178,12 +178,14 @@ def result_of(model: Any, losses: list[list[float]], grad_norms: Sequence[float]
 
 
 def _shards(model: Any, value: Callable[[Any], torch.Tensor | None]) -> dict[str, Shard]:
+    from megatron.core.transformer.module import MegatronModule
+
     from megatron_dip.models.description import unwrap
-    from megatron_dip.models.vlm import VlmStage, global_name
+    from megatron_dip.models.initial_weights import global_name
 
     shards = {}
     for chunk in model.chunks:
-        stage = unwrap(chunk, VlmStage)
+        stage = unwrap(chunk, MegatronModule)
         for name, parameter in stage.named_parameters():
             tensor = value(parameter)
             if tensor is not None:

@@ -10,12 +10,13 @@ import msgspec
 import pytest
 import torch
 
+from megatron_dip.models.built_in import ChainCost
 from megatron_dip.models.vlm import VlmConfig, VlmDescription, document_mask, merge_patches
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.training import ImageSpec
 from megatron_dip.spec.workload import Parallel
-from megatron_dip.trainer.stock_layouts import ChainCost, parameter_costs, split_evenly, stock_cuts
+from megatron_dip.trainer.stock_layouts import split_evenly, stock_cuts
 from tests.distributed.tiny_vlm import Case, make_microbatch, tiny_model
 
 
@@ -104,11 +105,11 @@ def stage(module: str, instances: int, tokens: int) -> PlanStage:
 def test_boundary_shapes() -> None:
     vit, lm = stage("vit", 3, 48), stage("lm", 1, 48)
     description = VlmDescription(config(Parallel(tensor=2)))
-    assert description.boundary(vit, vit).shape == (16, 3, 16)
-    assert description.boundary(vit, lm).shape == (12, 1, 24)
-    assert description.boundary(lm, lm).shape == (24, 1, 24), "sequence parallel: each rank sends its tokens"
+    assert description.boundary(vit, vit, {}, 0).shape == (16, 3, 16)
+    assert description.boundary(vit, lm, {}, 0).shape == (12, 1, 24)
+    assert description.boundary(lm, lm, {}, 0).shape == (24, 1, 24), "sequence parallel: each rank sends its tokens"
     without = VlmDescription(config(Parallel(tensor=2, sequence=False)))
-    assert without.boundary(lm, lm).shape == (48, 1, 24)
+    assert without.boundary(lm, lm, {}, 0).shape == (48, 1, 24)
 
 
 def test_split_evenly_is_the_best_of_all_splits() -> None:
@@ -132,7 +133,7 @@ def test_split_evenly_is_the_best_of_all_splits() -> None:
 
 def test_parameter_costs_count_the_weights() -> None:
     """Weight matrices of a layer as Megatron builds it: qkv with grouped queries, projection, MLP."""
-    costs = parameter_costs(config())
+    costs = config().parameter_costs()
     assert costs["lm"].layer == 24 * (24 + 2 * 12) + 24 * 24 + 2 * 24 * 48
     assert costs["lm"].first == costs["lm"].last == 32 * 24
     assert costs["vit"].last == (16 * 4) * 24 + 24 * 24

@@ -1,0 +1,90 @@
+"""What the models that are built here, of Megatron's modules, have in common: how training makes them and cuts them.
+
+A family of models is one config class with these methods (:class:`megatron_dip.models.vlm.VlmConfig`,
+:class:`megatron_dip.models.t2v.TextToVideoConfig`); :func:`config_of` finds the one for an example's model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dip.models.description import ModelDescription
+from megatron_dip.models.layout import ModuleCut
+from megatron_dip.spec.model import ModelSpec, ModuleSpec
+from megatron_dip.spec.training import TextToVideoModel, VisionLanguageModel
+from megatron_dip.spec.workload import Parallel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainCost:
+    """What one module weighs in a chain of all layers, in any unit: time, or parameters."""
+
+    layer: float
+    first: float = 0.0
+    """Stem or embedding, on top of the first layer."""
+    last: float = 0.0
+    """Projector or head, on top of the last layer."""
+
+
+class BuiltInConfig(Protocol):
+    """A whole model, before any cut."""
+
+    @property
+    def parallel(self) -> Parallel: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def model_spec(self) -> ModelSpec: ...
+
+    @property
+    def outermost(self) -> str:
+        """The module whose first and last chunk Megatron's functions look for at the ends of the chunk list, and whose config all share."""
+        ...
+
+    @property
+    def has_fixed_lengths(self) -> bool:
+        """Whether hidden states of the last module have one shape in all microbatches."""
+        ...
+
+    def transformer_config(self, module: ModuleSpec) -> TransformerConfig:
+        """Megatron's config of a whole module."""
+        ...
+
+    def describe(self) -> ModelDescription: ...
+
+    def build_stage(self, cuts: Mapping[str, ModuleCut], vp_stage: int, rank: int, *, is_chained: bool) -> Any:
+        """What ``cuts`` put on one place of a pipeline, as one module.
+
+        Args:
+            is_chained: all stages hand something to the next one, also where a module has no work in a microbatch.
+        """
+        ...
+
+    def parameter_costs(self) -> dict[str, ChainCost]:
+        """Parameters of a layer of each module, and of what stands before its first and behind its last one."""
+        ...
+
+
+def config_of(model: VisionLanguageModel | TextToVideoModel, parallel: Parallel, *, seed: int) -> BuiltInConfig:
+    """The config of an example's model under parallel sizes; weights by the seed."""
+    if isinstance(model, TextToVideoModel):
+        from megatron_dip.models.t2v import TextToVideoConfig
+
+        return TextToVideoConfig(model=model, parallel=parallel, seed=seed, init_method_std=model.init_method_std)
+    from megatron_dip.models.vlm import VlmConfig
+
+    return VlmConfig(model=model, parallel=parallel, seed=seed, init_method_std=model.init_method_std)
+
+
+def layer_parameters(module: ModuleSpec) -> float:
+    """Matrices of one layer: attention (twice where it also attends to text) and MLP."""
+    hidden, kv = module.hidden_size, module.hidden_size // module.num_attention_heads * module.query_groups
+    attention = 2 * hidden * (hidden + kv) + (4 * hidden * hidden if module.cross_attention else 0)
+    return float(attention + (3 if module.has_gated_mlp else 2) * hidden * module.ffn_hidden_size)
