@@ -32,12 +32,12 @@ from megatron_dip.trainer.ranks import is_rank, run_ranks
 
 if TYPE_CHECKING:
     from megatron_dip.cost.interface import CostModel
+    from megatron_dip.models.built_in import ChainCost
     from megatron_dip.spec.partition import Partition
     from megatron_dip.spec.plan import Plan
     from megatron_dip.spec.timeline import Timeline
     from megatron_dip.spec.training import RunSettings
     from megatron_dip.trainer.dip_system import DipSystem
-    from megatron_dip.models.built_in import ChainCost
     from megatron_dip.trainer.systems import Example, System
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "vlm" / "digits"

@@ -193,7 +193,7 @@ def run_pipeline(rank: int, num_ranks: int, cases: Sequence[VideoCase], plans: S
         ) -> list[Any]:
             from megatron.core import parallel_state
 
-            from megatron_dip.iteration.forward_backward import DipForwardBackward
+            from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
             from megatron_dip.trainer.stock_layouts import stock_forward_backward
 
             if not made and case.layout is not None:
@@ -201,8 +201,11 @@ def run_pipeline(rank: int, num_ranks: int, cases: Sequence[VideoCase], plans: S
             elif not made:
                 left = list(of_replicas[parallel_state.get_data_parallel_rank()])
                 made.append(DipForwardBackward(
-                    staged_model=model.staged, chunks=model.chunks, partition=cut_of(case), device=torch.device("cpu"), timeout_s=30.0,
-                    metadata=model.staged.description.item_metadata, plan_function=lambda *_: left.pop(0), plan_deadline_s=30.0,
+                    staged_model=model.staged, chunks=model.chunks, partition=cut_of(case),
+                    settings=IterationSettings(
+                        device=torch.device("cpu"), timeout_s=30.0, metadata=model.staged.description.item_metadata,
+                        plan_function=lambda *_: left.pop(0), plan_deadline_s=30.0,
+                    ),
                 ))
             if case.layout is None:
                 return made[0](
