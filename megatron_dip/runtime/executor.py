@@ -2,8 +2,12 @@
 
 What a compute action does is behind :class:`~megatron_dip.runtime.interface.Compute`; what a message action does is behind
 :class:`~megatron_dip.runtime.p2p.PointToPoint`. The executor keeps what is under way between them: payloads and gradients that wait for
-their stage (``inbox``), messages that wait for their send (``outbox``), and posts that wait for their wait. All four are empty when the
-iteration ends. Everything that can be looked up is looked up before the loop starts.
+their stage (``inbox``), messages that wait for their send (``outbox``), buffers that wait for their receive, and posts that wait for
+their wait. All five are empty when the iteration ends. Everything that can be looked up is looked up before the loop starts.
+
+Two things stand elsewhere than the plan's actions say. The buffer of a receive is taken ahead of the stage before it, so that on CUDA
+the receive waits for no more than that stage's start (:meth:`~megatron_dip.runtime.p2p.PointToPoint.buffer`). What is to follow a stage
+is called behind the posts that follow it: a neighbour waits for the message, nobody for a reduction of gradients.
 """
 
 from __future__ import annotations
@@ -14,13 +18,13 @@ from typing import Any
 import torch
 
 from megatron_dip.runtime.interface import Compute, PayloadSpec, StageLinks
-from megatron_dip.runtime.p2p import PointToPoint, Post
+from megatron_dip.runtime.p2p import Buffer, PointToPoint, Post
 from megatron_dip.runtime.timing import StageTimer
 from megatron_dip.spec.action_text import format_action
 from megatron_dip.spec.plan import COMPUTE_OPS, Plan, PlanStage
 
 AfterStage = Mapping[int, Sequence[Callable[[], None]]]
-"""Stage id -> what to call once that stage has run."""
+"""Stage id -> what to call once that stage has run and what it made is on its way."""
 
 
 class PlanLinks:
@@ -107,6 +111,8 @@ class Executor:
 
 Handler = Callable[[Any], None]
 
+POST_OPS = ("isend", "irecv")
+
 
 def _in_nvtx_range(name: str, handler: Handler) -> Handler:
     def run(argument: Any) -> None:
@@ -140,6 +146,7 @@ class _Iteration:
         """Stage -> producer -> what came from it (for a backward: by its forward stage's consumers)."""
         self._outbox: dict[int, torch.Tensor] = {}
         """Tag -> what is to be sent."""
+        self._buffers: dict[int, Buffer] = {}
         self._sends: dict[int, Post] = {}
         self._receives: dict[int, Post] = {}
         self._tags: dict[int, dict[int, int]] = {}
@@ -155,20 +162,30 @@ class _Iteration:
         }
         plan = self._links.plan
         steps: list[tuple[Handler, Any, str]] = []
+        following: list[tuple[Handler, Any, str]] = []
+        """What is to be called behind the posts of the last stage."""
+        before_stage = 0
+        """Where the last stage's step is: buffers of the receives behind it are taken there."""
         for action in plan.actions[self._rank]:
             handler, name = table[action.op], format_action(action)
+            if action.op not in POST_OPS:
+                steps.extend(following)
+                following = []
             if action.op in COMPUTE_OPS:
                 assert isinstance(action.stage, int)
+                before_stage = len(steps)
                 steps.append((handler, self._stage_links[self._links.forward_of[action.stage]], name))
-                steps.extend((_call, function, f"after {name}") for function in self._after_stage.get(action.stage, ()))
+                following = [(_call, function, f"after {name}") for function in self._after_stage.get(action.stage, ())]
             elif action.op == "irecv":
                 assert isinstance(action.tag, int)
-                steps.append((handler, (action.tag, action.peer, self._spec(action.tag)), name))
+                steps.insert(before_stage, (self._take_buffer, (action.tag, self._spec(action.tag)), f"buffer of {name}"))
+                before_stage += 1
+                steps.append((handler, (action.tag, action.peer), name))
             elif action.op == "isend":
                 steps.append((handler, (action.tag, action.peer), name))
             else:
                 steps.append((handler, action.tag, name))
-        return steps
+        return [*steps, *following]
 
     def _spec(self, tag: int) -> PayloadSpec:
         """A message between two forward stages is a payload; one between their backwards is that payload's gradient."""
@@ -215,10 +232,15 @@ class _Iteration:
         assert self._p2p is not None
         self._sends[tag] = self._p2p.isend(self._outbox.pop(tag), peer)
 
-    def _irecv(self, argument: tuple[int, int, PayloadSpec]) -> None:
-        tag, peer, spec = argument
+    def _take_buffer(self, argument: tuple[int, PayloadSpec]) -> None:
+        tag, spec = argument
         assert self._p2p is not None
-        self._receives[tag] = self._p2p.irecv(spec, peer)
+        self._buffers[tag] = self._p2p.buffer(spec)
+
+    def _irecv(self, argument: tuple[int, int]) -> None:
+        tag, peer = argument
+        assert self._p2p is not None
+        self._receives[tag] = self._p2p.irecv(self._buffers.pop(tag), peer)
 
     def _wait_send(self, tag: int) -> None:
         assert self._p2p is not None
@@ -244,6 +266,7 @@ class _Iteration:
         """The iteration's end: nothing may be left under way."""
         assert not self._inbox, f"never taken: {self._inbox.keys()}"
         assert not self._outbox, f"never sent: {self._outbox.keys()}"
+        assert not self._buffers, f"never received into: {self._buffers.keys()}"
         assert not self._sends, f"sends never waited for: {self._sends.keys()}"
         assert not self._receives, f"receives never waited for: {self._receives.keys()}"
         self._compute.assert_empty()

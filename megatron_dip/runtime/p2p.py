@@ -1,16 +1,30 @@
 """Asynchronous messages between pipeline ranks in planned shapes.
 
 All messages of a directed pair travel through one first-in-first-out channel with one transport tag, as NCCL knows no other; the plan
-posts receives in the sender's order (see :mod:`megatron_dip.program.lower`), so nothing depends on tags. NCCL moves data on its own
-streams; receives are posted from a side stream as well, since a post waits for the stream it is made on, and a receive need not wait
-for the computing before it. Gloo has no CUDA messages: there CUDA tensors are copied through the host (for tests).
+posts receives in the sender's order (see :mod:`megatron_dip.program.lower`), so nothing depends on tags. Gloo has no CUDA messages:
+there CUDA tensors are copied through the host (for tests).
 
-The CUDA paths follow PyTorch's documented stream rules; they have not been run.
+On CUDA, over NCCL:
+
+* NCCL moves data on streams of its own, one for each channel, and a post waits for the stream that it is made on. A receive is posted
+  from a side stream, since it need not wait for the computing before it; what it must wait for is the former owner of its buffer.
+  :meth:`PointToPoint.buffer` takes the buffer from the computing stream's pool and notes how far that stream was. Taken ahead of the
+  stage that runs while the message travels, the receive starts with that stage. One pool serves messages and computing, and a buffer
+  goes back to it in the order of the computing stream.
+* Waits hold up the computing stream, never the host, so a time limit cannot be kept here. A peer that died ends the run by NCCL's
+  watchdog (after the process group's time limit, torch's abort of the process), not by :class:`PeerError`, which is for what NCCL says
+  when a message is posted, and for gloo.
+* :meth:`PointToPoint.wait_send` makes the computing stream wait for the receiver. Keeping the tensor until the host sees that the send
+  is over would not: but hosts run far ahead of their devices, so nearly everything sent would still be kept, which no plan counts.
+
+These paths run under the fake of ``tests/fakes``; on a GPU they have not been run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +48,15 @@ class Post:
     work: dist.Work | None
     """None: an empty tensor, which does not travel."""
     peer: int
+
+
+@dataclass(slots=True)
+class Buffer:
+    """Where a message is to be received."""
+
+    tensor: torch.Tensor
+    free: torch.cuda.Event | None
+    """Set where NCCL receives: from there on nobody else uses the memory."""
 
 
 class PointToPoint:
@@ -61,7 +84,7 @@ class PointToPoint:
             if self.groups.rank == sender:
                 self.wait_send(self.isend(torch.zeros(1, device=self.device), receiver))
             elif self.groups.rank == receiver:
-                self.wait_recv(self.irecv(PayloadSpec((1,), torch.float32), sender))
+                self.wait_recv(self.irecv(self.buffer(PayloadSpec((1,), torch.float32)), sender))
 
     def isend(self, tensor: torch.Tensor, peer: int) -> Post:
         """Posts the send of a contiguous tensor to pipeline rank ``peer``; the tensor must not change until the send is waited for."""
@@ -70,25 +93,26 @@ class PointToPoint:
         group = self.groups.up if peer > self.groups.rank else self.groups.down
         work = None
         if tensor.numel():
-            try:
+            with self._naming_the_peer("sending to", peer):
                 work = dist.isend(tensor, self.groups.ranks[peer], group=group, tag=TRANSPORT_TAG)
-            except RuntimeError as error:
-                raise self._peer_error("sending to", peer, error) from error
         return Post(tensor, work, peer)
 
-    def irecv(self, spec: PayloadSpec, peer: int) -> Post:
-        """Posts the receive of the next message from pipeline rank ``peer``."""
-        group = self.groups.up if peer < self.groups.rank else self.groups.down
+    def buffer(self, spec: PayloadSpec) -> Buffer:
+        """Memory for a message, from the current stream's pool."""
         device = torch.device("cpu") if self._through_host else self.device
+        tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+        return Buffer(tensor, None if self._receive_stream is None else torch.cuda.current_stream().record_event())
+
+    def irecv(self, buffer: Buffer, peer: int) -> Post:
+        """Posts the receive of the next message from pipeline rank ``peer`` into a buffer that is used once."""
+        group = self.groups.up if peer < self.groups.rank else self.groups.down
         work = None
-        with torch.cuda.stream(self._receive_stream):
-            tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            if tensor.numel():
-                try:
-                    work = dist.irecv(tensor, self.groups.ranks[peer], group=group, tag=TRANSPORT_TAG)
-                except RuntimeError as error:
-                    raise self._peer_error("receiving from", peer, error) from error
-        return Post(tensor, work, peer)
+        if buffer.tensor.numel():
+            if self._receive_stream is not None and buffer.free is not None:
+                self._receive_stream.wait_event(buffer.free)
+            with torch.cuda.stream(self._receive_stream), self._naming_the_peer("receiving from", peer):
+                work = dist.irecv(buffer.tensor, self.groups.ranks[peer], group=group, tag=TRANSPORT_TAG)
+        return Post(buffer.tensor, work, peer)
 
     def wait_send(self, post: Post) -> None:
         """Returns when the buffer may be used again (on the current stream)."""
@@ -97,27 +121,27 @@ class PointToPoint:
     def wait_recv(self, post: Post) -> torch.Tensor:
         """Returns the message, ready on the current stream."""
         self._wait(post, "receiving from")
-        if self._through_host:
-            return post.tensor.to(self.device)
-        if self._receive_stream is not None:
-            # The buffer belongs to the side stream's memory pool but is used, and freed, on this one.
-            post.tensor.record_stream(torch.cuda.current_stream())
-        return post.tensor
+        return post.tensor.to(self.device) if self._through_host else post.tensor
 
     def _wait(self, post: Post, doing: str) -> None:
         if post.work is None:
             return
-        try:
+        with self._naming_the_peer(doing, post.peer):
             if self._on_host:
                 post.work.wait(self._timeout)
             else:
                 post.work.wait()
-        except RuntimeError as error:
-            raise self._peer_error(doing, post.peer, error) from error
 
-    def _peer_error(self, doing: str, peer: int, error: RuntimeError) -> PeerError:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return PeerError(
-            f"pipeline rank {self.groups.rank} gave up {doing} pipeline rank {peer} (global rank {self.groups.ranks[peer]}), "
-            f"time limit {self.groups.timeout_s:g} s: {reason}"
-        )
+    @contextlib.contextmanager
+    def _naming_the_peer(self, doing: str, peer: int) -> Iterator[None]:
+        """Around a call of torch.distributed: what it raises becomes a PeerError. Running out of memory is no fault of the peer's."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise PeerError(
+                f"pipeline rank {self.groups.rank} gave up {doing} pipeline rank {peer} (global rank {self.groups.ranks[peer]}), "
+                f"time limit {self.groups.timeout_s:g} s: {reason}"
+            ) from error

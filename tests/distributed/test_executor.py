@@ -134,7 +134,7 @@ def _messages(rank: int, num_ranks: int) -> list[list[float]]:
     for peer in range(num_ranks):
         if peer == rank:
             continue
-        posts[peer] = [p2p.irecv(PayloadSpec(shape, dtype), peer) for shape, dtype in shapes]
+        posts[peer] = [p2p.irecv(p2p.buffer(PayloadSpec(shape, dtype)), peer) for shape, dtype in shapes]
         for index, (shape, dtype) in enumerate(shapes):
             sends.append(p2p.isend(torch.full(shape, 10.0 * rank + index, dtype=dtype), peer))
     received = {peer: [p2p.wait_recv(post) for post in row] for peer, row in posts.items()}

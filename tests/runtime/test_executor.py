@@ -7,6 +7,7 @@ import itertools
 import msgspec
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_dip.runtime.compute import AutogradCompute
 from megatron_dip.runtime.executor import Executor, PlanLinks
@@ -74,6 +75,28 @@ def test_outputs_without_their_memory_give_the_same_gradients() -> None:
         for parameter, expected in zip(chunk.parameters(), grads[module, vp_stage, 0], strict=True):
             assert parameter.grad is not None
             torch.testing.assert_close(parameter.grad, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("free_outputs", [False, True])
+def test_a_sent_output_keeps_its_memory_only_where_outputs_are_not_freed(free_outputs: bool) -> None:
+    class Summed(ToyStagedModel):
+        """Its chunks end in a sum, which needs nothing of its output for its backward."""
+
+        def forward(self, stage, inputs, consumers):  # type: ignore[no-untyped-def]
+            output = super().forward(stage, inputs, consumers)
+            output.payloads = {consumer: payload + 0 for consumer, payload in output.payloads.items()}
+            return output
+
+    plan = _plan()
+    links = PlanLinks(plan)
+    first = next(stage for stage in plan.stages if stage.kind == "fw" and not stage.deps)
+    compute = AutogradCompute(Summed(plan, 0), _loss, free_outputs=free_outputs)
+    payloads = compute.forward(links.of(first), {})
+    memory = [StorageWeakRef(payload.untyped_storage()) for payload in payloads.values()]
+    assert memory
+    assert not any(one.expired() for one in memory)
+    payloads.clear()
+    assert [one.expired() for one in memory] == [free_outputs] * len(memory)
 
 
 def test_an_error_in_a_stage_names_the_stage() -> None:
