@@ -8,4 +8,5 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("no-deadline", deadline=None)
 # For tests/thorough alone: other property tests name their own number of cases.
 settings.register_profile("thorough", deadline=None, max_examples=20_000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile("long", deadline=None, max_examples=5_000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "no-deadline"))

@@ -32,7 +32,7 @@ class LinkedReplicas:
 
     def __init__(self, group: dist.ProcessGroup, module: str, index: int) -> None:
         self._group = group
-        self._module = module
+        self.module = module
         self.index = index
         self.num_replicas = dist.get_world_size(group)
 
@@ -60,12 +60,12 @@ class LinkedReplicas:
     def compare(self, plan: Plan | None) -> Exception | None:
         """What keeps the linked replicas from running their plans (None: there is no plan here) together; None: nothing."""
         every: list[bytes | None] = [None] * self.num_replicas
-        dist.all_gather_object(every, None if plan is None else order_digest(plan, self._module), group=self._group)
+        dist.all_gather_object(every, None if plan is None else order_digest(plan, self.module), group=self._group)
         if None in every:
             return PeerError("a replica that shares experts with this one could not prepare the iteration, so none runs it")
         if len(set(every)) > 1:
             return InputError(
-                "plan", self._module, "replicas that share experts would run its stages in different orders",
+                "plan", self.module, "replicas that share experts would run its stages in different orders",
                 "give all replicas the same flags, files and version of megatron_dip",
             )
         return None

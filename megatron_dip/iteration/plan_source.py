@@ -13,7 +13,7 @@ from typing import Any
 from megatron_dip.iteration.capture_batch import CapturedBatch
 from megatron_dip.iteration.linked_replicas import LinkedReplicas
 from megatron_dip.iteration.lookahead import LookaheadIterator
-from megatron_dip.planner.linked import restrict, union_of
+from megatron_dip.planner.linked import own_part, union_of
 from megatron_dip.planner.message import PackedPlan
 from megatron_dip.planner.service import MAX_WAITING, PlanCounts, PlanService
 from megatron_dip.runtime.p2p import PeerError
@@ -156,7 +156,7 @@ class PlanSource:
 
         def plan(joint: Sequence[Microbatch], forward_only: bool) -> Plan:
             of_replicas = link.split(joint)
-            return restrict(make(union_of(of_replicas), forward_only), of_replicas[link.index])
+            return own_part(make(union_of(of_replicas), forward_only), of_replicas, link.index, link.module)
 
         return plan
 

@@ -4,6 +4,12 @@ In: the microbatches of all linked replicas. Every replica makes the same joint 
 (:func:`union_of`), and keeps of it the stages for which it has work itself (:func:`restrict`): the same order everywhere, stages without
 work left out. What joins the replicas must have work in all of them, in every microbatch: the language model has.
 
+Why the parts cannot hang each other. A part's actions are the joint plan's without those of stages and messages that are left out. All
+actions of the joint plan stand on one line behind all that they wait for (:mod:`megatron_dip.program.posting`), so those of all parts do:
+a stage that joins the replicas has the same place in each of them. Were each part lowered on a line of its own, a replica could wait for
+another one's post at a place that the other reaches only behind a shared stage. :func:`check_together` runs all parts together, each
+shared stage a meeting of all replicas, before any of them runs.
+
 The price: the plan's times are those of the largest replica in each place. They are what training takes, since a collective waits for the
 slowest.
 """
@@ -11,14 +17,15 @@ slowest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_dip.program.dry_run import check_program, dry_run
-from megatron_dip.program.lower import lower
+from megatron_dip.program.dry_run import check_program, dry_run, joint_dry_run
+from megatron_dip.program.program import NONE, part_of, program_of
 from megatron_dip.schedule.checker import check_plan
 from megatron_dip.schedule.result import time_order
 from megatron_dip.spec.errors import InputError
@@ -46,28 +53,55 @@ def union_of(replicas: Sequence[Sequence[Microbatch]]) -> list[Microbatch]:
     return union
 
 
+def own_part(plan: Plan, replicas: Sequence[Sequence[Microbatch]], index: int, module: str) -> Plan:
+    """One replica's part of a joint plan whose parts were run together.
+
+    Args:
+        replicas: the microbatches of all replicas, whose union ``plan`` was made for.
+        index: of the replica.
+        module: whose stages join the replicas.
+
+    Raises:
+        ProgramError: the replicas would wait for each other, which no joint plan of :func:`megatron_dip.planner.iteration.plan_iteration`
+            lets them.
+    """
+    check_together(plan, replicas, module)
+    return restrict(plan, replicas[index])
+
+
+def check_together(plan: Plan, replicas: Sequence[Sequence[Microbatch]], module: str) -> None:
+    """Runs all replicas' parts of a joint plan together, on devices with one hardware queue and without that limit. Raises ProgramError
+    when they wait for each other, also where a replica lacks a stage of ``module`` that another one has."""
+    program = program_of(plan)
+    joins = np.array([stage.module == module for stage in plan.stages], np.bool_)
+    number = np.where(joins, np.arange(len(joins)), NONE)
+    kept = [_kept(plan, _shares(plan, microbatches)) for microbatches in replicas]
+    joint_dry_run([part_of(program, of_replica) for of_replica in kept], [number[of_replica] for of_replica in kept])
+
+
 def restrict(plan: Plan, microbatches: Sequence[Microbatch]) -> Plan:
     """The part of a joint plan that one replica runs: its own instances in the plan's sub-microbatches, first ones first.
 
-    Orders, durations and memory strategies are the joint plan's; the times are those that remain. Checked like every plan.
+    Orders, actions, durations and memory strategies are the joint plan's; the times are those that remain. Checked like every plan.
 
     Args:
         microbatches: of one of the replicas whose union ``plan`` was made for.
     """
     shares = _shares(plan, microbatches)
-    kept = [stage for stage in plan.stages if shares[stage.module, stage.microbatch, stage.sub_microbatch][0]]
+    is_kept = _kept(plan, shares)
+    kept = [stage for stage, stays in zip(plan.stages, is_kept.tolist(), strict=True) if stays]
     new_id = {stage.id: index for index, stage in enumerate(kept)}
     stages: LongList[PlanStage] = LongList()
     for stage in kept:
         instances, tokens = shares[stage.module, stage.microbatch, stage.sub_microbatch]
-        deps = [Dep(new_id[dep.stage], dep.lag) for dep in stage.deps if dep.stage in new_id]
+        deps = tuple([Dep(new_id[dep.stage], dep.lag) for dep in stage.deps if dep.stage in new_id])
         stages.append(msgspec.structs.replace(stage, id=new_id[stage.id], deps=deps, instances=instances, tokens=tokens))
     _settle_memory(stages)
     graph = _graph(plan, kept, stages)
     order = [np.array([new_id[stage] for stage in row if stage in new_id], dtype=np.int32) for row in plan.order]
     schedule = time_order(graph, order)
     assert schedule is not None, "a part of an order that ran cannot wait in a circle"
-    program = lower(graph, order)
+    program = part_of(program_of(plan), is_kept)
     check_program(program)
     dry_run(program)
     part = msgspec.structs.replace(
@@ -78,6 +112,11 @@ def restrict(plan: Plan, microbatches: Sequence[Microbatch]) -> Plan:
     )
     check_plan(part, microbatches)
     return part
+
+
+def _kept(plan: Plan, shares: Mapping[tuple[str, int, int], tuple[int, int]]) -> NDArray[np.bool_]:
+    """[T] whether the replica has work in a stage."""
+    return np.array([shares[stage.module, stage.microbatch, stage.sub_microbatch][0] > 0 for stage in plan.stages], np.bool_)
 
 
 def order_digest(plan: Plan, module: str) -> bytes:

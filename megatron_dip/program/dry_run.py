@@ -1,21 +1,41 @@
-"""The judge of a program: static checks, then a dry run of all ranks together. Every plan passes both before it runs.
+"""The judge of a program: static checks, then dry runs of all ranks together. Every plan passes all of them before it runs.
 
 :func:`check_program` looks at each action's place: each stage once on its rank, each message posted and waited for exactly once at both
 ends, sends behind the stage that makes them, waits before the stage that needs them, and both ends of each channel (one for each
 directed pair of ranks, first in, first out) in one order.
-:func:`dry_run` runs all ranks with rendezvous sends (a send is over only when its receive is posted) and reports ranks that wait for
-each other. It pairs sends and receives by message, which is what the channels do only in a program that has passed the first check.
-What passes both cannot hang the executor, unless a process dies or the machine does.
+:func:`dry_run` runs all ranks and reports ranks that wait for each other, on two devices:
+
+* one on which a post never waits. A wait holds up all that stands behind it on its rank, and sends are rendezvous: a message is over
+  only when both its ends are posted;
+* one with one hardware queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``), on which besides a post waits until the message before it in its
+  channel is over, and holds up all that stands behind it on its rank.
+
+Which launch waits for what on CUDA, and where the second rule stands for it: a stage's kernels wait for those before them in the compute
+stream, which waits for the receives that the stage needs (``wait_recv`` makes it wait for an event, as ``wait_send`` does for a send);
+a send's kernel waits for all of the compute stream that was launched before it, and both a send's and a receive's for the kernel before
+them in the stream that NCCL has for the channel. On one queue each of these launches holds up all later ones of its device. That a stage
+or a send holds up what stands behind it needs no rule: the stage waits only for what a wait in front of it has waited for. A device with
+several queues lets some launches pass others, so it waits for less than one of the two devices.
+
+:func:`joint_dry_run` runs the programs of replicas that share experts together: at a shared stage every replica waits for all others.
+
+The runs pair sends and receives by message, which is what channels do only in a program that has passed the first check. What passes
+everything cannot hang on these devices, unless a process dies or the machine does. Not modelled: NCCL communicators that several channels
+share (:mod:`megatron_dip.runtime.startup` refuses them), kernels that are loaded when they are first launched, cudaMalloc and cudaFree
+that wait for the device.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_dip.program.program import IRECV, ISEND, NONE, OP_NAMES, WAIT_RECV, WAIT_SEND, Program, ProgramError
+from megatron_dip.program.messages import group_by
+from megatron_dip.program.program import IRECV, ISEND, NONE, WAIT_RECV, WAIT_SEND, Program, ProgramError, side_by_side
 from megatron_dip.program.text import format_grid
 from megatron_dip.spec.action_text import format_action
 
@@ -35,43 +55,13 @@ _PROBLEMS = {
 @numba.njit(nogil=True, cache=True)
 def _check(action_offset, op, stage, peer, message, stage_rank, stage_kind, producer, consumer, local_before, local_after, where):
     """Returns a key of _PROBLEMS or 0; ``where`` [3] gets rank, index within the rank (or -1), and the stage or message."""
-    num_ranks = len(action_offset) - 1
-    num_stages = len(stage_rank)
-    num_messages = len(producer)
+    num_ranks, num_stages, num_messages = len(action_offset) - 1, len(stage_rank), len(producer)
     ran = np.zeros(num_stages, np.bool_)
-    # Bits of what each end has done: 1 posted, 2 waited.
-    sent = np.zeros(num_messages, np.int8)
-    received = np.zeros(num_messages, np.int8)
-    in_offset = np.zeros(num_stages + 1, np.int64)
-    for m in range(num_messages):
-        in_offset[consumer[m] + 1] += 1
-    local_offset = np.zeros(num_stages + 1, np.int64)
-    for i in range(len(local_after)):
-        local_offset[local_after[i] + 1] += 1
-    for t in range(num_stages):
-        in_offset[t + 1] += in_offset[t]
-        local_offset[t + 1] += local_offset[t]
-    cursor = in_offset[:num_stages].copy()
-    awaited = np.empty(num_messages, np.int64)
-    for m in range(num_messages):
-        awaited[cursor[consumer[m]]] = m
-        cursor[consumer[m]] += 1
-    cursor = local_offset[:num_stages].copy()
-    before = np.empty(len(local_after), np.int64)
-    for i in range(len(local_after)):
-        before[cursor[local_after[i]]] = local_before[i]
-        cursor[local_after[i]] += 1
-
-    # Place of each message among the sends of its channel.
-    send_place = np.full(num_messages, -1, np.int64)
-    next_send = np.zeros((num_ranks, num_ranks), np.int64)
-    for r in range(num_ranks):
-        for a in range(action_offset[r], action_offset[r + 1]):
-            if op[a] == ISEND:
-                send_place[message[a]] = next_send[r, peer[a]]
-                next_send[r, peer[a]] += 1
+    done = np.zeros((2, num_messages), np.int8)  # at the sender, at the receiver: bits of what was done, 1 posted, 2 waited
+    in_offset, awaited = group_by(consumer, num_stages, np.arange(num_messages))
+    local_offset, before = group_by(local_after, num_stages, np.arange(len(local_after)))
+    send_place = _send_places(action_offset, op, peer, message, num_messages)
     next_receive = np.zeros((num_ranks, num_ranks), np.int64)
-
     for r in range(num_ranks):
         for a in range(action_offset[r], action_offset[r + 1]):
             where[0], where[1] = r, a - action_offset[r]
@@ -81,71 +71,106 @@ def _check(action_offset, op, stage, peer, message, stage_rank, stage_kind, prod
                 if stage_rank[t] != r or stage_kind[t] != op[a] or ran[t]:
                     return 1
                 for i in range(in_offset[t], in_offset[t + 1]):
-                    if received[awaited[i]] != 3:
+                    if done[1, awaited[i]] != 3:
                         where[2] = awaited[i]
                         return 5
                 for i in range(local_offset[t], local_offset[t + 1]):
-                    if not ran[before[i]]:
-                        where[2] = before[i]
+                    if not ran[local_before[before[i]]]:
+                        where[2] = local_before[before[i]]
                         return 6
                 ran[t] = True
-                continue
-            m = message[a]
-            where[2] = m
-            at_sender = op[a] == ISEND or op[a] == WAIT_SEND
-            mine = stage_rank[producer[m]] if at_sender else stage_rank[consumer[m]]
-            other = stage_rank[consumer[m]] if at_sender else stage_rank[producer[m]]
-            if mine != r or other != peer[a]:
-                return 2
-            done = sent if at_sender else received
-            if op[a] == ISEND or op[a] == IRECV:
-                if done[m] != 0:
-                    return 2
-                done[m] = 1
             else:
-                if done[m] != 1:
-                    return 3
-                done[m] = 3
-            if op[a] == ISEND and not ran[producer[m]]:
-                return 4
-            if op[a] == IRECV:
-                if send_place[m] != next_receive[peer[a], r]:
-                    return 7
-                next_receive[peer[a], r] += 1
+                m = message[a]
+                where[2] = m
+                problem = _check_message(op[a], r, peer[a], m, stage_rank[producer[m]], stage_rank[consumer[m]], done, ran[producer[m]])
+                if problem:
+                    return problem
+                if op[a] == IRECV:
+                    if send_place[m] != next_receive[peer[a], r]:
+                        return 7
+                    next_receive[peer[a], r] += 1
     where[1] = -1
     for t in range(num_stages):
         if not ran[t]:
             where[0], where[2] = stage_rank[t], t
             return 8
     for m in range(num_messages):
-        if sent[m] != 3 or received[m] != 3:
-            where[0], where[2] = stage_rank[producer[m] if sent[m] != 3 else consumer[m]], m
+        if done[0, m] != 3 or done[1, m] != 3:
+            where[0], where[2] = stage_rank[producer[m] if done[0, m] != 3 else consumer[m]], m
             return 9
     return 0
 
 
 @numba.njit(nogil=True, cache=True)
-def _run(action_offset, op, message, num_messages, counter):
-    """Advances every rank as far as it gets; ``counter`` [P] ends at the action (flat index) where each rank stands."""
+def _send_places(action_offset, op, peer, message, num_messages):
+    """[M] place of each message among the sends of its channel, -1 = never sent."""
     num_ranks = len(action_offset) - 1
-    send_posted = np.zeros(num_messages, np.bool_)
-    receive_posted = np.zeros(num_messages, np.bool_)
+    places = np.full(num_messages, -1, np.int64)
+    count = np.zeros((num_ranks, num_ranks), np.int64)
     for r in range(num_ranks):
-        counter[r] = action_offset[r]
+        for a in range(action_offset[r], action_offset[r + 1]):
+            if op[a] == ISEND:
+                places[message[a]] = count[r, peer[a]]
+                count[r, peer[a]] += 1
+    return places
+
+
+@numba.njit(nogil=True, cache=True)
+def _check_message(op, r, peer, m, sender, receiver, done, is_made):
+    """Returns a key of _PROBLEMS or 0 for one message action of rank r, and notes in ``done`` what it does."""
+    end = 0 if op in (ISEND, WAIT_SEND) else 1
+    if r != (sender if end == 0 else receiver) or peer != (receiver if end == 0 else sender):
+        return 2
+    if op in (ISEND, IRECV):
+        if done[end, m] != 0:
+            return 2
+        done[end, m] = 1
+    else:
+        if done[end, m] != 1:
+            return 3
+        done[end, m] = 3
+    return 4 if op == ISEND and not is_made else 0
+
+
+@numba.njit(nogil=True, cache=True)
+def _run(action_offset, op, peer, message, num_messages, one_queue, meeting, num_parties, counter):
+    """Advances every rank as far as it gets; ``counter`` [P] ends at the action (flat index) where each rank stands.
+
+    Args:
+        one_queue: posts wait for the message before them in their channel.
+        meeting: [A] number of the meeting at an action, NONE = none. A rank gets past one when ``num_parties`` ranks have come to it.
+    """
+    num_ranks = len(action_offset) - 1
+    posted = np.zeros((2, num_messages), np.bool_)  # at the sender, at the receiver
+    last = np.full((2, num_ranks, num_ranks), NONE, np.int64)  # message that rank r posted last to or from a peer
+    came = np.zeros(meeting.max() + 1 if len(meeting) else 0, np.int64)
+    is_there = np.zeros(num_ranks, np.bool_)  # whether the rank has come to the meeting at which it stands
+    counter[:] = action_offset[:num_ranks]
     moved = True
     while moved:
         moved = False
         for r in range(num_ranks):
             while counter[r] < action_offset[r + 1]:
                 a = counter[r]
-                if op[a] == WAIT_SEND and not receive_posted[message[a]]:
-                    break
-                if op[a] == WAIT_RECV and not send_posted[message[a]]:
-                    break
-                if op[a] == ISEND:
-                    send_posted[message[a]] = True
-                elif op[a] == IRECV:
-                    receive_posted[message[a]] = True
+                m = message[a]
+                if op[a] == WAIT_SEND or op[a] == WAIT_RECV:
+                    if not (posted[0, m] and posted[1, m]):
+                        break
+                elif op[a] == ISEND or op[a] == IRECV:
+                    end = 0 if op[a] == ISEND else 1
+                    before = last[end, r, peer[a]]
+                    if one_queue and before != NONE and not (posted[0, before] and posted[1, before]):
+                        break
+                    posted[end, m] = True
+                    last[end, r, peer[a]] = m
+                elif meeting[a] != NONE:
+                    if not is_there[r]:
+                        is_there[r] = True
+                        came[meeting[a]] += 1
+                        moved = True
+                    if came[meeting[a]] < num_parties:
+                        break
+                    is_there[r] = False
                 counter[r] += 1
                 moved = True
 
@@ -173,15 +198,43 @@ def check_program(program: Program) -> None:
 
 
 def dry_run(program: Program) -> None:
-    """Runs all ranks of a checked program. Raises ProgramError when ranks wait for each other, the action at which each stands marked."""
-    counter = np.empty(program.num_ranks, np.int64)
-    _run(program.action_offset, program.op, program.message, program.num_messages, counter)
-    stuck = np.flatnonzero(counter < program.action_offset[1:])
-    if len(stuck):
-        marked = (counter - program.action_offset[:-1]).tolist()
-        rank = int(stuck[0])
-        action = program.action(int(counter[rank]))
-        raise ProgramError(
-            f"deadlock: ranks {stuck.tolist()} wait for each other (rank {rank} at {OP_NAMES[program.op[counter[rank]]]} of tag {action.tag})\n"
-            + _grid(program, marked)
+    """Runs all ranks of a checked program on both devices. Raises ProgramError when ranks wait for each other, the action at which each
+    stands marked."""
+    _dry_run(program, np.full(len(program.op), NONE, np.int64), 1)
+
+
+def joint_dry_run(parts: Sequence[Program], meetings: Sequence[NDArray[np.int64]]) -> None:
+    """Runs checked programs of several replicas together, on both devices; replicas wait for each other at the stages that they share.
+
+    Args:
+        parts: the replicas' programs, of as many ranks each.
+        meetings: for each replica [its stages] the number of the meeting that a stage is, NONE = none. A stage starts once every replica
+            has come to its meeting.
+
+    Raises:
+        ProgramError: ranks wait for each other; rank r of replica i is shown as rank i * P + r.
+    """
+    joint = side_by_side(parts)
+    of_stage = np.concatenate([np.asarray(of_part, np.int64) for of_part in meetings])
+    of_action = np.full(len(joint.op), NONE, np.int64)
+    stages = joint.stage != NONE
+    of_action[stages] = of_stage[joint.stage[stages]]
+    _dry_run(joint, of_action, len(parts))
+
+
+def _dry_run(program: Program, meeting: NDArray[np.int64], num_parties: int) -> None:
+    for one_queue in (False, True):
+        counter = np.empty(program.num_ranks, np.int64)
+        _run(
+            program.action_offset, program.op, program.peer, program.message, program.num_messages, one_queue, meeting, num_parties, counter
         )
+        stuck = np.flatnonzero(counter < program.action_offset[1:])
+        if len(stuck):
+            marked = (counter - program.action_offset[:-1]).tolist()
+            rank = int(stuck[0])
+            action = program.action(int(counter[rank]))
+            what = f"stage {action.stage}" if isinstance(action.stage, int) else f"tag {action.tag}"
+            where = " on a device with one hardware queue" if one_queue else ""
+            raise ProgramError(
+                f"deadlock{where}: ranks {stuck.tolist()} wait for each other (rank {rank} at {action.op} of {what})\n" + _grid(program, marked)
+            )

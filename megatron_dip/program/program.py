@@ -7,13 +7,16 @@ Letters: P ranks, T stages, A actions of all ranks together, M messages, L edges
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dip.spec.long import LongDict, LongList
-from megatron_dip.spec.plan import Action
+from megatron_dip.spec.plan import COMPUTE_OPS, Action, Plan
+from megatron_dip.spec.tasks import KIND_NAMES
 
 OP_NAMES = ("fw", "bw", "w", "isend", "irecv", "wait_send", "wait_recv")
 """Op code -> the plan's word; the first three codes are those of the task kinds."""
@@ -94,6 +97,111 @@ class Program:
         """Tag -> stage that makes the message."""
         by_tag = np.argsort(self.message_tag, kind="stable")
         return LongDict(zip(self.message_tag[by_tag].tolist(), self.producer[by_tag].tolist(), strict=True))
+
+
+def program_of(plan: Plan) -> Program:
+    """A plan's actions as arrays; messages are numbered by rising tag.
+
+    Raises:
+        ProgramError: a tag that no stage awaits, or a post that belongs to a group (groups are not modelled).
+    """
+    consumer_of = {tag: stage for stage, tags in plan.inputs.items() for tag in tags}
+    tags = sorted(plan.outputs)
+    number = {tag: index for index, tag in enumerate(tags)}
+    missing = [tag for tag in tags if tag not in consumer_of]
+    if missing:
+        raise ProgramError(f"no stage awaits tag {missing[0]}")
+    flat = [action for row in plan.actions for action in row]
+    if any(isinstance(action.group, int) for action in flat):
+        raise ProgramError("posts in groups are not modelled")
+    local = [
+        (dep.stage, stage.id) for stage in plan.stages for dep in stage.deps if plan.stages[dep.stage].rank == stage.rank
+    ]
+    handed_over = {(before, after) for after, stages in plan.local_inputs.items() for before in stages}
+    computes = [action.op in COMPUTE_OPS for action in flat]
+    return Program(
+        num_ranks=plan.ranks,
+        action_offset=np.cumsum([0, *map(len, plan.actions)], dtype=np.int64),
+        op=np.array([OP_NAMES.index(action.op) for action in flat], np.int8),
+        stage=np.array([action.stage if compute else NONE for action, compute in zip(flat, computes, strict=True)], np.int32),
+        peer=np.array([NONE if compute else action.peer for action, compute in zip(flat, computes, strict=True)], np.int32),
+        message=np.array([NONE if compute else number[action.tag] for action, compute in zip(flat, computes, strict=True)], np.int32),  # type: ignore[index]
+        stage_rank=np.array([stage.rank for stage in plan.stages], np.int32),
+        stage_kind=np.array([KIND_NAMES.index(stage.kind) for stage in plan.stages], np.int8),
+        message_tag=np.array(tags, np.int64),
+        producer=np.array([plan.outputs[tag] for tag in tags], np.int32),
+        consumer=np.array([consumer_of[tag] for tag in tags], np.int32),
+        local_before=np.array([before for before, _ in local], np.int32),
+        local_after=np.array([after for _, after in local], np.int32),
+        local_is_data=np.array([edge in handed_over for edge in local], np.bool_),
+    )
+
+
+def part_of(program: Program, kept: NDArray[np.bool_]) -> Program:
+    """The program without some stages and without the messages that come from them or go to them; what is left keeps its order.
+
+    Stages and messages are numbered anew, in their order, and tags with the messages.
+
+    Args:
+        kept: [T] whether a stage stays.
+    """
+    with_message = kept[program.producer] & kept[program.consumer]
+    stage, message = np.cumsum(kept, dtype=np.int32) - 1, np.cumsum(with_message, dtype=np.int32) - 1
+    is_stage = program.stage != NONE
+    stays = np.where(is_stage, kept[program.stage], False)
+    stays[~is_stage] = with_message[program.message[~is_stage]]
+    local = kept[program.local_before] & kept[program.local_after]
+    new_stage = np.full(len(is_stage), NONE, np.int32)
+    new_stage[is_stage] = stage[program.stage[is_stage]]
+    new_message = np.full(len(is_stage), NONE, np.int32)
+    new_message[~is_stage] = message[program.message[~is_stage]]
+    return Program(
+        num_ranks=program.num_ranks,
+        action_offset=np.concatenate(([0], np.cumsum(stays)))[program.action_offset].astype(np.int64),
+        op=program.op[stays],
+        stage=new_stage[stays],
+        peer=program.peer[stays],
+        message=new_message[stays],
+        stage_rank=program.stage_rank[kept],
+        stage_kind=program.stage_kind[kept],
+        message_tag=np.arange(int(with_message.sum()), dtype=np.int64),
+        producer=stage[program.producer[with_message]],
+        consumer=stage[program.consumer[with_message]],
+        local_before=stage[program.local_before[local]],
+        local_after=stage[program.local_after[local]],
+        local_is_data=program.local_is_data[local],
+    )
+
+
+def side_by_side(programs: Sequence[Program]) -> Program:
+    """Several programs as one, each on ranks of its own: those of the i-th come behind those of the i-1 before it."""
+
+    def joined(name: str, count: str | None) -> NDArray[Any]:
+        """A field of all, its numbers raised by how many of ``count`` the programs before have."""
+        shift, arrays = 0, []
+        for program in programs:
+            array = getattr(program, name)
+            arrays.append(array if count is None else np.where(array == NONE, NONE, array + shift).astype(array.dtype))
+            shift += 0 if count is None else getattr(program, count)
+        return np.concatenate(arrays)
+
+    sizes = np.concatenate([np.diff(program.action_offset) for program in programs])
+    return Program(
+        num_ranks=sum(program.num_ranks for program in programs),
+        action_offset=np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
+        op=joined("op", None),
+        stage=joined("stage", "num_stages"),
+        peer=joined("peer", "num_ranks"),
+        message=joined("message", "num_messages"),
+        stage_rank=joined("stage_rank", "num_ranks"),
+        stage_kind=joined("stage_kind", None),
+        message_tag=joined("message_tag", None),
+        producer=joined("producer", "num_stages"),
+        consumer=joined("consumer", "num_stages"),
+        local_before=joined("local_before", "num_stages"),
+        local_after=joined("local_after", "num_stages"),
+        local_is_data=joined("local_is_data", None),
+    )
 
 
 def _grouped(key: NDArray[np.integer], value: NDArray[np.integer]) -> dict[int, tuple[int, ...]]:

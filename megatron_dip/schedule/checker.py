@@ -10,7 +10,8 @@ peak memory computed afresh. A plan holds when
   ``lower_bound``;
 - memory, taken at starts and ends, never exceeds the capacity, peaks where ``peak_memory`` says and ends where it began;
 - the actions run the stages in that order, post and await each message exactly once, on channels that are first-in-first-out for each
-  directed pair of ranks, and do not deadlock when sends complete only once the receive is posted.
+  directed pair of ranks, and do not deadlock when sends complete only once the receive is posted, whether posts wait for the message
+  before them in their channel and hold up their rank (one hardware queue) or do not.
 
 Limits: durations and memory figures themselves are taken as given (they are the cost model's).
 """
@@ -345,8 +346,9 @@ def _check_actions(plan: Plan, report: CheckReport) -> None:
         return
     for rank in range(plan.ranks):
         _check_rank_actions(plan, rank, consumer_of, report)
-    if not report.problems:
-        _dry_run(plan, report)
+    for one_queue in (False, True):
+        if not report.problems:
+            _dry_run(plan, report, one_queue)
 
 
 def _is_own_forward_or_backward(source: PlanStage, stage: PlanStage) -> bool:
@@ -417,8 +419,11 @@ def _check_rank_actions(plan: Plan, rank: int, consumer_of: Mapping[int, int], r
             report.add(f"{label} of rank {rank}: tags {sorted(seen ^ wanted)[:5]} are missing or too many")
 
 
-def _dry_run(plan: Plan, report: CheckReport) -> None:
-    """Runs all ranks' actions: per directed pair the n-th send meets the n-th receive; a send completes once its receive is posted."""
+def _dry_run(plan: Plan, report: CheckReport, one_queue: bool) -> None:
+    """Runs all ranks' actions: per directed pair the n-th send meets the n-th receive; a send completes once its receive is posted.
+
+    With one queue a rank gets past a post only once the post before it in its direction and with its peer has completed.
+    """
     sends: dict[tuple[int, int], list[int]] = defaultdict(list)
     receives: dict[tuple[int, int], list[int]] = defaultdict(list)
     position = [0] * plan.ranks
@@ -437,6 +442,8 @@ def _dry_run(plan: Plan, report: CheckReport) -> None:
                     assert isinstance(action.peer, int)
                     pair = (rank, action.peer) if action.op == "isend" else (action.peer, rank)
                     mine, theirs = (sends[pair], receives[pair]) if action.op == "isend" else (receives[pair], sends[pair])
+                    if one_queue and mine and mine[-1] not in matched:
+                        break
                     mine.append(action.tag)
                     if len(theirs) >= len(mine):
                         if theirs[len(mine) - 1] != action.tag:
@@ -451,4 +458,5 @@ def _dry_run(plan: Plan, report: CheckReport) -> None:
     for rank in range(plan.ranks):
         if position[rank] < len(plan.actions[rank]):
             action = plan.actions[rank][position[rank]]
-            report.add(f"deadlock: rank {rank} stands at action {position[rank]} ({action.op} tag {action.tag} with rank {action.peer})")
+            device = " on a device with one hardware queue" if one_queue else ""
+            report.add(f"deadlock{device}: rank {rank} stands at action {position[rank]} ({action.op} tag {action.tag} with rank {action.peer})")

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
-from megatron_dip.planner.linked import order_digest, restrict, union_of
+from megatron_dip.planner.linked import order_digest, own_part, restrict, union_of
+from megatron_dip.program.program import ProgramError
 from megatron_dip.spec.errors import InputError
 from tests.strategies import cases, vlm_case
 
@@ -52,6 +53,35 @@ def test_replicas_run_the_language_model_in_one_order():
     assert len({order_digest(part, "lm") for part in parts}) == 1
     assert {stage.module for stage in parts[1].stages} == {"lm"}
     assert order_digest(parts[0], "vit") != order_digest(parts[1], "vit")
+
+
+def test_parts_are_the_joint_plans_actions_without_what_is_left_out():
+    case = vlm_case(num_microbatches=6, num_ranks=2, chunks={"vit": 2})
+    text = [{"lm": microbatch["lm"]} for microbatch in case.microbatches]
+    joint = plan_iteration(
+        case.model, case.partition, union_of([case.microbatches, text]), case.costs(400), PlanOptions(evaluations=50, seed=3)
+    )
+    whole = restrict(joint, case.microbatches)
+    assert (whole.actions, whole.inputs, whole.outputs, whole.local_inputs) == (joint.actions, joint.inputs, joint.outputs, joint.local_inputs)
+    part = own_part(joint, [case.microbatches, text], 1, "lm")
+
+    def text_form(plan, row):
+        """Each action with the stage, or the stages at both ends of the message, in words that all replicas share."""
+        consumer = {tag: stage for stage, tags in plan.inputs.items() for tag in tags}
+        ends = [(a.op, (a.stage,) if a.op in ("fw", "bw", "w") else (plan.outputs[a.tag], consumer[a.tag])) for a in row]
+        return [(op, *(_key(plan.stages[stage]) for stage in stages)) for op, stages in ends]
+
+    for row, joint_row in zip(part.actions, joint.actions, strict=True):
+        left = [action for action in text_form(joint, joint_row) if all(key[1] == "lm" for key in action[1:])]
+        assert text_form(part, row) == left
+
+
+def test_a_replica_without_the_work_that_all_share_is_found():
+    case = vlm_case(num_microbatches=3, num_ranks=2)
+    lacking = [*case.microbatches[:2], {"vit": case.microbatches[2]["vit"]}]
+    joint = plan_iteration(case.model, case.partition, case.microbatches, case.costs(), PlanOptions(evaluations=5))
+    with pytest.raises(ProgramError, match="deadlock"):
+        own_part(joint, [case.microbatches, lacking], 0, "lm")
 
 
 def test_replicas_with_other_numbers_of_microbatches_are_refused():

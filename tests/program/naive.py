@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from megatron_dip.program.program import OP_NAMES, Program
 from megatron_dip.spec.tasks import TaskGraph
@@ -13,67 +15,151 @@ def _deps(graph: TaskGraph, task: int) -> list[tuple[int, int, bool]]:
     return [(int(graph.dep_task[e]), int(graph.dep_lag_ns[e]), bool(graph.dep_is_data[e])) for e in range(first, last)]
 
 
-def naive_sequence(graph: TaskGraph, order: Sequence[Sequence[int]]) -> dict[int, int]:
-    """Task -> place among all starts; ranks of equal start in rank order."""
-    left = [list(map(int, row)) for row in order]
-    free = [0] * graph.num_ranks
-    end: dict[int, int] = {}
-    place: dict[int, int] = {}
+class _Launch(NamedTuple):
+    """Sorted as the line is: by time, rank, kind (0 send, 1 receive, 2 task), number."""
+
+    start: float
+    rank: int
+    kind: int
+    item: int
+
+
+def naive_messages(graph: TaskGraph) -> list[tuple[int, int, int]]:
+    """(producer, consumer, lag) of each message, by consumer, then by its edges."""
+    return [
+        (dep, task, lag) for task in range(graph.num_tasks) for dep, lag, data in _deps(graph, task) if data and graph.rank[dep] != graph.rank[task]
+    ]
+
+
+def naive_launches(graph: TaskGraph, order: Sequence[Sequence[int]]) -> list[_Launch]:
+    """The line: what starts next on a device with one queue, looked up among everything that could, again and again."""
+    rank, messages = graph.rank.tolist(), naive_messages(graph)
+    index = {int(task): i for row in order for i, task in enumerate(row)}
+    channels: dict[tuple[int, int], list[int]] = {}
+    for m in sorted(range(len(messages)), key=lambda m: (index[messages[m][0]], m)):
+        channels.setdefault((rank[messages[m][0]], rank[messages[m][1]]), []).append(m)
+    queue, free = [0.0] * graph.num_ranks, [0.0] * graph.num_ranks
+    started: dict[int, float] = {}
+    posted: dict[tuple[int, int], float] = {}
+    line: list[_Launch] = []
+
+    def over(m: int) -> float:
+        return max(posted.get((0, m), math.inf), posted.get((1, m), math.inf)) + messages[m][2]
+
+    def posts(end: int, rank_of_end: int) -> Iterator[tuple[int, float]]:
+        """The next message of each channel, where it is made, and when the channel is free for it."""
+        for channel, members in channels.items():
+            left = [m for m in members if (end, m) not in posted]
+            if channel[end] == rank_of_end and left and messages[left[0]][0] in started:
+                before = members.index(left[0]) - 1
+                yield left[0], over(members[before]) if before >= 0 else 0.0
+
     while True:
         candidates = []
-        for rank, row in enumerate(left):
-            if row and all(dep in end for dep, _, _ in _deps(graph, row[0])):
-                start = max([free[rank], *(end[dep] + lag for dep, lag, _ in _deps(graph, row[0]))])
-                candidates.append((start, rank))
-        if not candidates:
-            return place
-        start, rank = min(candidates)
-        task = left[rank].pop(0)
-        place[task] = len(place)
-        end[task] = free[rank] = start + int(graph.duration_ns[task])
+        for r, row in enumerate(order):
+            idle = max(queue[r], free[r])
+            sends = [_Launch(max(idle, at), r, 0, m) for m, at in posts(0, r)]
+            receives = [_Launch(max(queue[r], started[messages[m][0]], at), r, 1, m) for m, at in posts(1, r)]
+            candidates += sends + receives
+            left = [int(task) for task in row if int(task) not in started]
+            if left and all(dep in started for dep, _, _ in _deps(graph, left[0])):
+                needed = [over(m) for m, (_, consumer, _) in enumerate(messages) if consumer == left[0]]
+                candidates.append(_Launch(max([idle, *needed, *(send.start for send in sends)]), r, 2, left[0]))
+        if not candidates or min(candidates).start == math.inf:
+            return line
+        launch = min(candidates)
+        line.append(launch)
+        queue[launch.rank] = launch.start
+        if launch.kind == 2:
+            started[launch.item] = launch.start
+            free[launch.rank] = launch.start + int(graph.duration_ns[launch.item])
+        else:
+            posted[launch.kind, launch.item] = launch.start
 
 
-def naive_lower(graph: TaskGraph, order: Sequence[Sequence[int]], lookahead: int, send_slack: int) -> list[list[tuple[str, int, int]]]:
+def naive_lower(graph: TaskGraph, order: Sequence[Sequence[int]], send_slack: int) -> list[list[tuple[str, int, int]]]:
     """Each rank's actions as (op, stage or message, peer or -1)."""
-    rank = graph.rank.tolist()
-    place = naive_sequence(graph, order)
-    messages = [(dep, task) for task in range(graph.num_tasks) for dep, _, data in _deps(graph, task) if data and rank[dep] != rank[task]]
-    sent = sorted(range(len(messages)), key=lambda m: (place[messages[m][0]], m))
-    index = [{int(task): i for i, task in enumerate(row)} for row in order]
-    posts: dict[tuple[int, int], list[int]] = {}
+    rank, messages, line = graph.rank.tolist(), naive_messages(graph), naive_launches(graph, order)
+    place = {(launch.kind, launch.item): at for at, launch in enumerate(line)}
+    index = {int(task): i for row in order for i, task in enumerate(row)}
+    sent = sorted(range(len(messages)), key=lambda m: (rank[messages[m][0]], rank[messages[m][1]], index[messages[m][0]], m))
     waits: dict[tuple[int, int], list[int]] = {}
-    for i, m in enumerate(sent):
-        sender, receiver = rank[messages[m][0]], rank[messages[m][1]]
-        channel = [n for n in sent[i:] if (rank[messages[n][0]], rank[messages[n][1]]) == (sender, receiver)]
-        slot = max(-1, min(index[receiver][messages[n][1]] for n in channel) - 1 - lookahead)
-        posts.setdefault((receiver, slot), []).append(m)
-        posted_at = place[int(order[receiver][slot])] if slot >= 0 else -1
-        first = next(
-            (
-                j
-                for j, task in enumerate(order[sender])
-                if j > index[sender][messages[m][0]] and place[int(task)] > posted_at
-            ),
-            len(order[sender]),
-        )
-        waits.setdefault((sender, min(first + send_slack, len(order[sender]))), []).append(m)
+    for m in sent:
+        producer, _, lag = messages[m]
+        row = [int(task) for task in order[rank[producer]]]
+        posted = max(place[0, m], place[1, m])
+        slot = index[producer] + 1
+        while slot < len(row):
+            between = sum(int(graph.duration_ns[task]) for task in row[index[producer] + 1 : slot])
+            at = place[2, row[slot]]
+            if at > posted and line[at].start >= line[posted].start + lag and between >= lag:
+                break
+            slot += 1
+        waits.setdefault((rank[producer], min(slot + send_slack, len(row))), []).append(m)
     programs = []
     for r, row in enumerate(order):
-        actions = [("irecv", m, rank[messages[m][0]]) for m in posts.get((r, -1), [])]
-        for i, task in enumerate(map(int, row)):
-            actions += [("wait_send", m, rank[messages[m][1]]) for m in waits.get((r, i), [])]
-            actions += [("wait_recv", m, rank[producer]) for m, (producer, consumer) in enumerate(messages) if consumer == task]
-            actions.append((("fw", "bw", "w")[graph.kind[task]], task, -1))
-            actions += [("isend", m, rank[consumer]) for m, (producer, consumer) in enumerate(messages) if producer == task]
-            actions += [("irecv", m, rank[messages[m][0]]) for m in posts.get((r, i), [])]
+        actions: list[tuple[str, int, int]] = []
+        for launch in line:
+            if launch.rank != r:
+                continue
+            if launch.kind == 2:
+                actions += [("wait_send", m, rank[messages[m][1]]) for m in waits.get((r, index[launch.item]), [])]
+                actions += [("wait_recv", m, rank[producer]) for m, (producer, consumer, _) in enumerate(messages) if consumer == launch.item]
+                actions.append((("fw", "bw", "w")[graph.kind[launch.item]], launch.item, -1))
+            else:
+                peer = messages[launch.item][1 - launch.kind]
+                actions.append((("isend", "irecv")[launch.kind], launch.item, rank[peer]))
         actions += [("wait_send", m, rank[messages[m][1]]) for m in waits.get((r, len(row)), [])]
         programs.append(actions)
     return programs
 
 
-def naive_dry_run(program: Program) -> bool:
+def naive_makespan(program: Program, duration_ns: Sequence[int], lag_ns: Sequence[int], one_queue: bool) -> int | None:
+    """End of the last stage, one action at a time; None where ranks wait for each other."""
+    rows, number = program.actions(), {int(tag): m for m, tag in enumerate(program.message_tag)}
+    at = [0] * program.num_ranks
+    queue, compute = [0] * program.num_ranks, [0] * program.num_ranks
+    posted: dict[tuple[str, int], int] = {}
+    last: dict[tuple[int, str, object], int] = {}
+    ends = [0]
+
+    def over(m: int) -> int | None:
+        return max(posted["isend", m], posted["irecv", m]) + lag_ns[m] if ("isend", m) in posted and ("irecv", m) in posted else None
+
+    while True:
+        moved = False
+        for r, row in enumerate(rows):
+            if at[r] == len(row):
+                continue
+            action = row[at[r]]
+            start = queue[r] if one_queue else 0
+            if action.op in ("fw", "bw", "w"):
+                start = max(start, compute[r])
+                compute[r] = start + int(duration_ns[action.stage])
+                ends.append(compute[r])
+            elif action.op in ("wait_send", "wait_recv"):
+                arrived = over(number[action.tag])
+                if arrived is None:
+                    continue
+                start = compute[r] = max(compute[r], start, arrived)
+            else:
+                before = last.get((r, action.op, action.peer))
+                free = over(before) if one_queue and before is not None else 0
+                if free is None:
+                    continue
+                start = max(start, free, compute[r] if action.op == "isend" else 0)
+                posted[action.op, number[action.tag]] = start
+                last[r, action.op, action.peer] = number[action.tag]
+            queue[r] = start
+            at[r] += 1
+            moved = True
+        if not moved:
+            return max(ends) if all(at[r] == len(row) for r, row in enumerate(rows)) else None
+
+
+def naive_dry_run(program: Program, one_queue: bool = False) -> bool:
     """Whether all ranks reach their end, under rendezvous sends and a first-in-first-out channel for each directed pair, moved one
-    action at a time."""
+    action at a time. With one queue a post waits for the one before it at its end of its channel."""
     rows = program.actions()
     at = [0] * program.num_ranks
     sends: dict[tuple[object, object], list[object]] = {}
@@ -94,6 +180,9 @@ def naive_dry_run(program: Program) -> bool:
             if at[rank] == len(row):
                 continue
             action = row[at[rank]]
+            ends, channel = (sends, (rank, action.peer)) if action.op == "isend" else (receives, (action.peer, rank))
+            if one_queue and action.op in ("isend", "irecv") and ends.get(channel) and not arrived(*channel, ends[channel][-1]):
+                continue
             if action.op == "isend":
                 sends.setdefault((rank, action.peer), []).append(action.tag)
             elif action.op == "irecv":
@@ -170,23 +259,48 @@ def naive_check(program: Program) -> tuple[int, int, int, int] | None:
     return None
 
 
-def naive_stands(program: Program) -> list[int]:
-    """How many actions each rank gets through when a wait ends once the message's other end is posted, one action at a time."""
-    rows = program.actions()
-    at = [0] * program.num_ranks
-    posted: set[tuple[str, object]] = set()
+def naive_stands(programs: Sequence[Program], one_queue: bool, shared: Sequence[Mapping[int, int]] = ()) -> list[int]:
+    """How many actions each rank of each program gets through, one action at a time.
+
+    Args:
+        one_queue: whether a post waits until both ends of the post before it in its direction and with its peer are posted.
+        shared: for each program what stages it has in common with the others: stage -> number of the meeting.
+    """
+    rows = [list(program.actions()) for program in programs]
+    meetings = shared or [{} for _ in programs]
+    at = [[0] * program.num_ranks for program in programs]
+    posted: set[tuple[int, str, object]] = set()
+    last: dict[tuple[int, int, str, object], object] = {}
+
+    def is_over(p: int, tag: object) -> bool:
+        return {(p, "isend", tag), (p, "irecv", tag)} <= posted
+
+    def standing_at(p: int, meeting: int) -> bool:
+        """Whether the rank of program p that runs the shared stage stands before it or is past it."""
+        return any(
+            meetings[p].get(action.stage) == meeting and position <= at[p][r]
+            for r, row in enumerate(rows[p]) for position, action in enumerate(row) if action.op in ("fw", "bw", "w")
+        )
+
     moved = True
     while moved:
         moved = False
-        for rank, row in enumerate(rows):
-            if at[rank] == len(row):
-                continue
-            action = row[at[rank]]
-            needed = {"wait_send": "irecv", "wait_recv": "isend"}.get(action.op)
-            if needed is not None and (needed, action.tag) not in posted:
-                continue
-            if action.op in ("isend", "irecv"):
-                posted.add((action.op, action.tag))
-            at[rank] += 1
-            moved = True
-    return at
+        for p, program in enumerate(programs):
+            for r in range(program.num_ranks):
+                if at[p][r] == len(rows[p][r]):
+                    continue
+                action = rows[p][r][at[p][r]]
+                if action.op in ("wait_send", "wait_recv") and not is_over(p, action.tag):
+                    continue
+                if action.op in ("isend", "irecv"):
+                    before = last.get((p, r, action.op, action.peer))
+                    if one_queue and before is not None and not is_over(p, before):
+                        continue
+                    posted.add((p, action.op, action.tag))
+                    last[p, r, action.op, action.peer] = action.tag
+                meeting = meetings[p].get(action.stage) if action.op in ("fw", "bw", "w") else None
+                if meeting is not None and not all(standing_at(other, meeting) for other in range(len(programs))):
+                    continue
+                at[p][r] += 1
+                moved = True
+    return [count for of_program in at for count in of_program]

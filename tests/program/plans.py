@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dip.program.lower import LOOKAHEAD, SEND_SLACK, lower
+from megatron_dip.program.lower import SEND_SLACK, lower
 from megatron_dip.spec.plan import PLAN_FORMAT, Dep, Plan, PlanStage
 from megatron_dip.spec.tasks import KIND_NAMES, TaskGraph
 
 
 def make_plan(
-    graph: TaskGraph, order: Sequence[NDArray[np.int32]], *, lookahead: int = LOOKAHEAD, send_slack: int = SEND_SLACK, seed: int = 0
+    graph: TaskGraph, order: Sequence[NDArray[np.int32]], *, send_slack: int = SEND_SLACK, seed: int = 0
 ) -> Plan:
-    program = lower(graph, order, lookahead=lookahead, send_slack=send_slack)
+    program = lower(graph, order, send_slack=send_slack)
     chunks = {
         name: [[1] * graph.num_ranks for _ in range(int(graph.vp_stage[graph.module == index].max(initial=0)) + 1)]
         for index, name in enumerate(graph.module_names)

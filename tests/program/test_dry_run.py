@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dip.program.dry_run import _check, _run, check_program, dry_run
+from megatron_dip.program.dry_run import _check, _run, check_program, dry_run, joint_dry_run
 from megatron_dip.program.lower import lower
-from megatron_dip.program.program import IRECV, ISEND, NONE, WAIT_RECV, WAIT_SEND, Program, ProgramError
+from megatron_dip.program.one_queue import program_makespan
+from megatron_dip.program.program import IRECV, ISEND, NONE, WAIT_RECV, WAIT_SEND, Program, ProgramError, part_of
 from tests.program.graphs import build_graph, random_graph, random_order
-from tests.program.naive import naive_check, naive_dry_run, naive_stands
+from tests.program.naive import naive_check, naive_dry_run, naive_makespan, naive_stands
 
 
 def _program(seed: int = 0, num_ranks: int = 2) -> Program:
@@ -97,6 +98,7 @@ def test_the_kernels_judge_shuffled_programs_as_their_slow_twin(seed: int, num_r
     except ProgramError:
         return
     assert naive_dry_run(program)
+    assert naive_dry_run(program, one_queue=True)
 
 
 def _damaged(program: Program, data: st.DataObject) -> Program:
@@ -155,6 +157,94 @@ def test_the_checks_and_the_dry_run_equal_their_slow_twins(seed: int, num_ranks:
         if len(program.op):
             program = _damaged(program, data)
     assert _first_broken_rule(program) == naive_check(program)
-    counter = np.empty(num_ranks, np.int64)
-    _run(program.action_offset, program.op, program.message, program.num_messages, counter)
-    assert (counter - program.action_offset[:-1]).tolist() == naive_stands(program)
+    for one_queue in (False, True):
+        assert _stands(program, one_queue) == naive_stands([program], one_queue)
+        duration, lag = graph.duration_ns.tolist(), [seed % 1000 * (m % 7) for m in range(program.num_messages)]
+        expected = naive_makespan(program, duration, lag, one_queue)
+        if expected is None:
+            with pytest.raises(ProgramError, match="wait for each other"):
+                program_makespan(program, graph.duration_ns, np.array(lag, np.int64), one_queue=one_queue)
+        else:
+            assert program_makespan(program, graph.duration_ns, np.array(lag, np.int64), one_queue=one_queue) == expected
+
+
+def _stands(program: Program, one_queue: bool) -> list[int]:
+    counter, none = np.empty(program.num_ranks, np.int64), np.full(len(program.op), NONE, np.int64)
+    _run(program.action_offset, program.op, program.peer, program.message, program.num_messages, one_queue, none, 1, counter)
+    return (counter - program.action_offset[:-1]).tolist()
+
+
+def _with_receives_first(program: Program, rank: int) -> Program:
+    """The same, with all receives of one rank posted before anything else."""
+    first, last = program.action_offset[rank : rank + 2].tolist()
+    row = sorted(range(first, last), key=lambda a: (program.op[a] != IRECV, a))
+    index = np.concatenate((np.arange(first), row, np.arange(last, len(program.op)))).astype(np.int64)
+    arrays: dict[str, Any] = {name: getattr(program, name)[index] for name in ("op", "stage", "peer", "message")}
+    return dataclasses.replace(program, **arrays)
+
+
+def test_receives_posted_ahead_of_what_the_sender_waits_for_hang_one_queue_alone() -> None:
+    """Rank 0's second gradient comes of a forward that rank 0 has yet to run; behind the receive for it that forward never starts."""
+    graph = build_graph(2, [1], [[1], [1]])
+    early = _with_receives_first(lower(graph, random_order(graph, 0)), 0)
+    check_program(early)
+    assert naive_dry_run(early)
+    assert not naive_dry_run(early, one_queue=True)
+    with pytest.raises(ProgramError, match=r"deadlock on a device with one hardware queue: ranks \[0, 1\] wait"):
+        dry_run(early)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(2, 3), st.integers(0, 6), st.data())
+@settings(max_examples=60, deadline=None)
+def test_replicas_run_together_equal_their_slow_twin(seed: int, num_ranks: int, replicas: int, swaps: int, data: st.DataObject) -> None:
+    """Replicas of one graph share the backbone's stages; then actions of any of them are swapped."""
+    graph = random_graph(seed, num_ranks)
+    whole = lower(graph, random_order(graph, seed))
+    backbone = graph.module == graph.module.max()
+    rng = np.random.default_rng(seed)
+    parts, meetings = [], []
+    for _ in range(replicas):
+        kept = backbone | (rng.integers(0, 2, 100)[graph.microbatch] > 0)
+        part = part_of(whole, kept)
+        check_program(part)
+        parts.append(part)
+        meetings.append(np.where(backbone, np.arange(len(kept)), NONE)[kept])
+    joint_dry_run(parts, meetings)
+    for _ in range(swaps):
+        i = data.draw(st.integers(0, replicas - 1))
+        rank = data.draw(st.integers(0, num_ranks - 1))
+        first, last = parts[i].action_offset[rank : rank + 2].tolist()
+        if last - first >= 2:
+            a = data.draw(st.integers(first, last - 2))
+            parts[i] = _swapped(parts[i], a, a + 1)
+    shared = [{t: int(meeting) for t, meeting in enumerate(of_part) if meeting != NONE} for of_part in meetings]
+    lengths = [int(n) for part in parts for n in np.diff(part.action_offset)]
+    expected = [naive_stands(parts, one_queue, shared) == lengths for one_queue in (False, True)]
+    try:
+        joint_dry_run(parts, meetings)
+        runs = [True, True]
+    except ProgramError as error:
+        runs = [True, False] if "one hardware queue" in str(error) else [False, expected[1]]
+    assert runs == expected
+
+
+def test_replicas_that_share_stages_in_other_orders_are_reported() -> None:
+    graph = build_graph(2, [1, 1], [[1, 1], [1, 1]])
+    program = lower(graph, random_order(graph, 0))
+    stages = [a for a in range(program.action_offset[1]) if program.stage[a] != NONE]
+    numbers = np.arange(graph.num_tasks)
+    other = numbers.copy()
+    a, b = int(program.stage[stages[0]]), int(program.stage[stages[1]])
+    other[[a, b]] = other[[b, a]]
+    joint_dry_run([program, program], [numbers, numbers])
+    with pytest.raises(ProgramError, match=r"deadlock: ranks \[0, 1, 2, 3\] wait for each other \(rank 0 at \w+ of stage"):
+        joint_dry_run([program, program], [numbers, other])
+
+
+def test_a_shared_stage_that_a_replica_lacks_is_reported() -> None:
+    graph = build_graph(2, [1, 1], [[1, 1], [1, 1]])
+    program = lower(graph, random_order(graph, 0))
+    kept = graph.microbatch == 0
+    numbers = np.arange(graph.num_tasks)
+    with pytest.raises(ProgramError, match="deadlock"):
+        joint_dry_run([program, part_of(program, kept)], [numbers, numbers[kept]])

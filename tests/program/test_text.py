@@ -35,7 +35,7 @@ def test_the_form_of_a_small_program() -> None:
     graph = build_graph(2, [1], [[1]])
     rows = lower(graph, random_order(graph, 0)).actions()
     assert format_program(rows) == (
-        "0: irecv1<1 F0 isend0>1 wait_recv1<1 B3 wait_send0>1\n"
+        "0: F0 isend0>1 irecv1<1 wait_recv1<1 B3 wait_send0>1\n"
         "1: irecv0<0 wait_recv0<0 F1 B2 isend1>0 wait_send1>0"
     )
 
