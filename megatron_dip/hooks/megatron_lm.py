@@ -28,6 +28,7 @@ from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.hooks.arguments import DipOptions, options_from_args
+from megatron_dip.iteration.built_model import describe_built_model
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.models.capture import CapturedCall
@@ -69,7 +70,8 @@ class _BuiltModel:
     description: ModelDescription
     partition: Partition
     options: DipOptions
-    costs: CostModel
+    costs_of: Callable[[ModelSpec], CostModel]
+    """Once it is known which parts are trained."""
     keys: tuple[ChunkKey, ...]
     forward_backward: DipForwardBackward | None = None
     iterations: int = 0
@@ -137,7 +139,10 @@ def build_chunks(
         if pg_collection is not None and not hasattr(chunk, "pg_collection"):
             chunk.pg_collection = pg_collection  # the training loop asks for it, and a MimoModel has none
         chunks.append(chunk)
-    _built[id(chunks[0])] = _BuiltModel(chunks[0], description, partition, options, make_costs(spec, args, options), keys)
+    make_costs(spec, args, options)  # what is wrong with the flags is said before training starts
+    _built[id(chunks[0])] = _BuiltModel(
+        chunks[0], description, partition, options, lambda trained: make_costs(trained, args, options), keys
+    )
     if torch.distributed.get_rank() == 0:
         logger.warning("DIP cuts %s into layers %s", ", ".join(m.name for m in spec.modules), partition.chunks)
     return chunks
@@ -326,19 +331,18 @@ def _measured(plan: Plan, records: Sequence[Sequence[StageRecord]], title: str) 
 
 def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackward:
     options, description = built.options, built.description
-    spec = description.model_spec
     side_by_side = max(1, min(options.look_ahead, options.planner_threads))
     """Plans being made at a time."""
     staged = DescribedStagedModel(description, dict(zip(built.keys, chunks, strict=True)))
 
     def plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
-        return plan_iteration(spec, built.partition, microbatches, built.costs, PlanOptions(
+        return plan_iteration(model, built.partition, microbatches, costs, PlanOptions(
             time_budget_s=None if options.evaluations is not None else options.time_budget_s, evaluations=options.evaluations,
             threads=options.planner_threads // side_by_side, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
         ))
 
     def quick_plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
-        return plan_iteration(spec, built.partition, microbatches, built.costs, PlanOptions(
+        return plan_iteration(model, built.partition, microbatches, costs, PlanOptions(
             evaluations=_QUICK_EVALUATIONS, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
         ))
 
@@ -364,4 +368,7 @@ def _start(built: _BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackw
         backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, num_outputs=description.num_outputs,
         planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming, joined=joined,
     )
-    return DipForwardBackward(staged_model=staged, chunks=chunks, partition=built.partition, settings=settings)
+    forward_backward = DipForwardBackward(staged_model=staged, chunks=chunks, partition=built.partition, settings=settings)
+    model = describe_built_model(description.model_spec, built.partition, built.keys, chunks, forward_backward.groups).spec
+    costs = built.costs_of(model)
+    return forward_backward

@@ -31,7 +31,7 @@ LANGUAGE = "lm"
 
 VISION_MODELS = (CLIPViTModel, RADIOViTModel)
 
-_STEM = ("conv1", "position_embeddings", "class_token", "embedder", "video_embedder", "mask_token", "ln_pre")
+STEM = ("conv1", "position_embeddings", "class_token", "embedder", "video_embedder", "mask_token", "ln_pre")
 """What stands before the layers, in the vision models."""
 
 _VARYING = ("dynamic_resolution", "temporal_ckpt_compat", "separate_video_embedder")
@@ -48,7 +48,7 @@ def vision_chunk_class(builder: type[torch.nn.Module]) -> type[torch.nn.Module]:
             """Drops what stands before the layers, or behind them."""
             self.has_stem = stem
             if not stem:
-                for name in _STEM:
+                for name in STEM:
                     if hasattr(self, name):
                         delattr(self, name)
             if not end:
@@ -111,7 +111,8 @@ class VisionTower:
         """Frozen where the script froze it."""
         changes = {"transformer_config": cut_config(self.config, cut), "vp_stage": cut.vp_stage(vp_stage)}
         chunk = self._chunk_class(**{**self._sketch.arguments, **changes})
-        chunk.requires_grad_(self.trainable)
+        if not self.trainable:
+            chunk.requires_grad_(False)
         chunk.keep(stem=(vp_stage, rank) == cut.first, end=(vp_stage, rank) == cut.last)  # type: ignore[operator]
         return chunk
 

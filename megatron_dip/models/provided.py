@@ -50,9 +50,10 @@ class Sketch(torch.nn.Module):
         return self.weight.requires_grad
 
     def build(self, **changes: Any) -> torch.nn.Module:
-        """The module, with some arguments changed; frozen where the script froze it."""
+        """The module, with some arguments changed; frozen where the script froze it, or where its own classes freeze weights."""
         module = self.builder(**{**self.arguments, **changes})
-        module.requires_grad_(self.trainable)
+        if not self.trainable:
+            module.requires_grad_(False)
         return module
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

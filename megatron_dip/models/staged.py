@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_dip.models.description import ModelDescription
+from megatron_dip.models.trained import transformer_blocks
 from megatron_dip.runtime.interface import ChunkKey, ForwardOutput, OutputPart, PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan, PlanStage
@@ -35,8 +36,8 @@ class DescribedStagedModel:
         self.description = description
         self.chunks = dict(chunks)
         self.chunk_keys: Sequence[ChunkKey] = tuple(chunks)
-        self._blocks = {
-            key: [module for module in chunk.modules() if isinstance(module, TransformerBlock)] for key, chunk in self.chunks.items()
+        self._recomputed = {
+            key: [RecomputedBlock(block, chunk) for block in transformer_blocks(chunk)] for key, chunk in self.chunks.items()
         }
         self._stages: list[PlanStage] = []
         self._batches: list[Any] = []
@@ -72,8 +73,8 @@ class DescribedStagedModel:
         for producer in producers:
             by_module.setdefault(producer.module, []).append(inputs[producer.id])
         key = (stage.module, stage.vp_stage)
-        for block in self._blocks[key]:
-            set_strategies(block, stage.strategy)
+        for block in self._recomputed[key]:
+            block.set_strategies(stage.strategy, passes_on=any(payload.requires_grad for payload in inputs.values()))
         batch, first = self._batches[stage.microbatch], self._first(stage)
         output = self.description.run_chunk(self.chunks[key], stage, batch, first, by_module)
         if not consumers:
@@ -116,17 +117,67 @@ def first_instances(counts: Mapping[tuple[str, int], Mapping[int, int]]) -> dict
     return first
 
 
-def set_strategies(block: TransformerBlock, strategies: Sequence[str]) -> None:
-    """Sets which layers of a chunk recompute in the forward that follows: ``none``, ``selective`` (core attention) or ``full``.
+_SELECTIVE = (
+    "checkpoint_core_attention", "recompute_input_layernorm", "recompute_pre_mlp_layernorm", "recompute_mlp", "recompute_up_proj",
+    "moe_layer_recompute", "shared_experts_recompute", "activation_recompute",
+)
+"""Attributes by which Megatron's modules know that ``--recompute-granularity selective`` meant them."""
 
-    Layers of a chunk are alike, so only the counts matter: Megatron's ``block`` method recomputes the first ones in full.
-    """
-    unknown = set(strategies) - {"none", "selective", "full"}
-    assert not unknown, f"memory strategies {sorted(unknown)} are not known to the models"
-    num_full, num_selective = strategies.count("full"), strategies.count("selective")
-    config: Any = block.config
-    config.recompute_granularity = "full" if num_full else None
-    config.recompute_method = "block" if num_full else None
-    config.recompute_num_layers = num_full if num_full else None
-    for index, layer in enumerate(block.layers):
-        layer.self_attention.checkpoint_core_attention = num_full <= index < num_full + num_selective
+
+class RecomputedBlock:
+    """The layers of a chunk, which recompute as a stage's strategies say, and at least what the user's flags say."""
+
+    def __init__(self, block: TransformerBlock, chunk: torch.nn.Module) -> None:
+        """Args:
+        chunk: the block's, perhaps inside Megatron's wrappers.
+        """
+        self._block = block
+        trained = [any(weight.requires_grad for weight in layer.parameters()) for layer in block.layers]
+        inside = {id(weight) for layer in block.layers for weight in layer.parameters()}
+        trains_elsewhere = any(weight.requires_grad and id(weight) not in inside for weight in chunk.parameters())
+        self._has_trained_layers = any(trained)
+        self._frozen_below = 0 if trains_elsewhere or not any(trained) else trained.index(True)
+        """First layers that no gradient passes unless one goes on to the stage before."""
+        self._asked_for: list[list[tuple[torch.nn.Module, str]]] = [
+            [(module, name) for module in layer.modules() for name in _SELECTIVE if getattr(module, name, False)] for layer in block.layers
+        ]
+        block.register_forward_pre_hook(self._give_input_a_gradient, with_kwargs=True)
+
+    def set_strategies(self, strategies: Sequence[str], *, passes_on: bool) -> None:
+        """Sets which layers recompute in the forward that follows: ``none``, ``selective`` (core attention) or ``full``.
+
+        Layers of a chunk are alike, so only the counts matter: Megatron's ``block`` method recomputes the first ones in full.
+
+        Args:
+            passes_on: whether the stage sends a gradient to the one before.
+        """
+        unknown = set(strategies) - {"none", "selective", "full"}
+        assert not unknown, f"memory strategies {sorted(unknown)} are not known to the models"
+        num_full, num_selective = strategies.count("full"), strategies.count("selective")
+        if num_full and not passes_on:
+            num_full += self._frozen_below  # these keep nothing, recomputed or not
+        config: Any = self._block.config
+        config.recompute_granularity = "full" if num_full else None
+        config.recompute_method = "block" if num_full else None
+        config.recompute_num_layers = num_full if num_full else None
+        for index, (layer, asked_for) in enumerate(zip(self._block.layers, self._asked_for, strict=True)):
+            layer.self_attention.checkpoint_core_attention = num_full <= index < num_full + num_selective  # type: ignore[union-attr]
+            for module, name in asked_for:
+                setattr(module, name, index >= num_full)
+
+    def _give_input_a_gradient(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Megatron recomputes whole layers in a re-entrant autograd function, which gives no gradient to its layers' weights unless its
+        input requires one. Behind frozen embeddings, and first in a module whose encoder is frozen, it would not."""
+        if block.config.recompute_granularity != "full" or not torch.is_grad_enabled() or not self._has_trained_layers:
+            return None
+        if not block.pre_process:
+            block.input_tensor = _with_gradient(block.input_tensor)
+        elif "hidden_states" in kwargs:
+            kwargs = {**kwargs, "hidden_states": _with_gradient(kwargs["hidden_states"])}
+        else:
+            args = (_with_gradient(args[0]), *args[1:])
+        return args, kwargs
+
+
+def _with_gradient(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden if hidden.requires_grad else hidden.detach().requires_grad_()

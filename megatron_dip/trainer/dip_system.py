@@ -23,6 +23,7 @@ from megatron_dip.cost.device import device_names
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.measured import PartBytes, SlowedCost, StageSample, fit_profile, message_excess_ns, slowdown, waiting
 from megatron_dip.cost.profile import ProfileCost
+from megatron_dip.iteration.built_model import describe_built_model
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.partition.offline import even_partition
@@ -107,6 +108,9 @@ class DipSystem(System):
                 device=device, backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
             ),
         )
+        self._model_spec = describe_built_model(
+            spec, self.partition, model.staged.chunk_keys, model.chunks, self.forward_backward.groups
+        ).spec
         self._p2p: PointToPoint
         if warmed_by is not None:
             self._p2p = warmed_by._p2p

@@ -6,6 +6,8 @@ Needs an installed megatron-core and no checkout: the providers here do what pre
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -42,6 +44,12 @@ class Case:
     pixel_shuffle: bool = False
     tags: bool = False
     frozen: tuple[str, ...] = ()
+    adapters: tuple[int, ...] = ()
+    """Layers of the language model that get an adapter once they are built."""
+    frozen_names: str = ""
+    """Regular expression: weights that are frozen once the chunks are built."""
+    recompute: bool = False
+    """Every layer that can recomputes in full."""
     experts: int | None = None
     expert_layers: tuple[int, ...] = ()
     """Of a language model that lists its layers in its spec: 1 for a layer of experts, 0 for a dense one; () = all of experts."""
@@ -341,6 +349,7 @@ def run_case(rank: int, ranks: int, case: Case) -> Outcome:
     items = batches(case)
 
     whole = provide(case, 1)
+    change_built([whole], case)
     whole.train(case.model != "radio")  # in training RADIO draws a random crop of its position embeddings for every call
     expected = []
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([case.context / len(items)]))
@@ -359,6 +368,7 @@ def run_case(rank: int, ranks: int, case: Case) -> Outcome:
     }.items():
         setattr(args, name, value)
     chunks = build_chunks(args, partial(provide, case, ranks))
+    change_built(chunks, case)
     for chunk in chunks:
         chunk.train(whole.training)
         # What Megatron reads of a rank's first chunk, whichever module it is of: here the sum of norms' gradients over tensor ranks.
@@ -380,10 +390,11 @@ def run_case(rank: int, ranks: int, case: Case) -> Outcome:
 
     if rank == case.blind_rank:
         items = [{**item, "mask": None} for item in items]
-    reports = dip_schedule(stock)(
-        forward_step_func=forward_step, data_iterator=iter(items), model=chunks, num_microbatches=len(items), seq_length=TEXT_LENGTH,
-        micro_batch_size=case.sequences, forward_only=False,
-    )
+    with recomputing_everything() if case.recompute else contextlib.nullcontext():
+        reports = dip_schedule(stock)(
+            forward_step_func=forward_step, data_iterator=iter(items), model=chunks, num_microbatches=len(items), seq_length=TEXT_LENGTH,
+            micro_batch_size=case.sequences, forward_only=False,
+        )
     if case.tied:
         for chunk in chunks:
             chunk.ddp_config = DistributedDataParallelConfig()
@@ -392,11 +403,51 @@ def run_case(rank: int, ranks: int, case: Case) -> Outcome:
     wholes = {name: plain(wanted[name].grad) for name in gradients}
     everything = sorted(wanted) if rank == 0 else None
     saves = case.model != "mimo" or "sharded_state_dict" in vars(type(whole))  # of MimoModel since 0.18
-    shards: tuple[set[Any], set[Any]] = (shards_of(chunks), shards_of([whole])) if saves else (set(), set())
+    shards: tuple[set[Any], set[Any]] = (shards_of(chunks), shards_of([whole])) if saves and not case.adapters else (set(), set())
     for chunk in [] if saves else chunks:
         with pytest.raises(InputError, match=r"--ckpt-format = 'torch_dist': this release .*Remedy: use Megatron-LM 0"):
             chunk.sharded_state_dict()
     return expected, [report["loss"] for report in reports], gradients, wholes, everything, *shards
+
+
+class Adapter(torch.nn.Module):
+    """A linear layer of Megatron's with a low-rank product beside it."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        rows, columns = base.weight.shape  # type: ignore[misc]
+        self.down = torch.nn.Parameter(torch.randn(2, columns) * 0.1)
+        self.up = torch.nn.Parameter(torch.randn(rows, 2) * 0.1)
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output, bias = self.base(hidden)
+        return output + hidden @ self.down.t() @ self.up.t(), bias
+
+
+def change_built(models: list[Any], case: Case) -> None:
+    """What scripts do to models that were built: adapters, weights frozen by name."""
+    for model in models:
+        language = model if case.model == "gpt" else model.language_model
+        for layer in [] if language is None else language.decoder.layers:
+            if layer.layer_number - 1 in case.adapters:
+                layer.mlp.linear_fc2 = Adapter(layer.mlp.linear_fc2)
+        for name, parameter in whole_names(model).items():
+            if case.frozen_names and re.search(case.frozen_names, name):
+                parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def recomputing_everything() -> Iterator[None]:
+    """Plans under which every layer that has a backward recomputes in full."""
+    from megatron_dip.hooks import megatron_lm
+
+    original = megatron_lm.plan_iteration
+    megatron_lm.plan_iteration = lambda *args: original(*args[:-1], replace(args[-1], strategy="full"))
+    try:
+        yield
+    finally:
+        megatron_lm.plan_iteration = original
 
 
 def plain(gradient: torch.Tensor | None) -> np.ndarray | None:
@@ -427,7 +478,7 @@ def check_case(case: Case, results: list[Outcome]) -> None:
     saved: set[Any] = set().union(*(result[5] for result in results))
     assert saved == set().union(*(result[6] for result in results)), (case, "the chunks' checkpoint is not the whole model's")
     assert case.tied or len(set(names)) == len(names), (case, "a weight lies in two chunks")
-    if not case.frozen:
+    if not (case.frozen or case.frozen_names):
         assert sorted(set(names)) == results[0][4], (case, "weights of the whole model are missing from the chunks")
 
 

@@ -1,0 +1,84 @@
+"""Which weights of a model's chunks are trained, and what they take: found on the chunks that were built, whoever froze what.
+
+In: one chunk and its place in the cut. Out: a :class:`ChunkWeights`; the chunks of all ranks together are the model's
+:class:`~megatron_dip.spec.model.BuiltModelSpec` (:func:`built_model`). A layer with a trained adapter is a trained layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from megatron_dip.models.layout import ModuleCut
+from megatron_dip.models.parts import STEM
+from megatron_dip.spec.model import BuiltModelSpec, ModelSpec, TrainableParts
+from megatron_dip.spec.partition import Partition
+
+Place = tuple[str, int, int]
+"""(module, vp_stage, rank) of a chunk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkWeights:
+    """Of one chunk; plain values, to be sent between ranks."""
+
+    first: bool
+    """Whether something before the layers is trained."""
+    layers: tuple[bool, ...]
+    last: bool
+    """Whether something behind the layers is."""
+    frozen_bytes: int
+    """Of weights that are not trained, on one tensor-parallel rank."""
+    trained_parameters: int
+    """Number of weights that are, on one tensor-parallel rank."""
+
+
+def transformer_blocks(chunk: torch.nn.Module) -> list[TransformerBlock]:
+    return [module for module in chunk.modules() if isinstance(module, TransformerBlock)]
+
+
+def chunk_weights(chunk: torch.nn.Module, cut: ModuleCut, vp_stage: int, rank: int) -> ChunkWeights:
+    """Args:
+    chunk: perhaps inside Megatron's wrappers.
+    """
+    layers = [layer for block in transformer_blocks(chunk) for layer in block.layers]
+    inside = {id(weight) for layer in layers for weight in layer.parameters()}
+    at_first, at_last = (vp_stage, rank) == cut.first, (vp_stage, rank) == cut.last
+    first = last = False
+    for name, weight in chunk.named_parameters():
+        if id(weight) in inside or not weight.requires_grad:
+            continue
+        before = at_first and (not at_last or _stands_before_the_layers(name))
+        first, last = first or before, last or not before
+    return ChunkWeights(
+        first=first, layers=tuple(any(weight.requires_grad for weight in layer.parameters()) for layer in layers), last=last,
+        frozen_bytes=sum(weight.numel() * weight.element_size() for weight in chunk.parameters() if not weight.requires_grad),
+        trained_parameters=sum(weight.numel() for weight in chunk.parameters() if weight.requires_grad),
+    )
+
+
+def _stands_before_the_layers(name: str) -> bool:
+    """By a weight's name, where a chunk has both ends of its module."""
+    steps = name.split(".")
+    return "embedding" in steps or any(step in STEM for step in steps)
+
+
+def built_model(spec: ModelSpec, partition: Partition, weights: Mapping[Place, ChunkWeights]) -> BuiltModelSpec:
+    """Args:
+    weights: of all chunks of all pipeline ranks.
+    """
+    parts: dict[str, TrainableParts] = {}
+    for name, rows in partition.chunks.items():
+        places = [(name, vp_stage, rank) for vp_stage in range(len(rows)) for rank in range(len(rows[0]))]
+        of_chunks = [weights[place] for place in places]
+        parts[name] = TrainableParts(
+            any(chunk.first for chunk in of_chunks), tuple(trained for chunk in of_chunks for trained in chunk.layers),
+            any(chunk.last for chunk in of_chunks),
+        )
+        assert len(parts[name].layers) == spec.module(name).num_layers, (name, parts[name])
+    modules = [msgspec.structs.replace(module, trainable=parts[module.name].any) for module in spec.modules]
+    return BuiltModelSpec(modules=modules, parts=parts)
