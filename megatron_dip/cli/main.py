@@ -19,6 +19,8 @@ from megatron_dip.spec.errors import EXIT_CODE, InputError
 from megatron_dip.version import __version__
 
 COMMANDS = (
+    "estimate",
+    "lengths",
     "plan",
     "workload",
     "check",
@@ -32,7 +34,7 @@ COMMANDS = (
     "report",
 )
 """Sub-commands in the order of the help; each is ``megatron_dip.cli.<name>_command``."""
-BRIEF_COMMANDS = frozenset({"plan", "workload", "check", "simulate"})
+BRIEF_COMMANDS = frozenset({"estimate", "plan", "workload", "check", "simulate"})
 _NUMBAS_BLAS = "scipy.linalg.cython_blas"
 """Imported by numba with its first kernel, where scipy is installed at all, for kernels that call BLAS; ours do not."""
 

@@ -24,11 +24,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megatron_dip.cost.analytic import DEFAULT_RULES, check_parallel
+from megatron_dip.cost.analytic import DEFAULT_RULES
 from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.device import load_device
 from megatron_dip.cost.modules import Kernels
 from megatron_dip.planner.partitioning import joint_partition
+from megatron_dip.simulator.grid import grid_parallels
 from megatron_dip.simulator.step import SCHEDULES, SimulateOptions, Simulation, make_costs, simulate_whole
 from megatron_dip.spec.codec import check_writable, load_partition, load_workload, write_atomically
 from megatron_dip.spec.errors import InputError
@@ -199,30 +200,6 @@ def _print_result(console: Console, result: SimulationResult) -> None:
 
 
 # --- the grid ----------------------------------------------------------------------------------------------------------------------
-
-
-def grid_parallels(workload: Workload, gpus: int) -> list[Parallel]:
-    """Every (data, tensor, pipeline) whose product with the context size is ``gpus`` and that the model and the batch allow.
-
-    Tensor sizes go up to 8, the GPUs of a node; there is at least one microbatch a replica.
-    """
-    context = workload.parallel.context
-    if gpus % context:
-        raise InputError("--gpus", gpus, f"is no multiple of parallel.context = {context}", "change one of them")
-    found = []
-    shared = gpus // context
-    for tensor in (1, 2, 4, 8):
-        for pipeline in range(1, shared // tensor + 1):
-            data, rest = divmod(shared, tensor * pipeline)
-            if rest or data > len(workload.microbatches) or pipeline > sum(m.num_layers for m in workload.model_spec.modules):
-                continue
-            parallel = Parallel(tensor=tensor, pipeline=pipeline, data=data, context=context)
-            try:
-                check_parallel(workload.model_spec, parallel)
-            except InputError:
-                continue
-            found.append(parallel)
-    return found
 
 
 def _grid_point(workload: Workload, parallel: Parallel, options: SimulateOptions) -> GridPoint:

@@ -153,6 +153,21 @@ def _packed(num_images: int) -> Microbatch:
     return {"vit": [IMAGE_PATCHES] * num_images, "lm": [PACKED_TOKENS]} if num_images else {"lm": [PACKED_TOKENS]}
 
 
+@dataclass(frozen=True, slots=True)
+class Document:
+    num_images: int
+    text_tokens: int
+    """At least 1."""
+
+
+def draw_document(rng: np.random.Generator, source: ImageTextSet) -> Document:
+    """One document with the statistics of a data set."""
+    count = _image_count(rng, source)
+    # The mean of a log-normal is exp(mu + sigma^2 / 2).
+    text = rng.lognormal(np.log(source.mean_text_tokens) - source.sigma**2 / 2, source.sigma)
+    return Document(count, max(1, min(round(text), source.max_text_tokens)))
+
+
 def pack_documents(rng: np.random.Generator) -> Microbatch:
     """Draws documents until the next does not fit; what is left over is filled with text alone."""
     sets = [IMAGE_TEXT_SETS[name] for name in _MIX]
@@ -160,10 +175,9 @@ def pack_documents(rng: np.random.Generator) -> Microbatch:
     tokens = num_images = 0
     while True:
         source = sets[int(rng.choice(len(sets), p=mix))]
-        count = _image_count(rng, source)
-        # The mean of a log-normal is exp(mu + sigma^2 / 2).
-        text = rng.lognormal(np.log(source.mean_text_tokens) - source.sigma**2 / 2, source.sigma)
-        size = max(1, min(round(text), source.max_text_tokens)) + count * IMAGE_TOKENS
+        document = draw_document(rng, source)
+        count = document.num_images
+        size = document.text_tokens + count * IMAGE_TOKENS
         if tokens + size > PACKED_TOKENS or num_images + count > MAX_IMAGES:
             return _packed(num_images)
         tokens += size

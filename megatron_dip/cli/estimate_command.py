@@ -1,0 +1,220 @@
+"""What DIP would gain on a model: its best layout of a number of GPUs beside Megatron's own, encoder data parallelism and FSDP2.
+
+MODEL is a Hugging Face config.json (or the folder that holds one), a named setup such as vlm-s, or a workload file. Batches are packed from --data: a JSONL
+file of samples (megatron-dip lengths writes one), or the statistics of public data sets. All times are simulated on the same global batch; what
+they rest on is printed below them. Needs no GPU and no torch. Exit code 2 on bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_dip.cost.device import load_device
+from megatron_dip.planner.partitioning import joint_partition
+from megatron_dip.simulator.estimate import Candidate, estimate
+from megatron_dip.simulator.step import SimulateOptions, make_costs
+from megatron_dip.spec.codec import check_writable, load_workload, save
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.named import NAMED_SETUPS
+from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.workload import WORKLOAD_FORMAT, Workload
+from megatron_dip.workloads.generators import make_workload
+from megatron_dip.workloads.huggingface import HubModel, read_hub_config
+from megatron_dip.workloads.samples import STATISTICS, draw_samples, pack_samples, read_samples
+
+SUMMARY = "what DIP would gain on a model, beside other ways to train it"
+
+_NAMES = {"dip": "DIP", "megatron": "Megatron, best of 1F1B and interleaved", "encoder-dp": "encoders data-parallel (three-phase)", "fsdp2": "FSDP2"}
+_MEASURED_ERROR = "5 % mean, 8 % at most on published runs of text models (docs/results/simulator.md); no multimodal run was published in a form to compare"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """What is estimated, and what the estimate rests on."""
+
+    workload: Workload
+    title: str
+    notes: list[str] = field(default_factory=list)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face config.json or folder, a named setup, or a workload file")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs to train on")
+    parser.add_argument("--device", metavar="NAME|FILE.json", help="GPU (default: the workload's own, else h100)")
+    parser.add_argument("--data", metavar="FILE.jsonl|STATISTICS", default="mixed",
+                        help=f"samples to pack, or statistics of a public data set: {', '.join(STATISTICS)} (default mixed)")
+    parser.add_argument("--sequence-length", type=int, default=8192, metavar="N", help="tokens of a packed microbatch (default 8192)")
+    parser.add_argument("--microbatches", type=int, metavar="N", help="of the global batch (default: 4 for each GPU, at least 32)")
+    parser.add_argument("--evaluations", type=int, default=200, metavar="N", help="schedules that DIP tries for each batch (default 200)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the data and the search (default 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--save-workload", type=Path, metavar="FILE", help="write what was simulated under DIP, for plan and simulate")
+    parser.add_argument("--save-partition", type=Path, metavar="FILE", help="write DIP's cut, for --dip-partition")
+
+
+def run(args: argparse.Namespace) -> int:
+    for name, value in (("--gpus", args.gpus), ("--sequence-length", args.sequence_length), ("--microbatches", args.microbatches),
+                        ("--evaluations", args.evaluations)):
+        if value is not None and not 1 <= value <= 1 << 20:
+            raise InputError(name, value, "outside 1 to 2^20", "give a positive whole number")
+    if not 0 <= args.seed < 1 << 32:
+        raise InputError("--seed", args.seed, "outside 0 to 2^32", "give a whole number from 0")
+    for name, path in (("--save-workload", args.save_workload), ("--save-partition", args.save_partition)):
+        if path is not None:
+            check_writable(path, name)
+    if args.device is not None:
+        load_device(args.device, "--device")
+    subject = _subject(args)
+    status = Console(stderr=True)
+    with status.status("reading") as line:
+        candidates = estimate(
+            subject.workload, args.gpus, _choose, options=SimulateOptions(evaluations=args.evaluations, seed=args.seed, replicas=1),
+            progress=lambda text: line.update(escape(text)),
+        )
+    dip = candidates[0]
+    if dip.parallel is not None and args.save_workload is not None:
+        save(args.save_workload, msgspec.structs.replace(subject.workload, parallel=dip.parallel))
+    if dip.partition is not None and args.save_partition is not None:
+        save(args.save_partition, dip.partition)
+    if args.json:
+        print(msgspec.json.encode({
+            "model": subject.title, "gpus": args.gpus, "systems": [_row(candidate) for candidate in candidates], "advice": _advice(subject, candidates),
+            "notes": subject.notes,
+        }).decode())
+        return 0
+    _print(subject, candidates, args)
+    return 0
+
+
+def _choose(workload: Workload) -> Partition:
+    """DIP's cut for one layout, judged on the first replica's batch."""
+    costs = make_costs(workload, SimulateOptions())
+    return joint_partition(
+        workload.model_spec, workload.parallel.pipeline, [workload.replica_microbatches(0)], costs,
+        split_backward=workload.training.split_backward, time_limit_s=12.0,
+    ).partition
+
+
+def _subject(args: argparse.Namespace) -> _Subject:
+    count = args.microbatches or max(32, 4 * args.gpus)
+    path = Path(args.model)
+    if args.model in NAMED_SETUPS:
+        workload = make_workload(args.model, seed=args.seed, num_microbatches=count)
+        return _Subject(workload=_on_device(workload, args.device), title=args.model, notes=["batches as the paper describes them (workload --data packed)"])
+    file = path / "config.json" if path.is_dir() else path
+    config = _read_json(file, args.model)
+    if str(config.get("format", "")).startswith("megatron-dip/"):
+        return _Subject(workload=_on_device(load_workload(file), args.device), title=file.name, notes=["the file's own batch"])
+    return _hub_subject(read_hub_config(config, str(file)), args, count)
+
+
+def _read_json(file: Path, given: str) -> dict[str, object]:
+    try:
+        found = msgspec.json.decode(file.read_bytes())
+    except OSError as error:
+        raise InputError(
+            "MODEL", given, f"is neither a named setup nor a file that can be read ({error.strerror})",
+            f"give a config.json, a workload file, or one of {', '.join(NAMED_SETUPS)}",
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError("MODEL", given, f"is no JSON ({error})", "give a model's config.json or a workload file") from error
+    if not isinstance(found, dict):
+        raise InputError("MODEL", given, "holds no JSON object", "give a model's config.json or a workload file")
+    return found
+
+
+def _on_device(workload: Workload, device: str | None) -> Workload:
+    return workload if device is None else msgspec.structs.replace(workload, device=device, profile=None)
+
+
+def _hub_subject(hub: HubModel, args: argparse.Namespace, count: int) -> _Subject:
+    if not any(module.kind == "lm" for module in hub.model.modules):
+        raise InputError(
+            "MODEL", hub.name, "has no language model, and DIP interleaves modules of different kinds",
+            "estimate a text-to-video setup instead, such as t2v-s, whose text encoder trains with it",
+        )
+    is_file = args.data not in STATISTICS
+    samples = read_samples(Path(args.data), "--data") if is_file else draw_samples(args.data, args.seed)
+    microbatches = pack_samples(samples, hub.image, args.sequence_length, count)
+    if len(microbatches) < count:
+        # A file that is shorter than a global batch stands for more of its kind.
+        microbatches = [microbatches[index % len(microbatches)] for index in range(count)]
+    if not any(microbatch.get("vit") for microbatch in microbatches) and hub.image is not None:
+        hub.notes.append("no image in the data: the vision model has no work")
+    notes = [
+        f"{hub.parameters / 1e9:.3f} billion parameters, counted from the config",
+        f"{count} microbatches of at most {args.sequence_length} tokens, "
+        + (f"packed from {args.data}" if is_file else f"drawn with the statistics '{args.data}' (image sizes assumed)"),
+        *hub.notes,
+    ]
+    workload = Workload(format=WORKLOAD_FORMAT, model=hub.model, device=args.device or "h100", microbatches=microbatches)
+    workload.validate()
+    return _Subject(workload=workload, title=hub.name, notes=notes)
+
+
+def _row(candidate: Candidate) -> dict[str, object]:
+    parallel, result = candidate.parallel, candidate.result
+    if parallel is None or result is None:
+        return {"system": candidate.system, "fits": False, "problem": candidate.problem}
+    return {
+        "system": candidate.system, "fits": True, "parallel": {"data": parallel.data, "tensor": parallel.tensor, "pipeline": parallel.pipeline},
+        "result": result,
+    }
+
+
+def _advice(subject: _Subject, candidates: list[Candidate]) -> str:
+    """Whether DIP is worth it here, in a sentence."""
+    dip, others = candidates[0], [candidate for candidate in candidates[1:] if candidate.result is not None]
+    modules = [module for module in subject.workload.model_spec.modules if any(m.get(module.name) for m in subject.workload.microbatches)]
+    if dip.result is None:
+        return f"DIP cannot train this here: {dip.problem}."
+    if not others:
+        return "Only DIP fits into memory on these GPUs."
+    best = min(others, key=lambda candidate: candidate.result.iteration_time_s if candidate.result else 0.0)
+    assert best.result is not None
+    gain = best.result.iteration_time_s / dip.result.iteration_time_s
+    lead = f"{'a' if gain >= 1 else 'only'} {gain:.2f}x of the best other way ({_NAMES[best.system]})"
+    if len(modules) < 2:
+        return f"The data keep one module busy, so there is nothing to interleave: DIP is not meant for this ({lead})."
+    if gain < 1.03:
+        return f"Not worth it: DIP comes to {lead}; {_NAMES[best.system]} is simpler."
+    return f"DIP is expected to be {gain:.2f}x as fast as {_NAMES[best.system]}."
+
+
+def _print(subject: _Subject, candidates: list[Candidate], args: argparse.Namespace) -> None:
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+    dip = candidates[0].result
+    table = Table("system", "DP", "TP", "PP", "s an iteration", "over DIP", "MFU", "bubbles", "peak GB", "fits", title=escape(f"{subject.title} on {args.gpus} GPUs (simulated)"))
+    for candidate in candidates:
+        parallel, result = candidate.parallel, candidate.result
+        if parallel is None or result is None:
+            table.add_row(_NAMES[candidate.system], *["-"] * 8, escape(f"no: {candidate.problem}"))
+            continue
+        ratio = "-" if dip is None else f"{result.iteration_time_s / dip.iteration_time_s:.2f}"
+        table.add_row(
+            _NAMES[candidate.system], str(parallel.data), str(parallel.tensor), str(parallel.pipeline), f"{result.iteration_time_s:.3f}", ratio,
+            "-" if result.mfu is None else f"{result.mfu:.3f}", f"{result.bubble_fraction:.1%}", f"{max(result.peak_memory_bytes) / 1e9:.1f}", "yes",
+        )
+    console.print(table)
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    say(_advice(subject, candidates))
+    first = candidates[0]
+    if first.parallel is not None and first.partition is not None:
+        say(f"DIP's cut: layers {first.partition.chunks}, instances a sub-microbatch {first.partition.sub_microbatch_size}")
+        sizes = first.parallel
+        flags = f"--tensor-model-parallel-size {sizes.tensor} --pipeline-model-parallel-size {sizes.pipeline} --pipeline-schedule dip"
+        cut = args.save_partition if args.save_partition is not None else "PARTITION.json"
+        say(f"To run it: {flags} --dip-partition {cut}" + ("" if args.save_partition else "   (write the file with --save-partition)"))
+    say("It rests on: " + "; ".join(subject.notes) + f". Error of the simulator: {_MEASURED_ERROR}.")
