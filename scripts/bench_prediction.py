@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dip.report.records import write_record
 from megatron_dip.report.tables import Spread, markdown_table, spread
-from megatron_dip.spec.errors import EXIT_CODE, InputError
-from megatron_dip.trainer.ranks import is_rank, run_ranks
+from megatron_dip.trainer.ranks import is_rank, run_rank, run_ranks
 
 if TYPE_CHECKING:
     from megatron_dip.runtime.timing import StageRecord
@@ -45,18 +43,7 @@ def main() -> int:
     args = parser.parse_args()
     if not is_rank():
         return _start(args)
-    code = 1
-    try:
-        _train(args)
-        code = 0
-    except InputError as error:
-        print(f"bench_prediction: error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
-        code = EXIT_CODE
-    except Exception:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # planner threads and process groups may wait for ranks that are gone
+    run_rank(lambda: _train(args))
 
 
 def _start(args: argparse.Namespace) -> int:

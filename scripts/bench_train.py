@@ -19,7 +19,6 @@ import argparse
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dip.report.records import write_record
 from megatron_dip.report.tables import Spread, markdown_table, spread
-from megatron_dip.spec.errors import EXIT_CODE, InputError
-from megatron_dip.trainer.ranks import is_rank, run_ranks
+from megatron_dip.spec.errors import InputError
+from megatron_dip.trainer.ranks import is_rank, run_rank, run_ranks
 
 if TYPE_CHECKING:
     from megatron_dip.cost.interface import CostModel
@@ -76,18 +75,7 @@ def main() -> int:
     if not is_rank():
         ranks = 1 if args.mode == "overhead" else args.pipeline
         return run_ranks([sys.executable, *sys.argv], ranks, threads=1)
-    code = 1
-    try:
-        {"schedules": bench_schedules, "overhead": bench_overhead, "sleep": bench_sleep}[args.mode](args)
-        code = 0
-    except InputError as error:
-        print(f"bench_train: error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
-        code = EXIT_CODE
-    except Exception:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # planner threads and process groups may wait for ranks that are gone
+    run_rank(lambda: {"schedules": bench_schedules, "overhead": bench_overhead, "sleep": bench_sleep}[args.mode](args))
 
 
 # ---- all systems in turns ------------------------------------------------------------------------------------------------------------

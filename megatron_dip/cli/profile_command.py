@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +25,7 @@ from rich.console import Console
 from megatron_dip.cost.collectives import groups, message_bandwidth
 from megatron_dip.cost.device import load_device
 from megatron_dip.spec.codec import check_writable, load_workload, save
-from megatron_dip.spec.errors import EXIT_CODE, InputError
+from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.profile import PointToPoint
 from megatron_dip.spec.workload import Workload
 
@@ -112,7 +111,7 @@ def _profile_example(args: argparse.Namespace) -> int:
     from megatron_dip.spec.codec import load_example, load_partition
     from megatron_dip.spec.training import RunSettings, SchedulePlan
     from megatron_dip.spec.workload import Parallel
-    from megatron_dip.trainer.ranks import is_rank, run_ranks
+    from megatron_dip.trainer.ranks import is_rank, run_rank, run_ranks
 
     config = load_example(args.source / "config.json")
     schedule = SchedulePlan(
@@ -128,23 +127,13 @@ def _profile_example(args: argparse.Namespace) -> int:
     if not is_rank():
         command = [sys.executable, "-m", "megatron_dip.cli.main", *sys.argv[1:]]
         return run_ranks(command, settings.parallel.num_gpus, threads=args.threads or 1)
-    code = _run_rank(args, settings)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # threads and groups may wait for ranks that are gone
+    run_rank(lambda: _rehearse(args, settings))
 
 
-def _run_rank(args: argparse.Namespace, settings: RunSettings) -> int:
-    try:
-        from megatron_dip.trainer.rehearsal import profile_example
+def _rehearse(args: argparse.Namespace, settings: RunSettings) -> None:
+    from megatron_dip.trainer.rehearsal import profile_example
 
-        found = profile_example(args.source, settings, 60.0 if args.seconds is None else args.seconds, _say)
-    except InputError as error:
-        print(f"megatron-dip: error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
-        return EXIT_CODE
-    except Exception:
-        print(f"megatron-dip: error: rank {os.environ['RANK']}:\n{traceback.format_exc()}", file=sys.stderr)
-        return 1
+    found = profile_example(args.source, settings, 60.0 if args.seconds is None else args.seconds, _say)
     if found is not None:
         save(args.output, found.profile)
         _say(f"wrote {args.output}: {found.stages} stages measured in {found.rounds} rounds, {found.gap_ns / 1e6:.2f} ms between stages")
@@ -152,7 +141,6 @@ def _run_rank(args: argparse.Namespace, settings: RunSettings) -> int:
             beside = os.path.relpath(args.output.resolve(), args.workload.resolve().parent)
             save(args.workload, msgspec.structs.replace(found.workload, profile=beside))
             _say(f"wrote {args.workload}")
-    return 0
 
 
 def _say(text: str) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dip.spec.errors import EXIT_CODE, InputError
+from megatron_dip.spec.errors import InputError
 
 if TYPE_CHECKING:
     from megatron_dip.spec.training import ExampleConfig, RunSettings
+
+NEEDED = ("torch", "megatron.core", "psutil")
+"""What training cannot do without; psutil for Megatron-Core's checkpoints."""
 
 SUMMARY = "train an example under DIP or Megatron's own schedules"
 
@@ -96,37 +98,17 @@ def make_settings(args: argparse.Namespace, config: ExampleConfig) -> RunSetting
 
 def run(args: argparse.Namespace) -> int:
     from megatron_dip.spec.codec import load_example
-    from megatron_dip.trainer.ranks import is_rank, run_ranks
+    from megatron_dip.trainer.ranks import is_rank, run_rank, run_ranks
 
     settings = make_settings(args, load_example(args.example / "config.json"))
     num_ranks = settings.parallel.num_gpus
     if not is_rank():
         return run_ranks([sys.executable, "-m", "megatron_dip.cli.main", *sys.argv[1:]], num_ranks, threads=args.threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
-    sys.stdout.flush()
-    # The interpreter's ordinary end would wait for threads and groups that may hang on a dead rank.
-    code = _run_rank(args.example, settings)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    run_rank(lambda: _train(args.example, settings), needed=NEEDED)
 
 
-def _run_rank(example: Path, settings: RunSettings) -> int:
-    rank = os.environ["RANK"]
-    try:
-        from megatron_dip.trainer.loop import train
+def _train(example: Path, settings: RunSettings) -> None:
+    from megatron_dip.trainer.loop import train
 
-        train(example, settings, lambda line: print(line, flush=True))
-    except InputError as error:
-        print(f"megatron-dip: error: rank {rank}: {error}", file=sys.stderr)
-        return EXIT_CODE
-    except ImportError as error:
-        print(
-            f"megatron-dip: error: rank {rank}: {error.name} = not installed: training needs it. Remedy: pip install 'megatron-dip[train]'.",
-            file=sys.stderr,
-        )
-        return EXIT_CODE
-    except Exception:
-        print(f"megatron-dip: error: rank {rank}:\n{traceback.format_exc()}", file=sys.stderr)
-        return 1
-    return 0
+    train(example, settings, lambda line: print(line, flush=True))

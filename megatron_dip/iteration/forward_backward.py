@@ -38,6 +38,7 @@ from megatron_dip.iteration.megatron_compute import MegatronCompute, nvtx_range
 from megatron_dip.iteration.plan_source import Foresight, PlanFunction, PlanSource, UpcomingFunction
 from megatron_dip.models.capture import CapturedCall
 from megatron_dip.models.deferral import LinearWeightDeferral
+from megatron_dip.planner.courtesy import FixedCollections
 from megatron_dip.planner.message import PackedPlan, pack_plan
 from megatron_dip.planner.service import PlanCounts
 from megatron_dip.runtime.executor import Executor, PlanLinks
@@ -152,6 +153,7 @@ class DipForwardBackward:
         self._clock_offset_ns: int | None = None
         self._loss_is_sum = False
         """Seen once: losses of a microbatch's parts add up to its loss."""
+        self._collections = FixedCollections()
         self.plan: Plan | None = None
         """The plan of the last iteration."""
 
@@ -190,6 +192,7 @@ class DipForwardBackward:
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
+        self._collections.step()  # the last iteration's graphs are gone, and no rank waits for this one's messages yet
         iterator = data_iterator[0] if isinstance(data_iterator, Sequence) else data_iterator
         with nvtx_range("dip prepare"):
             batch, plan = self._prepare(forward_step_func, iterator, num_microbatches, forward_only)

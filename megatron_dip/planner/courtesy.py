@@ -31,9 +31,8 @@ def switch_often() -> None:
 def no_collections() -> Iterator[None]:
     """Keeps automatic garbage collection off, for all threads, until the last block that asked for it ends.
 
-    For blocks of Python that make many objects in a short time and no cycles. What was made meanwhile then counts as old: the first
-    collection afterwards would otherwise look at all of it with the lock held. (Freezing and unfreezing moves lists of objects, not
-    objects. A process that has frozen some itself keeps them frozen, and pays that collection.)
+    For blocks of Python that make many objects in a short time and no cycles. No object changes its generation by it: cycles that other
+    threads make meanwhile are as young as ever, and the next collections find them.
     """
     global _holders, _was_enabled
     with _lock:
@@ -47,7 +46,36 @@ def no_collections() -> Iterator[None]:
         with _lock:
             _holders -= 1
             if _holders == 0 and _was_enabled:
-                if gc.get_freeze_count() == 0:
-                    gc.freeze()
-                    gc.unfreeze()
                 gc.enable()
+
+
+YOUNG_EVERY = 20
+"""Iterations from one collection of the young objects to the next."""
+ALL_EVERY = 500
+"""Iterations from one collection of all objects to the next; a multiple of the former. It takes some tenths of a second."""
+
+
+class FixedCollections:
+    """Garbage collections at fixed iterations, so that all ranks collect at the same time and none waits for another's collection.
+
+    The automatic ones stay on beside them. They are rarely due then, and off while a thread plans (:func:`no_collections`): threads
+    that plan all the time would else keep every cycle alive. Where the user has turned collection off (``gc.disable``, Megatron's
+    ``--manual-gc``) it is the user's business, and nothing is collected here.
+
+    Source: torchtitan's ``tools/utils.py``, ``GarbageCollection``.
+    """
+
+    def __init__(self) -> None:
+        self._iterations = 0
+
+    def step(self) -> None:
+        """To be called once in every iteration, on every rank."""
+        self._iterations += 1
+        if self._iterations % YOUNG_EVERY == 0 and _is_wanted():
+            gc.collect(2 if self._iterations % ALL_EVERY == 0 else 1)
+
+
+def _is_wanted() -> bool:
+    """Whether garbage collection is on, but for blocks that keep it off for a moment."""
+    with _lock:
+        return _was_enabled if _holders else gc.isenabled()
