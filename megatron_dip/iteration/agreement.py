@@ -41,7 +41,7 @@ class Agreement:
 
     def __init__(self, groups: PipelineGroups, partition: Partition) -> None:
         self._groups = groups
-        self._cut_digest = sha256(msgspec.json.encode(partition, order="sorted"))
+        self._cut_digest = sha256(msgspec.json.encode(partition))  # in its own order, in which gradients are reduced
 
     def share(self, planned: PackedPlan | Exception | None) -> SharedPlan:
         """The planner rank's plan, or the error that kept it from one, on every rank of the replica.

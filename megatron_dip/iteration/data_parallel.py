@@ -1,4 +1,4 @@
-"""Data-parallel communication of an iteration, in one canonical order of chunks on all replicas, whose plans differ.
+"""Data-parallel communication of an iteration, in an order of chunks that all replicas share, whose plans differ.
 
 In: this rank's chunks inside Megatron's DDP, and the plan. Out: which gradient reductions start behind which stage; the gathering of updated
 parameters before the first stage. Source: Megatron-Core's ``DistributedDataParallel`` (``start_grad_sync``, ``start_param_sync``, ``no_sync``).
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_dip.models.layout import backward_order
 from megatron_dip.runtime.interface import ChunkKey
 from megatron_dip.spec.plan import Plan
 
@@ -20,13 +21,18 @@ AT_START = -1
 
 
 def grad_sync_points(
-    chunks: Sequence[torch.nn.Module], chunk_keys: Sequence[ChunkKey], plan: Plan, rank: int, config: Any, force_all_reduce: bool
+    chunks: Sequence[torch.nn.Module], chunk_keys: Sequence[ChunkKey], modules: Sequence[str], plan: Plan, rank: int, config: Any,
+    force_all_reduce: bool,
 ) -> dict[int, list[Callable[[], None]]]:
     """Stage id -> gradient reductions to start once that stage has run (``AT_START``: before the first stage).
 
-    Replicas run different plans, but collectives must come in one order on all of them: chunk i is reduced once the last gradient
-    of chunks 0..i has been made. With ``force_all_reduce``, several instances of the distributed optimizer (whose finish starts a
+    Replicas run different plans, but collectives must come in one order on all of them: against the data's way, in which last backwards
+    come in most plans (docs/results/gradient_sync.md). Chunk i of that order is reduced once the last gradient of chunks 0..i has been
+    made. With ``force_all_reduce``, several instances of the distributed optimizer (whose finish starts a
     reduction whether one was started or not), or without overlap ``finalize_model_grads`` does it all at the end.
+
+    Args:
+        modules: of the model, those that feed others first.
     """
     functions: dict[ChunkKey, Callable[[], None]] = {}
     for index, (key, chunk) in enumerate(zip(chunk_keys, chunks, strict=True)):
@@ -44,7 +50,7 @@ def grad_sync_points(
             last[stage.module, stage.vp_stage] = position
     points: dict[int, list[Callable[[], None]]] = {}
     position = -1
-    for key in chunk_keys:
+    for key in backward_order(chunk_keys, modules):
         position = max(position, last.get(key, -1))
         if key in functions:
             stage_id = AT_START if position < 0 else plan.order[rank][position]

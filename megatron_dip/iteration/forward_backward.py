@@ -113,6 +113,7 @@ class DipForwardBackward:
         assert len(chunks) == len(staged_model.chunk_keys), (len(chunks), staged_model.chunk_keys)
         self._staged_model = staged_model
         self._chunks = list(chunks)
+        self._modules = tuple(partition.chunks)
         self._device = settings.device
         self.groups: PipelineGroups = new_process_groups(
             dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()),
@@ -253,7 +254,9 @@ class DipForwardBackward:
             start_param_sync(self._chunks)
             after: dict[int, list[Callable[[], None]]] = {}
             if not forward_only:
-                after = grad_sync_points(self._chunks, self._staged_model.chunk_keys, plan, self.groups.rank, config, force_all_reduce)
+                after = grad_sync_points(
+                    self._chunks, self._staged_model.chunk_keys, self._modules, plan, self.groups.rank, config, force_all_reduce
+                )
             for function in after.pop(AT_START, ()):
                 function()
             compute = MegatronCompute(self._staged_model, loss, self._deferral, config)

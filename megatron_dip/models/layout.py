@@ -9,6 +9,7 @@ Letters: P pipeline ranks, K chunks of the module on each rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,3 +129,12 @@ def chunk_order(partition: Partition, rank: int, outermost: str) -> tuple[ChunkK
     if len(around) == 1 and 0 < rank == partition.num_ranks - 1:
         return (*others, *around)
     return (around[0], *others, *around[1:])
+
+
+def backward_order(keys: Sequence[ChunkKey], modules: Sequence[str]) -> tuple[ChunkKey, ...]:
+    """A rank's chunks in the order in which their last backwards come in most plans: against the data's way, equal on all replicas.
+
+    Args:
+        modules: all modules, those that feed others first.
+    """
+    return tuple(sorted(keys, key=lambda key: (modules.index(key[0]), key[1]), reverse=True))
