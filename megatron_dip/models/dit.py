@@ -258,8 +258,8 @@ class DiTLayerWithAdaLN(TransformerLayer):
         assert attention_mask is not None
         assert packed_seq_params is not None
         bounds = packed_seq_params[SELF]
-        modulation = (self.modulation + attention_mask).to(hidden_states.dtype)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (of_clips(part, bounds) for part in modulation.unbind(1))
+        modulation = of_clips((self.modulation + attention_mask).to(hidden_states.dtype), bounds)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.split(1, dim=1)
         normed = self.input_layernorm(hidden_states) * (1 + scale) + shift
         output, bias = self.self_attention(normed, attention_mask=None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=bounds)
         hidden_states = hidden_states + gate * _with_bias(output, bias)
@@ -278,11 +278,10 @@ def _with_bias(output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 
 def of_clips(values: torch.Tensor, bounds: PackedSeqParams) -> torch.Tensor:
-    """Values of each clip [n, H] for each of its patches [S, 1, H]; [1, 1, H] where there is one clip."""
+    """Values of each clip [n, ...] for each of its patches [S, ...]; as they are where there is one clip."""
     if len(values) == 1:
-        return values[:, None]
-    lengths = bounds.cu_seqlens_q.diff()
-    return torch.repeat_interleave(values, lengths, dim=0)[:, None]
+        return values
+    return torch.repeat_interleave(values, bounds.cu_seqlens_q.diff(), dim=0)
 
 
 def gelu_tanh(value: torch.Tensor) -> torch.Tensor:
@@ -487,6 +486,6 @@ class DiTCrossAttentionModel(MegatronModule):
             return DiTState(
                 hidden=hidden, context=state.context, modulation=state.modulation, time_embedding=state.time_embedding
             ).pack()
-        modulation = self.final_layer_modulation + state.time_embedding[:, None]
-        shift, scale = (of_clips(part.to(hidden.dtype), bounds) for part in modulation.unbind(1))
+        modulation = of_clips((self.final_layer_modulation + state.time_embedding[:, None]).to(hidden.dtype), bounds)
+        shift, scale = modulation.split(1, dim=1)
         return self.final_layer_linear(self.final_layernorm(hidden) * (1 + scale) + shift)

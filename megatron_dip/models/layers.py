@@ -35,7 +35,7 @@ class Norm:
 
 
 class PackedAttention(MegatronModule):
-    """Core attention over packed sequences without Transformer Engine: one after another, so that no mask of S x S is ever made."""
+    """Core attention over packed sequences without Transformer Engine, each by itself, so that no mask of S x S is ever made."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
@@ -54,14 +54,20 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params is not None, "PackedAttention needs the bounds of its sequences"
         queries = packed_seq_params.cu_seqlens_q.diff().tolist()
         keys = packed_seq_params.cu_seqlens_kv.diff().tolist()
-        parts = [
-            torch.nn.functional.scaled_dot_product_attention(
-                q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], is_causal=self.is_causal,
-                scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1],
-            )[0].transpose(0, 1)
-            for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True)
-        ]
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)
+        # [n] x [length, heads, head size]; sequences of equal lengths are computed together
+        parts = list(zip(query.split(queries), key.split(keys), value.split(keys), strict=True))
+        alike: dict[tuple[int, int], list[int]] = {}
+        for number, lengths in enumerate(zip(queries, keys, strict=True)):
+            alike.setdefault(lengths, []).append(number)
+        outputs: list[torch.Tensor] = [query] * len(parts)
+        for numbers in alike.values():
+            q, k, v = (torch.stack([parts[number][i] for number in numbers]).transpose(1, 2) for i in range(3))
+            output = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=self.is_causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            for number, part in zip(numbers, output.transpose(1, 2).unbind(), strict=True):
+                outputs[number] = part
+        return torch.cat(outputs).flatten(1)
 
 
 def transformer_block_spec(num_layers: int, *, causal: bool, packed: bool = False) -> TransformerBlockSubmodules:

@@ -25,7 +25,7 @@ from megatron_dip.spec.partition import PARTITION_FORMAT, Partition
 from megatron_dip.spec.plan import PLAN_FORMAT, Plan
 from megatron_dip.spec.profile import PROFILE_FORMAT, Profile
 from megatron_dip.spec.timeline import TIMELINE_FORMAT, Timeline
-from megatron_dip.spec.training import EXAMPLE_FORMAT, ExampleConfig
+from megatron_dip.spec.training import EXAMPLE_FORMAT, ExampleConfig, VideoExampleConfig
 from megatron_dip.spec.workload import WORKLOAD_FORMAT, Workload
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -37,6 +37,7 @@ _FORMATS: dict[type, str] = {
     Partition: PARTITION_FORMAT,
     Timeline: TIMELINE_FORMAT,
     ExampleConfig: EXAMPLE_FORMAT,
+    VideoExampleConfig: EXAMPLE_FORMAT,
 }
 
 
@@ -95,10 +96,20 @@ def load_timeline(path: str | Path) -> Timeline:
 def load_example(path: str | Path) -> ExampleConfig:
     """Reads and validates the ``config.json`` of an example's folder."""
     path = Path(path)
-    config = _load(path, ExampleConfig)
+    config = _load(path, VideoExampleConfig if _has_video(path) else ExampleConfig)
     with _named_in(path):
         config.validate()
     return config
+
+
+def _has_video(path: Path) -> bool:
+    """Whether the file's model makes video; False for what cannot be read, which :func:`_load` tells of."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    model = raw.get("model") if isinstance(raw, dict) else None
+    return isinstance(model, dict) and "video" in model
 
 
 def read_format(path: str | Path) -> str | None:

@@ -62,6 +62,10 @@ class VisionLanguageModel(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     init_method_std: float = 0.02
     """Standard deviation of the matrices at the start; Megatron's word and default."""
 
+    def validate(self, where: str) -> None:
+        self.modules.validate(where)
+        self.image.validate(f"{where}.image")
+
 
 class VideoSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Latents of a clip, [channels, frames, height, width], and how they become patches for the diffusion transformer."""
@@ -100,6 +104,10 @@ class TextToVideoModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """Text tokens of a microbatch at most."""
     init_method_std: float = 0.02
     """Standard deviation of the matrices at the start; Megatron's word and default."""
+
+    def validate(self, where: str) -> None:
+        self.modules.validate(where)
+        self.video.validate(f"{where}.video")
 
 
 class OptimizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -146,8 +154,7 @@ class ExampleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     def validate(self) -> None:
         """Raises InputError, naming the field, for values that cannot be trained."""
-        self.model.modules.validate("model")
-        self.model.image.validate("model.image")
+        self.model.validate("model")
         self.optimizer.validate("optimizer")
         names = [module.name for module in self.model.modules.modules]
         for field in ("virtual_pipeline", "sub_microbatch_size"):
@@ -166,6 +173,12 @@ class ExampleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
                 raise InputError(field, getattr(self, field), "must be at least 1", "give a positive whole number")
         if self.model.sequence_length < 2:
             raise InputError("model.sequence_length", self.model.sequence_length, "must be at least 2", "give the packed length")
+
+
+class VideoExampleConfig(ExampleConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An example whose model makes video: its ``model`` has ``video`` instead of ``image``."""
+
+    model: TextToVideoModel  # type: ignore[assignment]
 
 
 StockLayout = Literal["scripts", "parameters", "measured"]
@@ -281,6 +294,9 @@ class EvaluationFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Trained until then, without evaluations."""
     right: int
     asked: int
+    """Of the first score."""
+    scores: dict[str, tuple[int, int]] = {}
+    """What was scored -> (right, asked)."""
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,9 +30,9 @@ def load_example_module(folder: Path, config: ExampleConfig, settings: RunSettin
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    for name in ("Dataset", "forward_step", "evaluation_step"):
-        if not hasattr(module, name):
-            raise InputError(str(path), name, "is not defined", "define it as examples/vlm/digits/example.py does")
+    for names in (("Dataset",), ("forward_step",), ("evaluation_step", "evaluate")):
+        if not any(hasattr(module, name) for name in names):
+            raise InputError(str(path), " or ".join(names), "is not defined", "define it as examples/vlm/digits/example.py does")
     return Example(config=config, dataset=module.Dataset(config.model, settings.data, settings.seed), module=module)
 
 
@@ -118,12 +118,13 @@ class _Run:
             )
 
     def _evaluate(self, done: int) -> None:
-        right, asked = self.system.score()
-        self.evaluations.append(EvaluationFigures(iteration=done, training_seconds=self.training_s, right=right, asked=asked))
-        self.say(
-            f"held out: {right} of {asked} digits read right ({100 * right / asked:.1f} %) behind iteration {done}, "
-            f"{self.training_s:.0f} s of training"
+        scores = self.system.score()
+        right, asked = next(iter(scores.values()))
+        self.evaluations.append(
+            EvaluationFigures(iteration=done, training_seconds=self.training_s, right=right, asked=asked, scores=scores)
         )
+        told = ", ".join(f"{right} of {asked} {what} ({100 * right / max(asked, 1):.1f} %)" for what, (right, asked) in scores.items())
+        self.say(f"held out: {told} behind iteration {done}, {self.training_s:.0f} s of training")
 
     def _write(self) -> None:
         settings, system = self.settings, self.system

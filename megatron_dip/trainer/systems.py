@@ -52,7 +52,8 @@ class Example:
     config: ExampleConfig
     dataset: Dataset
     module: ModuleType
-    """Defines forward_step, and evaluation_step whose report counts ``answers``: (right, asked)."""
+    """Defines forward_step, and evaluation_step whose report counts ``answers``: (right, asked); or instead of that ``evaluate(dataset,
+    run)``, which scores by any number of calls of :meth:`System.run_everywhere`."""
 
 
 def whole_model(example: Example, settings: RunSettings) -> BuiltInConfig:
@@ -126,17 +127,33 @@ class System(ABC):
     def after_step(self) -> None:  # noqa: B027  (a static schedule learns nothing)
         """What a schedule learns from the iteration that just ran."""
 
-    def score(self) -> tuple[int, int]:
-        """(right, asked) over the held-out items, the same on all ranks."""
-        replica, replicas = parallel_state.get_data_parallel_rank(), self.settings.parallel.data
-        # Megatron's interleaved schedule takes whole rounds of the pipeline.
-        items = self.example.dataset.held_out(replicas * self.settings.parallel.pipeline)[replica::replicas]
+    def score(self) -> dict[str, tuple[int, int]]:
+        """What was scored -> (right, asked), the same on all ranks; by the example's ``evaluate``, else by its ``evaluation_step``."""
+        module = self.example.module
         self.model.train(False)
-        with torch.no_grad():
-            reports = self.run(self.example.module.evaluation_step, forward_only=True, items=items)
-        self.model.train(True)
-        right, asked = _reduce_report(reports, "answers")
-        return round(right), round(asked)
+        try:
+            with torch.no_grad():
+                if hasattr(module, "evaluate"):
+                    return module.evaluate(self.example.dataset, self.run_everywhere)
+                replica, replicas = parallel_state.get_data_parallel_rank(), self.settings.parallel.data
+                # Megatron's interleaved schedule takes whole rounds of the pipeline.
+                items = self.example.dataset.held_out(replicas * self.settings.parallel.pipeline)[replica::replicas]
+                right, asked = _reduce_report(self.run(module.evaluation_step, forward_only=True, items=items), "answers")
+                return {"digits read right": (round(right), round(asked))}
+        finally:
+            self.model.train(True)
+
+    def run_everywhere(self, step: Any, items: Sequence[Any]) -> list[Any]:
+        """Runs ``items`` forward on every replica; what ``step``'s loss function reports of each, on all ranks."""
+        ranks = parallel_state.get_pipeline_model_parallel_world_size()
+        # Megatron's interleaved schedule takes whole rounds of the pipeline.
+        padded = [*items, *[items[-1]] * (-len(items) % ranks)]
+        reports: list[Any] = self.run(step, forward_only=True, items=padded)
+        shared: list[Any] = [reports]
+        dist.broadcast_object_list(
+            shared, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+        )
+        return shared[0][: len(items)]
 
     def save(self, folder: Path, iteration: int) -> None:
         save_checkpoint(folder, self.model, self.optimizer, iteration=iteration, extra={"scheduler": self.scheduler.state_dict()})
