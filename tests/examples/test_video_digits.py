@@ -77,7 +77,7 @@ def test_readers_read_real_clips_that_they_never_saw(example: Any) -> None:
 def test_wrong_settings_are_named(example: Any) -> None:
     with pytest.raises(InputError, match=r"data\.frames = \[3, 16\]"):
         dataset(example, frames=[3, 16])
+    config = load_example(FOLDER / "config.json")
     with pytest.raises(InputError, match="missing required field"):
-        config = load_example(FOLDER / "config.json")
         example.Dataset(config.model, {"held_out": 3}, seed=1)
     assert isinstance(msgspec.to_builtins(load_example(FOLDER / "config.json"))["model"]["video"], dict)
