@@ -18,6 +18,10 @@ from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.workload import Microbatch
 
+VISION = "vit"
+LANGUAGE = "lm"
+"""Names of the modules of vision-language models, in partitions, profiles and flags."""
+
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
 

@@ -24,9 +24,9 @@ import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.models.description import unwrap
+from megatron_dip.models.description import LANGUAGE, VISION, unwrap
 from megatron_dip.models.layout import ModuleCut
-from megatron_dip.models.parts import LANGUAGE, LanguageModel, VisionTower, copy_attributes, language_conditions
+from megatron_dip.models.parts import LanguageModel, VisionTower, copy_attributes, language_conditions
 from megatron_dip.models.provided import Sketch, bind_arguments
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
@@ -34,8 +34,6 @@ from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.workload import Microbatch
-
-VISION = "vit"
 
 _UNSUPPORTED_INPUTS = ("inference_context", "inference_params", "vision_packed_seq_params", "sound_clips", "imgs_sizes", "num_frames")
 """Arguments of LLaVAModel.forward (of some releases) that DIP cannot cut."""

@@ -20,14 +20,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dip.models.description import LANGUAGE
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.models.provided import Sketch, cut_config
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModuleSpec as Module
 from megatron_dip.spec.plan import PlanStage
-
-LANGUAGE = "lm"
 
 VISION_MODELS = (CLIPViTModel, RADIOViTModel)
 

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.built_in import ChainCost, layer_parameters
-from megatron_dip.models.description import unwrap
+from megatron_dip.models.description import LANGUAGE, VISION, unwrap
 from megatron_dip.models.initial_weights import draw_weights, global_name
 from megatron_dip.models.layers import projector_spec, transformer_block_spec
 from megatron_dip.models.layout import ModuleCut
@@ -39,8 +39,6 @@ from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.training import ImageSpec, VisionLanguageModel
 from megatron_dip.spec.workload import Microbatch, Parallel
 
-VISION = "vit"
-LANGUAGE = "lm"
 FREEZABLE = ("vision_model", "vision_projection", "language_model")
 """Parts of the model, as their checkpoint prefixes name them."""
 

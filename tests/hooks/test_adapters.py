@@ -341,7 +341,8 @@ def run_case(rank: int, ranks: int, case: Case) -> Outcome:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.utils import get_model_config
 
-    from megatron_dip.hooks.megatron_lm import build_chunks, dip_schedule
+    from megatron_dip.hooks.build import build_chunks
+    from megatron_dip.hooks.megatron_lm import dip_schedule
 
     torch.manual_seed(1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)

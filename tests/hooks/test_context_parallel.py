@@ -136,7 +136,8 @@ def divided(rank: int, ranks: int, weights: list[Tensors]) -> list[tuple[Outcome
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import schedules
 
-    from megatron_dip.hooks.megatron_lm import build_chunks, dip_schedule
+    from megatron_dip.hooks.build import build_chunks
+    from megatron_dip.hooks.megatron_lm import dip_schedule
 
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     outcomes = []

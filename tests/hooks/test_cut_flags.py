@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_dip.hooks.arguments import add_dip_args, options_from_args
-from megatron_dip.hooks.megatron_lm import make_partition
+from megatron_dip.hooks.build import make_partition
 from megatron_dip.spec.codec import save
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec

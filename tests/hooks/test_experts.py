@@ -99,7 +99,8 @@ def spread(rank: int, world: int, ranks: int, weights: Tensors) -> tuple[int, li
     """This rank's replica, its losses, and gradients by the names of the whole model."""
     from megatron.core import parallel_state
 
-    from megatron_dip.hooks.megatron_lm import build_chunks, dip_schedule
+    from megatron_dip.hooks.build import build_chunks
+    from megatron_dip.hooks.megatron_lm import dip_schedule
 
     prepare(ranks, 2)
     replica = parallel_state.get_data_parallel_rank()
@@ -151,7 +152,7 @@ def test_experts_on_two_replicas_with_other_images(ranks: int) -> None:
 def refused(rank: int, world: int) -> list[str]:
     """What is said of models whose replicas would not exchange tokens alike."""
     prepare(1, 2)
-    from megatron_dip.hooks.megatron_lm import build_chunks
+    from megatron_dip.hooks.build import build_chunks
 
     messages = []
     for changes in ({"frozen": True}, {"dispatcher": "allgather"}):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_dip.hooks import megatron_lm
+from megatron_dip.hooks import build
 from megatron_dip.hooks.megatron_lm import dip_schedule
 from megatron_dip.spec.errors import InputError
 
@@ -25,7 +25,7 @@ def test_a_model_that_was_not_cut_here_gets_the_stock_schedule() -> None:
 
 def test_what_megatron_asks_of_the_last_rank_alone_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(1, 1)
-    monkeypatch.setitem(megatron_lm._built, id(model), object())
+    monkeypatch.setitem(build._built, id(model), object())
     monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_world_size", lambda: 2)
     with pytest.raises(InputError, match="needs all of its ranks") as error:
         dip_schedule(stock)(model=[model], num_microbatches=3, forward_only=True, collect_non_loss_data=True)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator, RampupBatchsizeNumMicroBatchesCalculator
 
-from megatron_dip.hooks.megatron_lm import upcoming_microbatches
+from megatron_dip.hooks.data import upcoming_microbatches
 
 
 @pytest.mark.parametrize("data", [1, 2])

@@ -1,0 +1,183 @@
+"""From a script's model provider to this rank's chunks: sketch, description, partition, costs.
+
+In: Megatron's namespace and the script's provider. Out: chunks for Megatron's wrappers, and what their first iteration will need.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dip.checkouts.checkpoint_files import CUT_ATTRIBUTE, check_loadable
+from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.cost.device import device_names, load_device
+from megatron_dip.cost.interface import CostModel
+from megatron_dip.cost.profile import ProfileCost
+from megatron_dip.cost.wrapped import WrappedCost
+from megatron_dip.hooks.arguments import DipOptions, options_from_args
+from megatron_dip.iteration.forward_backward import DipForwardBackward
+from megatron_dip.models.description import LANGUAGE, ModelDescription, unwrap
+from megatron_dip.models.layout import check_enough_layers, chunk_order
+from megatron_dip.models.provided import sketch_model
+from megatron_dip.models.registry import describe
+from megatron_dip.partition.offline import even_partition
+from megatron_dip.runtime.interface import ChunkKey
+from megatron_dip.spec.codec import load_partition, load_profile
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.profile import Strategy
+from megatron_dip.spec.workload import Parallel, Training
+
+logger = logging.getLogger(__name__)
+
+_WHOLE = 1 << 20
+"""Sub-microbatch size of a module that is not divided."""
+
+
+@dataclass(slots=True)
+class BuiltModel:
+    """A model that was cut here, from its building to its first iteration and on."""
+
+    first_chunk: torch.nn.Module
+    """Kept, so that no other model can come to have its identity."""
+    description: ModelDescription
+    partition: Partition
+    options: DipOptions
+    costs_of: Callable[[ModelSpec], CostModel]
+    """Once it is known which parts are trained."""
+    keys: tuple[ChunkKey, ...]
+    forward_backward: DipForwardBackward | None = None
+    iterations: int = 0
+    """Trained since the start of this process."""
+
+
+_built: dict[int, BuiltModel] = {}
+"""By the identity of a rank's first chunk, inside Megatron's wrappers."""
+
+
+def built_model(chunks: Sequence[torch.nn.Module]) -> BuiltModel | None:
+    """The model whose chunks these are, inside Megatron's wrappers; None: it was not built here."""
+    return _built.get(id(unwrap(chunks[0], torch.nn.Module)))
+
+
+def build_chunks(
+    args: Any, model_provider: Callable[..., MegatronModule], model_type: Any = None, config: Any = None, pg_collection: Any = None
+) -> list[torch.nn.Module]:
+    """This rank's chunks of the model that a script's provider describes, in the order that Megatron's functions need.
+
+    Args:
+        args: Megatron's namespace.
+
+    Raises:
+        InputError: for models that cannot be cut, and for cuts that do not fit the model.
+    """
+    options = options_from_args(args)
+    arguments = {"config": config, "pg_collection": pg_collection}
+    sketch = sketch_model(model_provider, **arguments)
+    description = describe(sketch, model_provider, arguments)
+    spec = description.model_spec
+    ranks = parallel_state.get_pipeline_model_parallel_world_size()
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    partition = make_partition(spec, ranks, options)
+    setattr(args, CUT_ATTRIBUTE, str(partition.chunks))
+    check_loadable(args, str(partition.chunks))
+    if ranks == 1 and partition.num_chunks(LANGUAGE) > 1 and spec.module(LANGUAGE).tied_embeddings:
+        raise InputError(
+            "--dip-chunks", f"{LANGUAGE}={partition.num_chunks(LANGUAGE)}", "embedding and head share a weight and would lie in two chunks of one rank",
+            f"use {LANGUAGE}=1, more pipeline ranks, or --untie-embeddings-and-output-weights",
+        )
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        _check_expert_parallel(spec, sketch.config)
+    keys = chunk_order(partition, rank, LANGUAGE)
+    chunks = []
+    for module, vp_stage in keys:
+        chunk = description.build_chunk(partition, module, vp_stage, rank)
+        chunk.model_type = model_type
+        if pg_collection is not None and not hasattr(chunk, "pg_collection"):
+            chunk.pg_collection = pg_collection  # the training loop asks for it, and a MimoModel has none
+        chunks.append(chunk)
+    make_costs(spec, args, options)  # what is wrong with the flags is said before training starts
+    _built[id(chunks[0])] = BuiltModel(
+        chunks[0], description, partition, options, lambda trained: make_costs(trained, args, options), keys
+    )
+    if torch.distributed.get_rank() == 0:
+        logger.warning("DIP cuts %s into layers %s", ", ".join(m.name for m in spec.modules), partition.chunks)
+    return chunks
+
+
+def _check_expert_parallel(spec: ModelSpec, config: TransformerConfig) -> None:
+    """Raises InputError for models whose replicas would not exchange tokens alike."""
+    size = parallel_state.get_expert_model_parallel_world_size()
+    if not spec.module(LANGUAGE).trainable:
+        raise InputError(
+            "--expert-model-parallel-size", size, "with a frozen language model only replicas with images run its backward, in which all of "
+            "them exchange tokens", "use --expert-model-parallel-size 1",
+        )
+    dispatcher = config.moe_token_dispatcher_type
+    if len(spec.modules) > 1 and dispatcher == "allgather":
+        raise InputError(
+            "--moe-token-dispatcher-type", dispatcher, "takes equal numbers of tokens on all replicas, and sequences are as long as their images "
+            "make them", "use --moe-token-dispatcher-type alltoall",
+        )
+
+
+def make_partition(spec: ModelSpec, num_ranks: int, options: DipOptions) -> Partition:
+    """The cut that the flags ask for. Raises InputError where it does not fit the model."""
+    if options.partition is not None:
+        partition = load_partition(options.partition)
+    else:
+        sizes = {module.name: options.sub_microbatch_size.get(module.name, _WHOLE) for module in spec.modules}
+        unknown = [name for name in options.sub_microbatch_size if name not in sizes]
+        if unknown:
+            raise InputError("--dip-sub-microbatch-size", unknown, "the model has no such module", f"use some of {list(sizes)}")
+        partition = even_partition(spec, num_ranks, options.chunks, sizes)
+    partition.validate({module.name: module.num_layers for module in spec.modules}, num_ranks, where="--dip-partition")
+    check_enough_layers(partition)
+    return partition
+
+
+def make_costs(spec: ModelSpec, args: Any, options: DipOptions) -> CostModel:
+    """What plans cost: the profile of the flags, or the analytic costs of a device."""
+    if options.profile is not None:
+        costs: CostModel = ProfileCost(load_profile(options.profile), options.memory_limit_bytes, field="--dip-profile")
+    else:
+        parallel = Parallel(
+            tensor=args.tensor_model_parallel_size, pipeline=args.pipeline_model_parallel_size, data=args.data_parallel_size,
+            context=args.context_parallel_size, sequence=bool(args.sequence_parallel),
+        )
+        training = Training(
+            dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32", distributed_optimizer=bool(args.use_distributed_optimizer),
+            split_backward=options.split_backward,
+        )
+        device = load_device(options.device or detect_device(), "--dip-device")
+        costs = AnalyticCost(
+            spec, parallel, training, device, memory_capacity_bytes=options.memory_limit_bytes,
+            undivided=[module.name for module in spec.modules if module.role == "encoder"],
+        )
+    return _RunnableCosts(costs)
+
+
+def detect_device() -> str:
+    """The named device that this process trains on. Raises InputError for one without figures."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    known = [device for device in device_names() if device.lower() in name.lower()]
+    if not known:
+        raise InputError(
+            "--dip-device", None, f"there are no figures for {name!r}", f"give one of {list(device_names())}, a device file, or --dip-profile"
+        )
+    return max(known, key=len)
+
+
+class _RunnableCosts(WrappedCost):
+    """Costs of another model without the memory strategies that chunks cannot carry out (offloading)."""
+
+    def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
+        return {name: strategy for name, strategy in self.costs.strategies(module, lengths).items() if strategy.offload is None}
