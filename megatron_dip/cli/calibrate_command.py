@@ -24,7 +24,7 @@ from megatron_dip.cost.device import DeviceDescription, load_device
 from megatron_dip.cost.interface import Part
 from megatron_dip.cost.modules import Kernels
 from megatron_dip.simulator.measured_steps import MEASURED_STEPS_FORMAT, MeasuredStep, load_measured_steps, predict_step
-from megatron_dip.spec.codec import check_writable, load_profile, load_workload, read_format, write_atomically
+from megatron_dip.spec.codec import check_outputs, format_of, load_profile, load_workload, read_file, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.profile import PROFILE_FORMAT, Profile
 from megatron_dip.spec.workload import Workload
@@ -66,12 +66,12 @@ class LayerPoint:
 def run(args: argparse.Namespace) -> int:
     if not 0 < args.freedom <= 1000:
         raise InputError("--freedom", args.freedom, "outside (0, 1000]", "give a factor such as 1 or 10")
-    check_writable(args.output, "--output")
+    check_outputs({"--output": args.output}, [*args.measurements, *args.workload])
     device = load_device(args.device, "--device")
     steps: list[MeasuredStep] = []
     profiles: list[tuple[list[LayerPoint], Workload]] = []
     workloads = [load_workload(path) for path in args.workload]
-    kinds = [read_format(path) for path in args.measurements]
+    kinds = [format_of(read_file(path)) for path in args.measurements]
     if len(workloads) > 1 and len(workloads) != kinds.count(PROFILE_FORMAT):
         raise InputError("--workload", len(workloads), f"are not as many as the {kinds.count(PROFILE_FORMAT)} profiles", "give one for all, or one for each")
     for path, kind in zip(args.measurements, kinds, strict=True):

@@ -22,7 +22,7 @@ from megatron_dip.cost.device import load_device
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.simulator.estimate import Candidate, estimate
 from megatron_dip.simulator.step import SimulateOptions, make_costs
-from megatron_dip.spec.codec import check_writable, load_workload, save
+from megatron_dip.spec.codec import check_outputs, load_workload, save
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import NAMED_SETUPS
 from megatron_dip.spec.partition import Partition
@@ -68,9 +68,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(name, value, "outside 1 to 2^20", "give a positive whole number")
     if not 0 <= args.seed < 1 << 32:
         raise InputError("--seed", args.seed, "outside 0 to 2^32", "give a whole number from 0")
-    for name, path in (("--save-workload", args.save_workload), ("--save-partition", args.save_partition)):
-        if path is not None:
-            check_writable(path, name)
+    check_outputs({"--save-workload": args.save_workload, "--save-partition": args.save_partition}, [Path(args.model), Path(args.data)])
     if args.device is not None:
         load_device(args.device, "--device")
     subject = _subject(args)

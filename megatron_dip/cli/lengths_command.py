@@ -19,7 +19,7 @@ from typing import IO
 
 import msgspec
 
-from megatron_dip.spec.codec import check_writable, write_atomically
+from megatron_dip.spec.codec import check_outputs, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.workloads.samples import Sample
 
@@ -51,10 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--characters-per-token", args.characters_per_token, "outside 0.1 to 1000", "give the mean number, some 4 for English")
     if args.limit is not None and args.limit < 1:
         raise InputError("--limit", args.limit, "must be at least 1", "give a positive whole number")
-    if args.output is not None:
-        check_writable(args.output, "--output")
-        if args.dataset.exists() and args.output.exists() and args.output.samefile(args.dataset):
-            raise InputError("--output", str(args.output), "is the data set itself", "name another file")
+    check_outputs({"--output": args.output}, [args.dataset])
     if args.dataset.suffix == ".jsonl":
         samples = _read_jsonl(args.dataset, args.characters_per_token)
     else:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 from megatron_dip.spec.errors import EXIT_CODE, InputError
 from megatron_dip.version import __version__
+
+_DESCRIPTION = "Plan, simulate and run DIP, the dynamic interleaved pipeline for multimodal models on Megatron-LM."
 
 COMMANDS = (
     "estimate",
@@ -34,6 +38,9 @@ COMMANDS = (
     "report",
 )
 """Sub-commands in the order of the help; each is ``megatron_dip.cli.<name>_command``."""
+_INTERRUPTED, _PIPE_CLOSED = 130, 141
+"""Exit statuses as a shell gives them for the signals."""
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG})
 BRIEF_COMMANDS = frozenset({"estimate", "plan", "workload", "check", "simulate"})
 _NUMBAS_BLAS = "scipy.linalg.cython_blas"
 """Imported by numba with its first kernel, where scipy is installed at all, for kernels that call BLAS; ours do not."""
@@ -45,7 +52,7 @@ def _module_name(command: str) -> str:
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser for one sub-command, or for the overview when ``command`` is None or unknown."""
-    parser = argparse.ArgumentParser(prog="megatron-dip", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="megatron-dip", allow_abbrev=False, description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"megatron-dip {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
@@ -73,18 +80,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; without ``argv`` that of the command line, as the whole purpose of its process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in arguments if not word.startswith("-")), None)
+    if arguments == ["--version"]:  # without importing every command
+        print(f"megatron-dip {__version__}")
+        return 0
     is_brief = argv is None and command in BRIEF_COMMANDS
     if is_brief:
         gc.disable()
-    parser = build_parser(command if command in COMMANDS else None)
-    args = parser.parse_args(arguments)
-    gc.enable()
     try:
+        parser = build_parser(command if command in COMMANDS else None)
+        args = parser.parse_args(arguments)
+        gc.enable()
         with _brief() if is_brief else contextlib.nullcontext():
-            return args.run(args)
+            status = args.run(args)
+            sys.stdout.flush()
+            return status
     except InputError as error:
-        print(f"megatron-dip: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return EXIT_CODE
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        _say(f"error: cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}. Remedy: make room, or write elsewhere.")
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CODE
+
+
+def _say(text: str) -> None:
+    """One line on standard error, whatever characters it holds."""
+    print(f"megatron-dip: {text}".encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from megatron_dip.schedule.backward import SplitBackward
 from megatron_dip.schedule.grid import format_grid, plan_cells
 from megatron_dip.schedule.search import SearchMethod
 from megatron_dip.simulator.baselines import BASELINES, run_baseline
-from megatron_dip.spec.codec import check_writable, load_partition, load_workload, save, write_atomically
+from megatron_dip.spec.codec import check_outputs, load_partition, load_workload, save, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
@@ -90,9 +90,7 @@ class _Task:
 def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     options = _options(args)
-    for field, path in (("--output", args.output), ("--save-partition", args.save_partition), ("--grid", args.grid)):
-        if path is not None:
-            check_writable(path, field)
+    check_outputs({"--output": args.output, "--save-partition": args.save_partition, "--grid": args.grid}, [args.workload, args.partition])
     workload = load_workload(args.workload)
     if not 0 <= args.replica < workload.parallel.data:
         raise InputError("--replica", args.replica, f"there are {workload.parallel.data} replicas", "give a number from 0 to parallel.data - 1")
@@ -130,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         with console.status("running the baselines"):
             table = _baseline_table(plan, task)
         out.print(table)
-    out.print(f"wrote {args.output}", soft_wrap=True, highlight=False)
+    out.print(f"wrote {args.output}", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 

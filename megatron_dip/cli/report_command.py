@@ -15,12 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_dip.report.gantt import draw_gantt
+    from megatron_dip.report.gantt import SUFFIXES, draw_gantt
     from megatron_dip.report.tables import timeline_table
     from megatron_dip.report.timeline import read_timeline
+    from megatron_dip.spec.codec import check_outputs
+    from megatron_dip.spec.errors import InputError
 
-    timelines = [read_timeline(path)[0] for path in args.files]
-    draw_gantt(timelines, args.output, title=args.title)
+    check_outputs({"--output": args.output}, args.files)
+    if args.output.suffix.lower() not in SUFFIXES:
+        raise InputError("--output", str(args.output), "is no kind of picture", f"end its name in one of {', '.join(SUFFIXES)}")
+    read = [read_timeline(path) for path in args.files]
+    timelines = [timeline for timeline, _ in read]
+    draw_gantt(timelines, args.output, title=args.title, plans=[plan for _, plan in read])
     print(timeline_table(timelines))
     print(f"wrote {args.output}")
     return 0

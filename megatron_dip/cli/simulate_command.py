@@ -31,7 +31,7 @@ from megatron_dip.cost.modules import Kernels
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.simulator.grid import grid_parallels
 from megatron_dip.simulator.step import SCHEDULES, SimulateOptions, Simulation, make_costs, simulate_whole
-from megatron_dip.spec.codec import check_writable, load_partition, load_workload, write_atomically
+from megatron_dip.spec.codec import check_outputs, load_partition, load_workload, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.profile import Profile
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.memory_timeline is not None:
         if args.grid or args.compare:
             raise InputError("--memory-timeline", str(args.memory_timeline), "is for one schedule", "leave --grid and --compare out")
-        check_writable(args.memory_timeline, "--memory-timeline")
+        check_outputs({"--memory-timeline": args.memory_timeline}, [args.workload, args.partition, args.rules])
     workload = load_workload(args.workload)
     if args.device is not None:
         # A profile stands for measured costs on its own device: figures given by hand would silently not be used.

@@ -18,12 +18,9 @@ def run(args: argparse.Namespace) -> int:
 
     from megatron_dip.report.timeline import read_timeline
     from megatron_dip.report.trace import trace_events
-    from megatron_dip.spec.errors import InputError
+    from megatron_dip.spec.codec import check_outputs, write_atomically
 
-    trace = trace_events([read_timeline(path) for path in args.files])
-    try:
-        args.output.write_bytes(msgspec.json.encode(trace))
-    except OSError as error:
-        raise InputError("--output", str(args.output), f"cannot be written ({error.strerror})", "name a file in a folder that exists") from error
+    check_outputs({"--output": args.output}, args.files)
+    write_atomically(args.output, msgspec.json.encode(trace_events([read_timeline(path) for path in args.files])))
     print(f"wrote {args.output}")
     return 0

@@ -1,18 +1,27 @@
-"""Gantt charts: one panel for each timeline, all on one time axis, so that their lengths compare by eye."""
+"""Gantt charts: one panel for each timeline, all on one time axis, so that their lengths compare by eye.
+
+Of a plan the panel below shows what each rank holds over time, with its capacity, and a mark shows the lower bound of the makespan. Timelines of many
+stages are painted by pixel columns, each in the mixture of what ran in its span: bars narrower than a pixel would hide or swell idle time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.typing import ColorType
+from numpy.typing import NDArray
 
+from megatron_dip.report.trace import held_over_time
 from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.timeline import Bar, Timeline
 
 PALETTE = (
@@ -29,40 +38,64 @@ KIND_COLOUR = {"fw": 0, "bw": 1, "w": 2}
 KIND_LABEL = {"fw": "forward", "bw": "backward", "w": "weight gradients"}
 IDLE = "#f1f1ee"
 LARGEST_LABELLED = 400
-"""Bars of a panel beyond which no numbers are written into them."""
+"""Bars of a panel beyond which it is painted by columns, without numbers."""
 
 
-def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str) -> None:
-    """Writes one PNG (or what the suffix of ``path`` says) with a panel for each timeline.
+SUFFIXES = (".png", ".svg", ".pdf")
+"""Kinds of pictures that can be written."""
+_COLUMNS = 2600
+"""Pixel columns of a panel of many stages: two for each pixel of the picture."""
+_MEMORY_HEIGHT = 1.5
+"""Inches of a plan's memory panel."""
 
-    Numbers in the bars are microbatches. Raises InputError when there is nothing to draw or the file cannot be written.
+
+def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str, plans: Sequence[Plan | None] = ()) -> None:
+    """Writes one picture (its kind is the suffix of ``path``) with a panel for each timeline.
+
+    Numbers in the bars are microbatches.
+
+    Args:
+        plans: of the timelines, None where one is measured; adds what ranks hold and the bound.
+
+    Raises:
+        InputError: there is nothing to draw, or the file cannot be written.
     """
-    drawn = [timeline for timeline in timelines if timeline.bars]
+    of_timeline = list(plans) if plans else [None] * len(timelines)
+    pairs = [(timeline, plan) for timeline, plan in zip(timelines, of_timeline, strict=True) if timeline.bars]
+    drawn = [timeline for timeline, _ in pairs]
     if not drawn:
         raise InputError("FILE", [timeline.title for timeline in timelines], "no stages to draw", "give a plan or timeline with stages")
     longest = max(timeline.makespan for timeline in drawn)
     unit, unit_name = _time_unit(longest)
     modules = _modules(drawn)
-    heights = [0.55 + 0.42 * timeline.ranks for timeline in drawn]
+    memory = [_MEMORY_HEIGHT if plan is not None and any(stage.mem_delta_start for stage in plan.stages) else 0.0 for _, plan in pairs]
+    heights = [0.55 + 0.42 * min(timeline.ranks, 128) for timeline in drawn]
     head, foot = 0.85, 0.55
-    height = sum(heights) + head + foot
+    height = sum(heights) + sum(memory) + head + foot
     figure = Figure(figsize=(13, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.text(0.012, 1 - 0.30 / height, title, fontsize=14, weight="bold", va="center")
+    figure.text(0.012, 1 - 0.30 / height, title, fontsize=14, weight="bold", va="center", parse_math=False)
     top = height - head
-    for index, (timeline, panel_height) in enumerate(zip(drawn, heights, strict=True)):
+    for index, ((timeline, plan), panel_height, memory_height) in enumerate(zip(pairs, heights, memory, strict=True)):
         bottom = top - panel_height + 0.36
         axes = figure.add_axes((0.065, (bottom - 0.18) / height, 0.925, (panel_height - 0.36) / height))
         _draw_panel(axes, timeline, modules, unit=unit, span=longest / unit)
         axes.set_title(
             f"{timeline.title}:  {timeline.makespan / unit:.4g} {unit_name}, {100 * timeline.bubble_fraction:.1f} % bubbles",
-            loc="left", fontsize=10.5, pad=4,
+            loc="left", fontsize=10.5, pad=4, parse_math=False,
         )
+        if plan is not None and plan.lower_bound > 0:
+            axes.axvline(plan.lower_bound / unit, color="#b00020", linewidth=1.0, linestyle="--")
+        if memory_height:
+            assert plan is not None
+            axes.set_xticklabels([])
+            axes = figure.add_axes((0.065, (bottom - 0.18 - memory_height + 0.15) / height, 0.925, (memory_height - 0.35) / height))
+            _draw_memory(axes, timeline, plan, unit=unit, span=longest / unit)
         if index + 1 == len(drawn):
             axes.set_xlabel(f"time in {unit_name}", fontsize=9.5)
         else:
             axes.set_xticklabels([])
-        top -= panel_height
+        top -= panel_height + memory_height
     shown = {(bar.module, bar.kind) for timeline in drawn for bar in timeline.bars}
     handles = [
         Patch(color=PALETTE[at % len(PALETTE)][KIND_COLOUR[kind]], label=f"{module} {KIND_LABEL[kind]}")
@@ -91,6 +124,62 @@ def _draw_panel(axes: Axes, timeline: Timeline, modules: Sequence[str], *, unit:
     makespan = timeline.makespan / unit
     for rank in range(timeline.ranks):
         axes.barh(rank, makespan, height=0.84, color=IDLE, linewidth=0)
+    if len(timeline.bars) > LARGEST_LABELLED:
+        axes.imshow(
+            _columns(timeline, modules), extent=(0, makespan, timeline.ranks - 0.5, -0.5), aspect="auto", interpolation="antialiased", zorder=2
+        )
+    else:
+        _draw_bars(axes, timeline, modules, origin, unit=unit, span=span)
+    axes.axvline(makespan, color="#444444", linewidth=0.9)
+    axes.set_xlim(0, span * 1.005)
+    axes.set_ylim(timeline.ranks - 0.5, -0.5)
+    step = -(-timeline.ranks // 32)
+    axes.set_yticks(range(0, timeline.ranks, step), [f"rank {rank}" for rank in range(0, timeline.ranks, step)], fontsize=9)
+    axes.tick_params(axis="x", labelsize=9)
+    axes.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def _columns(timeline: Timeline, modules: Sequence[str]) -> NDArray[np.float64]:
+    """[rows, columns, rgb]: the mixture of what ran on each rank in each column's span, idle time included; a gap between ranks' rows."""
+    rows_each, gap = 8, 1
+    start, span = min(bar.start for bar in timeline.bars), max(1, timeline.makespan)
+    shares = np.zeros((timeline.ranks, _COLUMNS + 1))
+    colours = np.zeros((timeline.ranks, _COLUMNS + 1, 3))
+    for bar in timeline.bars:
+        colour = np.array(to_rgb(_colour(bar, modules)))
+        left, right = (bar.start - start) * _COLUMNS / span, (bar.end - start) * _COLUMNS / span
+        first, last = int(left), min(int(right), _COLUMNS - 1)
+        part = np.ones(last - first + 1)
+        part[0] -= left - first
+        part[-1] -= last + 1 - right
+        shares[bar.rank, first : last + 1] += part
+        colours[bar.rank, first : last + 1] += part[:, None] * colour
+    idle = np.clip(1.0 - shares[:, :_COLUMNS], 0.0, 1.0)
+    mixed = np.clip(colours[:, :_COLUMNS] + idle[..., None] * np.array(to_rgb(IDLE)), 0.0, 1.0)
+    image = np.ones((timeline.ranks, rows_each + gap, _COLUMNS, 3))
+    image[:, :rows_each] = mixed[:, None]
+    return image.reshape(-1, _COLUMNS, 3)
+
+
+def _draw_memory(axes: Axes, timeline: Timeline, plan: Plan, *, unit: float, span: float) -> None:
+    """What each rank holds over time in GB, and the least capacity of the ranks."""
+    for rank, steps in enumerate(held_over_time(timeline, plan)):
+        instants = [step.instant_ns / unit for step in steps] + [timeline.makespan / unit]
+        held = [step.held_bytes / 1e9 for step in steps]
+        axes.step(instants, [*held, held[-1]], where="post", linewidth=0.8, label=f"rank {rank}" if plan.ranks <= 8 else None)
+    if plan.memory_capacity is not None:
+        axes.axhline(min(plan.memory_capacity) / 1e9, color="#b00020", linewidth=1.0, linestyle="--", label="capacity")
+    axes.set_xlim(0, span * 1.005)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)  # room for the legend
+    axes.set_ylabel("GB", fontsize=9)
+    axes.tick_params(labelsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper right", ncol=9, fontsize=7, frameon=False)
+
+
+def _draw_bars(axes: Axes, timeline: Timeline, modules: Sequence[str], origin: int, *, unit: float, span: float) -> None:
     corners: list[list[tuple[float, float]]] = []
     colours: list[ColorType] = []
     for bar in timeline.bars:
@@ -99,22 +188,13 @@ def _draw_panel(axes: Axes, timeline: Timeline, modules: Sequence[str], *, unit:
         corners.append([(left, low), (left, high), (right, high), (right, low)])
         colours.append(_colour(bar, modules))
     axes.add_collection(PolyCollection(corners, facecolors=colours, edgecolors="white", linewidths=0.5))
-    if len(timeline.bars) <= LARGEST_LABELLED:
-        for bar in timeline.bars:
-            width = (bar.end - bar.start) / unit
-            if width > span * 0.0105:
-                axes.text(
-                    (bar.start + bar.end - 2 * origin) / (2 * unit), bar.rank, str(bar.microbatch), ha="center", va="center",
-                    fontsize=7.5, color="#222222" if bar.kind == "fw" else "white",
-                )
-    axes.axvline(makespan, color="#444444", linewidth=0.9)
-    axes.set_xlim(0, span * 1.005)
-    axes.set_ylim(timeline.ranks - 0.5, -0.5)
-    axes.set_yticks(range(timeline.ranks), [f"rank {rank}" for rank in range(timeline.ranks)], fontsize=9)
-    axes.tick_params(axis="x", labelsize=9)
-    axes.tick_params(axis="y", length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    for bar in timeline.bars:
+        width = (bar.end - bar.start) / unit
+        if width > span * 0.0105:
+            axes.text(
+                (bar.start + bar.end - 2 * origin) / (2 * unit), bar.rank, str(bar.microbatch), ha="center", va="center",
+                fontsize=7.5, color="#222222" if bar.kind == "fw" else "white",
+            )
 
 
 def _colour(bar: Bar, modules: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,7 +91,21 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def load_timeline(path: str | Path) -> Timeline:
-    return _load(Path(path), Timeline)
+    """Reads and validates a timeline."""
+    return decode_timeline(read_file(path), Path(path))
+
+
+def decode_timeline(data: bytes, path: Path) -> Timeline:
+    """As :func:`load_timeline`, of a file that was read already."""
+    timeline = decode(data, Timeline, _name(path))
+    with _named_in(path):
+        timeline.validate()
+    return timeline
+
+
+def decode_plan(data: bytes, path: Path) -> Plan:
+    """As :func:`load_plan`, of a file that was read already."""
+    return decode(data, Plan, _name(path))
 
 
 def load_example(path: str | Path) -> ExampleConfig:
@@ -106,20 +121,25 @@ def _has_video(path: Path) -> bool:
     """Whether the file's model makes video; False for what cannot be read, which :func:`_load` tells of."""
     try:
         raw = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     model = raw.get("model") if isinstance(raw, dict) else None
     return isinstance(model, dict) and "video" in model
 
 
-def read_format(path: str | Path) -> str | None:
-    """What the file's ``format`` says, None where it has none; for commands that take files of several kinds."""
-    path = Path(path)
+def read_file(path: str | Path) -> bytes:
+    """The file's bytes. Commands that take files of several kinds read each once, so that a pipe can be one of them."""
     try:
-        raw = json.loads(path.read_bytes())
+        return Path(path).read_bytes()
     except OSError as error:
         raise InputError(str(path), str(path), f"cannot be read ({error.strerror})", "name a file that exists and is readable") from None
-    except ValueError:
+
+
+def format_of(data: bytes) -> str | None:
+    """What a file's ``format`` says, None where it has none or is no JSON object."""
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError):
         return None
     return raw.get("format") if isinstance(raw, dict) else None
 
@@ -144,11 +164,30 @@ def decode(text: str | bytes, kind: type[T], name: str) -> T:
     if not isinstance(raw, dict):
         raise InputError(name, raw, "not a JSON object", f'start with {{"format": "{wanted}", ...}}')
     if raw.get("format") != wanted:
-        raise InputError(f"{name}: format", raw.get("format"), "not a known format and version here", f'use "{wanted}"')
+        raise _other_kind(raw, wanted, name)
     try:
         return msgspec.convert(raw, kind, str_keys=True)
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and no text can hold
+        raise InputError(name, "...", "holds a character that is no text", "remove the lone \\ud800 to \\udfff escapes") from None
     except msgspec.ValidationError as error:
         raise _prefixed(_explain(str(error), raw, kind), name) from None
+
+
+def _other_kind(raw: dict[str, Any], wanted: str, name: str) -> InputError:
+    """What to say of a file of another kind than ``wanted``."""
+    found, noun = raw.get("format"), _noun(wanted)
+    if found in _FORMATS.values():
+        return InputError(f"{name}: format", found, f"this is a {_noun(str(found))}, where a {noun} is asked for", f"give a {noun}")
+    if "model_type" in raw or "_class_name" in raw:
+        return InputError(
+            f"{name}: format", found, f"this is a model's config, where a {noun} is asked for",
+            "make a workload of it with `megatron-dip estimate --save-workload`",
+        )
+    return InputError(f"{name}: format", found, "not a known format and version here", f'use "{wanted}"')
+
+
+def _noun(file_format: str) -> str:
+    return file_format.split("/")[1]
 
 
 def encode(value: msgspec.Struct) -> bytes:
@@ -170,6 +209,28 @@ def check_writable(path: str | Path, field: str) -> None:
         raise InputError(field, str(path), "its directory does not exist", f"create {path.parent} or name another file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise InputError(field, str(path), "cannot be written", "name a file that you may write")
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path | None] = ()) -> None:
+    """Raises InputError if one of the outputs cannot be written, or would overwrite an input or another output.
+
+    Args:
+        outputs: flag -> path; None: not asked for.
+        inputs: files that are read.
+    """
+    given = {field: path for field, path in outputs.items() if path is not None}
+    seen: dict[Path, str] = {}
+    for field, path in given.items():
+        check_writable(path, field)
+        if path.exists() and not path.is_file():
+            continue  # a pipe or /dev/null takes any number of outputs
+        for source in inputs:
+            if source is not None and source.exists() and path.exists() and path.samefile(source):
+                raise InputError(field, str(path), "is an input of this command and would be overwritten", "name another file")
+        target = path.resolve()
+        if target in seen:
+            raise InputError(field, str(path), f"is the file of {seen[target]} too", "name a file for each")
+        seen[target] = field
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -202,11 +263,7 @@ def _umask() -> int:
 
 
 def _load(path: Path, kind: type[T]) -> T:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(str(path), str(path), f"cannot be read ({error.strerror})", "name a file that exists and is readable") from None
-    return decode(data, kind, _name(path))
+    return decode(read_file(path), kind, _name(path))
 
 
 def _name(path: Path) -> str:

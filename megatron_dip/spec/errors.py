@@ -21,14 +21,14 @@ class InputError(ValueError):
     """
 
     def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
-        self.field = field
+        self.field = field if len(field) <= 300 else f"{field[:140]} ... {field[-140:]}"
         self.value = value
         self.problem = problem
         self.remedy = remedy
         shown = repr(value)
         if len(shown) > 200:
             shown = shown[:197] + "..."
-        super().__init__(f"{field} = {shown}: {problem}. Remedy: {remedy}.")
+        super().__init__(f"{self.field} = {shown}: {problem}. Remedy: {remedy}.")
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, object, str, str]]:
         # Exceptions pickle by their message alone; ranks and worker processes send these to each other.

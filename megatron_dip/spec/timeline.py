@@ -34,6 +34,16 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ranks: int
     bars: list[Bar]
 
+    def validate(self) -> None:
+        """Raises InputError for bars that cannot be: of no rank of the timeline, or that end before they start."""
+        if not 1 <= self.ranks <= _MAX_RANKS:
+            raise InputError("ranks", self.ranks, f"outside 1 to {_MAX_RANKS}", "give the number of pipeline ranks")
+        for index, bar in enumerate(self.bars):
+            if not 0 <= bar.rank < self.ranks:
+                raise InputError(f"bars[{index}].rank", bar.rank, f"the timeline has ranks 0 to {self.ranks - 1}", "give one of them")
+            if not -_MAX_TIME_NS <= bar.start <= bar.end <= _MAX_TIME_NS:
+                raise InputError(f"bars[{index}]", [bar.start, bar.end], "ends before it starts, or lies years away", "give start and end in ns")
+
     @property
     def makespan(self) -> int:
         """ns from the first start to the last end."""
@@ -48,6 +58,10 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             return 0.0
         busy = sum(bar.end - bar.start for bar in self.bars)
         return 1.0 - busy / (self.ranks * self.makespan)
+
+
+_MAX_RANKS = 1 << 16
+_MAX_TIME_NS = 10**18
 
 
 def plan_timeline(plan: Plan, title: str) -> Timeline:

@@ -9,16 +9,19 @@ import msgspec
 import numpy as np
 import pytest
 from matplotlib import image as matplotlib_image
+from matplotlib.colors import to_rgb
 
 from megatron_dip.cli.main import main
-from megatron_dip.report.gantt import draw_gantt
+from megatron_dip.report.gantt import IDLE, PALETTE, _columns, draw_gantt
 from megatron_dip.report.tables import markdown_table, spread, timeline_table
 from megatron_dip.report.timeline import read_timeline
-from megatron_dip.report.trace import trace_events
-from megatron_dip.spec.codec import save
+from megatron_dip.report.trace import held_over_time, trace_events
+from megatron_dip.spec.codec import load_plan, save
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Dep, Plan, PlanStage
 from megatron_dip.spec.timeline import Bar, Timeline, plan_timeline
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "plan.json"
 
 
 def stage(number: int, rank: int, kind: Any, duration: int, *deps: Dep, module: str = "lm") -> PlanStage:
@@ -98,15 +101,61 @@ def test_trace_has_every_stage_and_message() -> None:
     events = trace_events([(plan_timeline(plan, "plan"), plan), (timeline(), None)])["traceEvents"]
     stages = [event for event in events if event["ph"] == "X"]
     assert [(event["pid"], event["tid"], event["name"], event["ts"], event["dur"]) for event in stages[:2]] == [
-        (0, 0, "lm F0.0", 0.0, 0.01), (0, 1, "lm F0.0", 0.015, 0.02),
+        (1, 1, "lm F0.0", 0.0, 0.01), (1, 2, "lm F0.0", 0.015, 0.02),
     ]
     assert len(stages) == 6
     sent = {event["id"]: event for event in events if event["ph"] == "s"}
     received = {event["id"]: event for event in events if event["ph"] == "f"}
-    assert sent.keys() == received.keys() == {0, 1}
-    assert (sent[0]["tid"], received[0]["tid"]) == (0, 1)
-    assert (sent[1]["tid"], received[1]["tid"]) == (1, 0)
+    assert sent.keys() == received.keys() == {"1.0", "1.1"}
+    assert (sent["1.0"]["tid"], received["1.0"]["tid"]) == (1, 2)
+    assert (sent["1.1"]["tid"], received["1.1"]["tid"]) == (2, 1)
     assert all(received[tag]["ts"] > sent[tag]["ts"] for tag in sent)
+
+
+def test_two_plans_in_one_trace_have_arrows_of_their_own() -> None:
+    plan = two_rank_plan()
+    events = trace_events([(plan_timeline(plan, "a"), plan), (plan_timeline(plan, "b"), plan)])["traceEvents"]
+    arrows = [(event["id"], event["ph"]) for event in events if event["ph"] in "sf"]
+    assert len(set(arrows)) == len(arrows) == 8
+
+
+def test_memory_counters_end_where_they_began() -> None:
+    plan = load_plan(GOLDEN)
+    held = held_over_time(plan_timeline(plan, "a"), plan)
+    assert [steps[-1].held_bytes for steps in held] == plan.memory_initial
+    assert max(step.held_bytes for step in held[0]) == plan.peak_memory[0]
+
+
+def test_columns_of_many_stages_show_how_much_was_busy() -> None:
+    """A rank that works half of each of many short spans is half as far from the idle colour as one that works all the time."""
+    bars = [
+        Bar(rank=rank, kind="bw", module="lm", vp_stage=0, microbatch=i, sub_microbatch=0, start=100 * i, end=100 * i + length)
+        for rank, length in ((0, 100), (1, 50), (2, 0)) for i in range(20_000)
+    ]
+    image = _columns(timeline(bars=bars, ranks=3), ["lm"]).reshape(3, 9, -1, 3)[:, :8].mean(axis=(1, 2))
+    idle, busy = np.array(to_rgb(IDLE)), np.array(to_rgb(PALETTE[0][1]))
+    assert image[0] == pytest.approx(busy, abs=2e-3)
+    assert image[1] == pytest.approx((idle + busy) / 2, abs=5e-3)
+    assert image[2] == pytest.approx(idle, abs=2e-3)
+
+
+@pytest.mark.parametrize("changed", [{"ranks": 0}, {"ranks": 10**9}, {"ranks": -3}, {"ranks": 1}])
+def test_timelines_that_cannot_be_are_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
+    save(tmp_path / "x.json", msgspec.structs.replace(timeline(), **changed))
+    with pytest.raises(InputError, match="rank"):
+        read_timeline(tmp_path / "x.json")
+
+
+def test_a_bar_that_ends_before_it_starts_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "x.json", timeline(bars=[Bar(rank=0, kind="fw", module="vit", vp_stage=0, microbatch=0, sub_microbatch=0, start=5, end=4)]))
+    with pytest.raises(InputError, match=r"bars\[0\]"):
+        read_timeline(tmp_path / "x.json")
+
+
+def test_a_plan_that_does_not_hold_is_no_timeline(tmp_path: Path) -> None:
+    save(tmp_path / "x.json", msgspec.structs.replace(load_plan(GOLDEN), outputs={0: 77}))
+    with pytest.raises(InputError, match="does not hold"):
+        read_timeline(tmp_path / "x.json")
 
 
 def test_spread_and_tables() -> None:
@@ -117,7 +166,7 @@ def test_spread_and_tables() -> None:
 
 
 def test_commands_write_pictures_and_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(tmp_path / "plan.json", two_rank_plan())
+    save(tmp_path / "plan.json", load_plan(GOLDEN))
     save(tmp_path / "measured.json", timeline())
     files = [str(tmp_path / "plan.json"), str(tmp_path / "measured.json")]
     assert main(["report", *files, "--output", str(tmp_path / "x.png")]) == 0
@@ -136,12 +185,11 @@ def test_commands_name_a_file_of_another_kind(
     if content is not None:
         (tmp_path / "x.json").write_text(content)
     for command in ("report", "trace"):
-        assert main([command, str(tmp_path / "x.json"), "--output", str(tmp_path / "out")]) == 2
+        assert main([command, str(tmp_path / "x.json"), "--output", str(tmp_path / "out.png")]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert "Remedy" in error
 
 
-def test_reading_gives_the_plan_back(tmp_path: Path) -> None:
-    save(tmp_path / "plan.json", two_rank_plan())
-    assert read_timeline(tmp_path / "plan.json")[1] == two_rank_plan()
+def test_reading_gives_the_plan_back() -> None:
+    assert read_timeline(GOLDEN)[1] == load_plan(GOLDEN)

@@ -1,0 +1,97 @@
+"""What every command does alike: outputs that would overwrite inputs, wrong kinds of file, closed pipes, full disks, interrupts."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_dip.cli.main import main
+from megatron_dip.version import __version__
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+COMMAND = [sys.executable, "-m", "megatron_dip"]
+
+
+def test_version_without_other_modules() -> None:
+    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == f"megatron-dip {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("plan", "workload.json", "--output", "workload.json"), ("trace", "plan.json", "--output", "plan.json"),
+     ("plan", "workload.json", "--output", "o.json", "--save-partition", "o.json")],
+)
+def test_outputs_never_overwrite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("workload.json", "plan.json"):
+        (tmp_path / name).write_bytes((GOLDEN / name).read_bytes())
+    assert main(arguments) == 2
+    assert "--" in capsys.readouterr().err
+    for name in ("workload.json", "plan.json"):
+        assert (tmp_path / name).read_bytes() == (GOLDEN / name).read_bytes()
+    assert not (tmp_path / "o.json").exists()
+
+
+@pytest.mark.parametrize(("command", "said"), [("plan", "this is a plan, where a workload is asked for"), ("check", "this is a workload, where a plan")])
+def test_a_file_of_another_kind_is_called_that(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, said: str) -> None:
+    file = GOLDEN / ("plan.json" if command == "plan" else "workload.json")
+    output = ["--output", str(tmp_path / "x.json")] if command == "plan" else []
+    assert main([command, str(file), *output]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"\\ud800": 1, "format": "megatron-dip/plan/1"}', '{"format": "\\ud800"}'])
+@pytest.mark.parametrize("command", ["report", "trace", "check"])
+def test_depth_and_surrogates_end_in_one_line(tmp_path: Path, command: str, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    output = [] if command == "check" else ["--output", str(tmp_path / "o.png")]
+    done = subprocess.run([*COMMAND, command, str(tmp_path / "x.json"), *output], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_closed_pipe_and_a_full_disk_end_without_a_traceback() -> None:
+    command = [*COMMAND, "simulate", str(GOLDEN / "workload.json"), "--schedule", "1f1b", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        error = process.stderr.read().decode()
+        assert process.wait(timeout=120) == 141
+    assert "Traceback" not in error
+    assert "BrokenPipe" not in error
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_ends_in_one_line_and_leaves_no_file(tmp_path: Path) -> None:
+    command = [*COMMAND, "plan", str(GOLDEN / "workload.json"), "--output", str(tmp_path / "p.json"), "--time-budget", "60", "--no-baselines"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        time.sleep(6.0)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert error.decode().strip().splitlines()[-1] == "megatron-dip: interrupted"
+    assert "Traceback" not in error.decode()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_names_the_kinds_of_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(GOLDEN / "plan.json"), "--output", str(tmp_path / "picture")]) == 2
+    assert ".png" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_title_is_text_and_no_formula(tmp_path: Path) -> None:
+    assert main(["report", str(GOLDEN / "plan.json"), "--output", str(tmp_path / "p.png"), "--title", r"costs $\frac{"]) == 0
