@@ -21,6 +21,7 @@ from megatron_dip.hooks.report import report
 from megatron_dip.iteration.built_model import describe_built_model
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 from megatron_dip.models.capture import CapturedCall
+from megatron_dip.models.deferral import check_split
 from megatron_dip.models.description import LANGUAGE
 from megatron_dip.models.staged import DescribedStagedModel
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
@@ -111,6 +112,8 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, num_outputs=description.num_outputs,
         planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming, joined=joined,
     )
+    if options.split_backward:
+        check_split(chunks)
     forward_backward = DipForwardBackward(staged_model=staged, chunks=chunks, partition=built.partition, settings=settings)
     model = describe_built_model(description.model_spec, built.partition, built.keys, chunks, forward_backward.groups).spec
     costs = built.costs_of(model)

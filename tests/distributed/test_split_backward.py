@@ -69,3 +69,50 @@ def _when_gradients_come(rank: int, num_ranks: int) -> list[tuple[float, float, 
 
 def test_weight_gradients_come_with_w_and_all_others_with_b() -> None:
     assert launch(_when_gradients_come, 1)[0] == [(0.0, 168.0, 12.0, 48.0)] * 4
+
+
+def _fused_products(rank: int, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.dtype]]:
+    """What W adds to ``main_grad`` under fused accumulation, in bf16; the exact sum; what Megatron's kernel was given.
+
+    The kernel needs CUDA: one that does its arithmetic stands in for it.
+    """
+    from types import SimpleNamespace
+
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_dip.models.deferral import LinearWeightDeferral
+    from megatron_dip.trainer.build import initialize_parallel
+
+    initialize_parallel(Parallel(), device="cpu", seed=1)
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, use_cpu_initialization=True, params_dtype=torch.bfloat16)
+    layer = layers.ColumnParallelLinear(8, 6, config=config, init_method=torch.nn.init.ones_, bias=False, skip_bias_add=False)
+    layer.gradient_accumulation_fusion = True
+    layer.weight.main_grad = torch.zeros(6, 8)
+    given: list[torch.dtype] = []
+
+    def accumulate(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        given.append(main_grad.dtype)
+        main_grad.addmm_(grad_output.float().t(), total_input.float())
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
+    deferral = LinearWeightDeferral([layer])
+    expected = torch.zeros(6, 8)
+    for stage in (0, 1):
+        x = torch.randn(5, 1, 8).bfloat16().requires_grad_()
+        grad = torch.randn(5, 1, 6).bfloat16()
+        with deferral.collecting(stage):
+            y = layer(x)[0]
+            y.backward(grad)
+        expected += grad[:, 0].float().t() @ x.detach()[:, 0].float()
+    assert not layer.weight.main_grad.any()
+    for stage in (1, 0):
+        deferral.run(stage)
+    return layer.weight.main_grad, expected, given
+
+
+def test_fused_accumulation_adds_products_that_were_not_rounded() -> None:
+    ((got, expected, given),) = launch(_fused_products, 1)
+    assert given == [torch.float32] * 2
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(got, got.bfloat16().float())
