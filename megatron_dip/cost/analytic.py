@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from megatron_dip.cost.collectives import groups, message_bandwidth
 from megatron_dip.cost.device import DeviceDescription, load_device
 from megatron_dip.cost.interface import Part, PartCost
-from megatron_dip.cost.memory import bytes_per_parameter, first_parameters, last_parameters, layer_parameters, unsplit_first_parameters
+from megatron_dip.cost.memory import (
+    bytes_per_parameter,
+    first_parameters,
+    input_bytes,
+    last_parameters,
+    layer_parameters,
+    unsplit_first_parameters,
+)
 from megatron_dip.cost.modules import Kernels, PartGraphs, Sharding, build_part
 from megatron_dip.cost.operators import Cause, LatencyRules, time_graph
 from megatron_dip.spec.errors import InputError
@@ -169,8 +176,11 @@ class AnalyticCost:
     def memory_capacity_bytes(self) -> int | None:
         return self._capacity
 
-    def holds_encoder_outputs(self) -> bool:
+    def counts_all_memory(self) -> bool:
         return True
+
+    def input_bytes(self, module: str, lengths: Sequence[int], *, at_first: bool) -> int:
+        return input_bytes(self._module(module), lengths, at_first=at_first)
 
     def _module(self, name: str) -> ModuleSpec:
         if name not in self._modules:

@@ -34,3 +34,20 @@ class FixedStrategyCost(WrappedCost):
 
     def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
         return {"none": Strategy()}
+
+
+class FixedLeast(FixedStrategyCost):
+    """Costs under which every layer uses at least strategy ``label``; what keeps less is left to choose."""
+
+    def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
+        given = self.costs.strategies(module, lengths)
+        least = given.get(self.label)
+        if least is None:
+            return given
+        return {"none": Strategy()} | {
+            name: Strategy(
+                extra_forward=max(0.0, strategy.extra_forward - least.extra_forward), activation=strategy.activation / least.activation,
+                offload=strategy.offload,
+            )
+            for name, strategy in given.items() if name not in ("none", self.label) and strategy.activation < least.activation
+        }

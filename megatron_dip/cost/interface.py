@@ -43,13 +43,24 @@ class CostModel(Protocol):
         ...
 
     def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
-        """Bytes that a chunk holds all the time (weights, gradients, optimizer state); 0 under a profile."""
+        """Bytes that a chunk holds all the time (weights, gradients, optimizer state); 0 under a profile alone."""
         ...
 
     def memory_capacity_bytes(self) -> int | None:
         """Bytes that a rank may use, None = unlimited."""
         ...
 
-    def holds_encoder_outputs(self) -> bool:
-        """Whether encoder outputs kept for the backbone count as memory (true for analytic costs, false under a profile)."""
+    def counts_all_memory(self) -> bool:
+        """Whether memory means all that a run holds: besides activations encoder outputs kept for the backbone, messages under way, captured
+        inputs, and the layer that is being recomputed. True for analytic costs and in training; by the format of plans it is false under
+        a profile alone."""
+        ...
+
+    def input_bytes(self, module: str, lengths: Sequence[int], *, at_first: bool) -> int:
+        """Bytes of one microbatch's inputs of a module that a rank holds until its last stage of the microbatch; asked for only where
+        all memory counts.
+
+        Args:
+            at_first: whether the rank has the module's embedding or stem.
+        """
         ...

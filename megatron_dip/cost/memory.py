@@ -9,6 +9,8 @@ they were split over the tensor-parallel ranks too; they are less than 0.1 % of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_dip.cost.modules import MODULATIONS, STEM_INPUT, TIMESTEP_INPUT, VIT_MERGE
 from megatron_dip.spec.model import ModuleSpec
 from megatron_dip.spec.workload import Training
@@ -51,6 +53,14 @@ def module_parameters(module: ModuleSpec, consumer: ModuleSpec | None) -> int:
     """All parameters of a module; tied embeddings count once."""
     last = 0 if module.tied_embeddings and consumer is None else last_parameters(module, consumer)
     return module.num_layers * layer_parameters(module) + first_parameters(module) + last
+
+
+def input_bytes(module: ModuleSpec, lengths: Sequence[int], *, at_first: bool) -> int:
+    """What a microbatch's data of a module take on a rank: token ids, labels and positions of 8 bytes and a loss mask of 4 for a language
+    model, on every rank; the values of the stem's patches in fp32 for the others, where the stem is."""
+    if module.kind == "lm":
+        return 28 * sum(lengths)
+    return 4 * STEM_INPUT[module.kind] * sum(lengths) if at_first else 0
 
 
 def bytes_per_parameter(training: Training, *, trainable: bool, replicas: int) -> float:

@@ -79,8 +79,11 @@ class ProfileCost:
     def memory_capacity_bytes(self) -> int | None:
         return self._capacity
 
-    def holds_encoder_outputs(self) -> bool:
+    def counts_all_memory(self) -> bool:
         return False
+
+    def input_bytes(self, module: str, lengths: Sequence[int], *, at_first: bool) -> int:
+        return 0
 
     def _check_module(self, module: str) -> None:
         if module not in self._strategies:

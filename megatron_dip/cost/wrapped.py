@@ -28,5 +28,8 @@ class WrappedCost:
     def memory_capacity_bytes(self) -> int | None:
         return self.costs.memory_capacity_bytes()
 
-    def holds_encoder_outputs(self) -> bool:
-        return self.costs.holds_encoder_outputs()
+    def counts_all_memory(self) -> bool:
+        return self.costs.counts_all_memory()
+
+    def input_bytes(self, module: str, lengths: Sequence[int], *, at_first: bool) -> int:
+        return self.costs.input_bytes(module, lengths, at_first=at_first)

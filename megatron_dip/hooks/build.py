@@ -6,7 +6,7 @@ In: Megatron's namespace and the script's provider. Out: chunks for Megatron's w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.checkouts.checkpoint_files import CUT_ATTRIBUTE, check_loadable
-from megatron_dip.cost.analytic import AnalyticCost
-from megatron_dip.cost.device import device_names, load_device
-from megatron_dip.cost.interface import CostModel
-from megatron_dip.cost.profile import ProfileCost
-from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.hooks.arguments import DipOptions, options_from_args
+from megatron_dip.hooks.costs import make_costs
 from megatron_dip.iteration.forward_backward import DipForwardBackward
 from megatron_dip.models.description import LANGUAGE, ModelDescription, unwrap
 from megatron_dip.models.layout import check_enough_layers, chunk_order
@@ -29,12 +25,10 @@ from megatron_dip.models.provided import sketch_model
 from megatron_dip.models.registry import describe
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.runtime.interface import ChunkKey
-from megatron_dip.spec.codec import load_partition, load_profile
+from megatron_dip.spec.codec import load_partition
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
-from megatron_dip.spec.profile import Strategy
-from megatron_dip.spec.workload import Parallel, Training
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +45,8 @@ class BuiltModel:
     description: ModelDescription
     partition: Partition
     options: DipOptions
-    costs_of: Callable[[ModelSpec], CostModel]
-    """Once it is known which parts are trained."""
+    args: Any
+    """Megatron's namespace."""
     keys: tuple[ChunkKey, ...]
     forward_backward: DipForwardBackward | None = None
     iterations: int = 0
@@ -106,7 +100,7 @@ def build_chunks(
         chunks.append(chunk)
     make_costs(spec, args, options)  # what is wrong with the flags is said before training starts
     _built[id(chunks[0])] = BuiltModel(
-        chunks[0], description, partition, options, lambda trained: make_costs(trained, args, options), keys
+        chunks[0], description, partition, options, args, keys
     )
     if torch.distributed.get_rank() == 0:
         logger.warning("DIP cuts %s into layers %s", ", ".join(m.name for m in spec.modules), partition.chunks)
@@ -142,42 +136,3 @@ def make_partition(spec: ModelSpec, num_ranks: int, options: DipOptions) -> Part
     partition.validate({module.name: module.num_layers for module in spec.modules}, num_ranks, where="--dip-partition")
     check_enough_layers(partition)
     return partition
-
-
-def make_costs(spec: ModelSpec, args: Any, options: DipOptions) -> CostModel:
-    """What plans cost: the profile of the flags, or the analytic costs of a device."""
-    if options.profile is not None:
-        costs: CostModel = ProfileCost(load_profile(options.profile), options.memory_limit_bytes, field="--dip-profile")
-    else:
-        parallel = Parallel(
-            tensor=args.tensor_model_parallel_size, pipeline=args.pipeline_model_parallel_size, data=args.data_parallel_size,
-            context=args.context_parallel_size, sequence=bool(args.sequence_parallel),
-        )
-        training = Training(
-            dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32", distributed_optimizer=bool(args.use_distributed_optimizer),
-            split_backward=options.split_backward,
-        )
-        device = load_device(options.device or detect_device(), "--dip-device")
-        costs = AnalyticCost(
-            spec, parallel, training, device, memory_capacity_bytes=options.memory_limit_bytes,
-            undivided=[module.name for module in spec.modules if module.role == "encoder"],
-        )
-    return _RunnableCosts(costs)
-
-
-def detect_device() -> str:
-    """The named device that this process trains on. Raises InputError for one without figures."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    known = [device for device in device_names() if device.lower() in name.lower()]
-    if not known:
-        raise InputError(
-            "--dip-device", None, f"there are no figures for {name!r}", f"give one of {list(device_names())}, a device file, or --dip-profile"
-        )
-    return max(known, key=len)
-
-
-class _RunnableCosts(WrappedCost):
-    """Costs of another model without the memory strategies that chunks cannot carry out (offloading)."""
-
-    def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
-        return {name: strategy for name, strategy in self.costs.strategies(module, lengths).items() if strategy.offload is None}

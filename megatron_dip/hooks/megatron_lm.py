@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_dip.hooks.build import BuiltModel, build_chunks, built_model
+from megatron_dip.hooks.costs import run_costs
 from megatron_dip.hooks.data import build_data_iterators, upcoming_microbatches
 from megatron_dip.hooks.report import report
 from megatron_dip.iteration.built_model import describe_built_model
@@ -83,11 +84,13 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         return plan_iteration(model, built.partition, microbatches, costs, PlanOptions(
             time_budget_s=None if options.evaluations is not None else options.time_budget_s, evaluations=options.evaluations,
             threads=options.planner_threads // side_by_side, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
+            may_exceed_memory=True, memory_field="--dip-memory-limit",
         ))
 
     def quick_plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
         return plan_iteration(model, built.partition, microbatches, costs, PlanOptions(
             evaluations=_QUICK_EVALUATIONS, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
+            may_exceed_memory=True, memory_field="--dip-memory-limit",
         ))
 
     def call_metadata(call: CapturedCall) -> Microbatch:
@@ -115,6 +118,6 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
     if options.split_backward:
         check_split(chunks)
     forward_backward = DipForwardBackward(staged_model=staged, chunks=chunks, partition=built.partition, settings=settings)
-    model = describe_built_model(description.model_spec, built.partition, built.keys, chunks, forward_backward.groups).spec
-    costs = built.costs_of(model)
+    trained = describe_built_model(description.model_spec, built.partition, built.keys, chunks, forward_backward.groups)
+    model, costs = trained.spec, run_costs(trained, built.partition, built.args, options, chunks)
     return forward_backward

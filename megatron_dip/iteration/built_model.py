@@ -20,7 +20,7 @@ from megatron_dip.spec.partition import Partition
 
 
 @dataclass(frozen=True, slots=True)
-class BuiltModel:
+class TrainedModel:
     spec: BuiltModelSpec
     weights: Mapping[Place, ChunkWeights]
     """Of all chunks of all pipeline ranks."""
@@ -28,7 +28,7 @@ class BuiltModel:
 
 def describe_built_model(
     spec: ModelSpec, partition: Partition, keys: Sequence[ChunkKey], chunks: Sequence[torch.nn.Module], groups: PipelineGroups
-) -> BuiltModel:
+) -> TrainedModel:
     """Args:
     keys, chunks: of this rank.
     """
@@ -41,4 +41,4 @@ def describe_built_model(
         told = [own] * len(groups.control_ranks)
         dist.all_gather_object(told, own, group=groups.control)
     weights = {place: of_chunk for of_rank in reversed(told) for place, of_chunk in of_rank.items()}
-    return BuiltModel(built_model(spec, partition, weights), weights)
+    return TrainedModel(built_model(spec, partition, weights), weights)

@@ -6,13 +6,14 @@ In: one chunk and its place in the cut. Out: a :class:`ChunkWeights`; the chunks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 
+from megatron_dip.cost.modules import Kernels
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.models.parts import STEM
 from megatron_dip.spec.model import BuiltModelSpec, ModelSpec, TrainableParts
@@ -65,6 +66,19 @@ def _stands_before_the_layers(name: str) -> bool:
     """By a weight's name, where a chunk has both ends of its module."""
     steps = name.split(".")
     return "embedding" in steps or any(step in STEM for step in steps)
+
+
+def built_kernels(chunks: Sequence[torch.nn.Module]) -> Kernels:
+    """Which implementations the layers of chunks run. Attention keeps its scores, and is slower, unless Transformer Engine runs it by a
+    fused kernel; where modules differ the costlier answer is given for all."""
+    fused, dropout = True, False
+    for layer in (layer for chunk in chunks for block in transformer_blocks(chunk) for layer in block.layers):
+        core = getattr(getattr(layer, "self_attention", None), "core_attention", None)
+        by_engine = any("TEDotProductAttention" in base.__name__ for base in type(core).__mro__)
+        backend = getattr(getattr(layer.config, "attention_backend", None), "name", "auto")
+        fused = fused and by_engine and backend not in ("unfused", "local")
+        dropout = dropout or layer.config.attention_dropout > 0 or layer.config.hidden_dropout > 0
+    return Kernels(attention="fused" if fused else "unfused", dropout=dropout)
 
 
 def built_model(spec: ModelSpec, partition: Partition, weights: Mapping[Place, ChunkWeights]) -> BuiltModelSpec:

@@ -8,24 +8,29 @@ compiled without it, and the rest is Python in small steps (:mod:`megatron_dip.p
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.online import split
+from megatron_dip.planner.all_memory import captured_inputs, recomputing_room, with_all_memory
 from megatron_dip.planner.courtesy import no_collections
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
+from megatron_dip.program.program import Program
 from megatron_dip.schedule.backward import Solved, SplitBackward, search_forms
 from megatron_dip.schedule.checker import check_plan
 from megatron_dip.schedule.exact_memory import load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
+from megatron_dip.schedule.result import Schedule
 from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.long import LongList
@@ -34,6 +39,8 @@ from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Dep, Plan, PlanStage
 from megatron_dip.spec.tasks import KIND_NAMES, WEIGHT, TaskGraph
 from megatron_dip.spec.workload import Microbatch
+
+logger = logging.getLogger(__name__)
 
 MemoryChoice = Literal["relaxation", "exact"]
 
@@ -58,6 +65,11 @@ class PlanOptions:
     """Memory strategy of every layer; None = chosen per layer."""
     memory: MemoryChoice = "relaxation"
     """``exact``: the found orders' memory strategies are chosen once more by HiGHS, up to 10 s a rank beyond the budget."""
+
+    may_exceed_memory: bool = False
+    """Where not even the leanest plan fits: make that one, with a warning, since costs are estimates. False: an InputError."""
+    memory_field: str = "memory_capacity_bytes"
+    """How messages name the limit on memory."""
 
     def validate(self) -> None:
         """Raises InputError for budgets that never end or never begin, and for a solver that is not installed."""
@@ -103,51 +115,122 @@ def plan_iteration(
                 only_strategy=options.strategy,
             )
 
-    try:
-        solved = search_forms(build, limit, SearchOptions(
-            method=options.search, time_budget_s=budget, evaluations=options.evaluations, threads=options.threads, seed=options.seed,
-        ), False if options.forward_only else options.split_backward)
-    except DoesNotFit as error:
-        assert capacity is not None
-        raise _memory_error(error, capacity, initial) from error
-    if options.memory == "exact":
-        solved = replace(solved, result=with_exact_memory(solved.problem, limit, solved.result))
+    search_options = SearchOptions(
+        method=options.search, time_budget_s=budget, evaluations=options.evaluations, threads=options.threads, seed=options.seed,
+    )
+    inputs = None
+    if costs.counts_all_memory():
+        inputs = captured_inputs(model, microbatches, costs, partition.num_ranks)
+
+    def solve(limit: NDArray[np.int64]) -> _Lowered:
+        solved = search_forms(build, limit, search_options, False if options.forward_only else options.split_backward)
+        if options.memory == "exact":
+            solved = replace(solved, result=with_exact_memory(solved.problem, limit, solved.result))
+        with no_collections():
+            return _lower(solved, inputs)
+
+    room = np.zeros(partition.num_ranks, dtype=np.int64)
+    if inputs is not None and capacity is not None:
+        room = recomputing_room(build(False)) + inputs.sum(axis=0)
+    lowered = _fit(solve, limit, room, initial, capacity, options)
     with no_collections():
-        plan = _make_plan(solved, partition, capacity, initial, options.seed)
+        plan = _make_plan(lowered, partition, capacity, initial, options.seed)
         check_plan(plan, microbatches)
     return msgspec.structs.replace(plan, planning_ns=time.perf_counter_ns() - began)
 
 
-def _memory_error(error: DoesNotFit, capacity: int, initial: Sequence[int]) -> InputError:
-    rank = int(np.argmax(error.missing))
-    missing = int(error.missing[rank])
-    return InputError(
-        "memory_capacity_bytes", capacity,
-        f"{missing} bytes are missing on pipeline rank {rank}: {initial[rank]} bytes are held all the time, and its largest microbatch "
-        f"needs {capacity - initial[rank] + missing} more with the leanest memory strategy everywhere",
-        "use more pipeline or tensor ranks, smaller microbatches, or a memory strategy that keeps less (full recompute, offload)",
-    )
+@dataclass(frozen=True, slots=True)
+class _Lowered:
+    """A searched problem and the programs of its schedule."""
+
+    solved: Solved
+    schedule: Schedule
+    """Without absent tasks; where all memory counts with what the programs hold"""
+    tasks: NDArray[np.int64]
+    """[its tasks] their numbers in the problem"""
+    program: Program
 
 
-def _make_plan(solved: Solved, partition: Partition, capacity: int | None, initial: list[int], seed: int) -> Plan:
-    """The plan but for ``planning_ns``."""
+def _lower(solved: Solved, inputs: NDArray[np.int64] | None) -> _Lowered:
+    """Args:
+    inputs: [microbatches, P] bytes of captured inputs where all memory counts.
+    """
     schedule, tasks = solved.problem.present(solved.result.schedule)
     program = lower(schedule.graph, schedule.order)
     check_program(program)
     dry_run(program)
+    if inputs is not None:
+        schedule = with_all_memory(solved.problem, schedule, tasks, solved.result.choice, program, inputs)
+    return _Lowered(solved, schedule, tasks, program)
+
+
+_FITTINGS = 4
+"""Searches at most until what a schedule's programs hold fits beside its activations."""
+
+
+def _fit(
+    solve: Callable[[NDArray[np.int64]], _Lowered], limit: NDArray[np.int64], room: NDArray[np.int64], initial: Sequence[int],
+    capacity: int | None, options: PlanOptions,
+) -> _Lowered:
+    """A schedule that fits with all that its programs hold; or, where estimates may be exceeded, the leanest one.
+
+    Args:
+        limit: [P] bytes beside what is held all the time.
+        room: [P] bytes of these that are kept free for what the search does not see; what is missing is added.
+    """
+    if capacity is None:
+        return solve(limit)
+    for _ in range(_FITTINGS):
+        try:
+            lowered = solve(limit - room)
+        except DoesNotFit as error:
+            if not options.may_exceed_memory:
+                raise _memory_error(error, capacity, initial, options) from error
+            logger.warning("%s", _memory_error(error, capacity, initial, options))
+            return solve(limit - room + np.maximum(error.missing, 0))
+        over = np.array(lowered.schedule.peak_memory(initial)) - capacity
+        if (over <= 0).all():
+            return lowered
+        room = room + np.maximum(over, 0)
+    too_much = _memory_error(DoesNotFit(over, np.full(len(over), -1)), capacity, initial, options)
+    if not options.may_exceed_memory:
+        raise too_much
+    logger.warning("%s", too_much)
+    return lowered
+
+
+def _memory_error(error: DoesNotFit, capacity: int, initial: Sequence[int], options: PlanOptions) -> InputError:
+    rank = int(np.argmax(error.missing))
+    missing, microbatch = int(error.missing[rank]), int(error.microbatches[rank])
+    what = "its messages and inputs" if microbatch < 0 else f"microbatch {microbatch}, the largest there,"
+    goes_on = "; the leanest plan runs" if options.may_exceed_memory else ""
+    return InputError(
+        options.memory_field, capacity,
+        f"{missing} bytes are missing on pipeline rank {rank}: {initial[rank]} bytes are held all the time, and {what} "
+        f"needs {capacity - initial[rank] + missing} more with the leanest memory strategy everywhere{goes_on}",
+        f"raise {options.memory_field}, use more pipeline or tensor ranks, smaller microbatches, or a memory strategy that keeps less "
+        "(full recompute, offload) where costs do not offer one",
+    )
+
+
+def _make_plan(lowered: _Lowered, partition: Partition, capacity: int | None, initial: list[int], seed: int) -> Plan:
+    """The plan but for ``planning_ns``."""
+    solved, schedule, program = lowered.solved, lowered.schedule, lowered.program
+    peaks = schedule.peak_memory(initial)
     return Plan(
         format="megatron-dip/plan/1",
         ranks=partition.num_ranks,
-        memory_capacity=None if capacity is None else [capacity] * partition.num_ranks,
+        # Where an estimate is exceeded, the plan says what it takes.
+        memory_capacity=None if capacity is None else [max(capacity, peak) for peak in peaks],
         memory_initial=initial,
         stages=_plan_stages(
-            solved.problem, partition, schedule.graph, solved.problem.pair_of_task[tasks].tolist(), solved.result.choice.tolist()
+            solved.problem, partition, schedule.graph, solved.problem.pair_of_task[lowered.tasks].tolist(), solved.result.choice.tolist()
         ),
         order=[row.tolist() for row in schedule.order],
         claimed_makespan=schedule.makespan_ns,
         lower_bound=solved.bound_ns,
         bubble_fraction=schedule.bubble_fraction,
-        peak_memory=schedule.peak_memory(initial),
+        peak_memory=peaks,
         planning_ns=0,
         evaluations=solved.evaluations,
         seed=seed,

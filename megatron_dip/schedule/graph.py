@@ -26,7 +26,7 @@ stage's backward, or of its forward where the giving module has no backward. Not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +67,10 @@ class StageProblem:
     """[C, S] duration of the backward (its input part when split); 0 without one"""
     held_bytes: NDArray[np.int64]
     """[C, S] activation from forward to backward"""
+    recompute_bytes: NDArray[np.int64]
+    """[C, S] what the backward needs for a moment to recompute one layer; in no task's bytes, 0 where nothing is recomputed"""
+    message_bytes: NDArray[np.int64]
+    """[Q] what the pair's forward sends, and its backward gets"""
     candidates: tuple[Candidates, ...]
     """[C]"""
     class_layers: NDArray[np.int32]
@@ -239,7 +243,7 @@ def build_problem(
     by_place: dict[tuple[int, str], list[int]] = {}
     for index, sub in enumerate(sub_microbatches):
         by_place.setdefault((sub.microbatch, sub.module), []).append(index)
-    holds = costs.holds_encoder_outputs()
+    holds = costs.counts_all_memory()
     for (microbatch, name), takers in by_place.items():
         givers = [giver for source in model.inputs_of(name) for giver in by_place.get((microbatch, source), ())]
         for giver in givers:
@@ -276,7 +280,8 @@ def build_problem(
         fastest=graph, sub_microbatches=tuple(sub_microbatches), pair_forward=pair_forward, pair_backward=pair_backward,
         pair_weight=pair_weight, pair_class=pair_class, pair_sub_microbatch=sub_index.astype(np.int32),
         num_candidates=arrays.num_candidates, forward_ns=arrays.forward_ns, backward_ns=arrays.backward_ns,
-        held_bytes=arrays.held_bytes, candidates=tuple(table.candidates), class_layers=np.array(table.layers, dtype=np.int32),
+        held_bytes=arrays.held_bytes, recompute_bytes=arrays.recompute_bytes,
+        message_bytes=np.concatenate([unit.message_bytes for unit in units]), candidates=tuple(table.candidates), class_layers=np.array(table.layers, dtype=np.int32),
         pair_of_task=pair_of_task,
     )
 
@@ -312,6 +317,8 @@ class _Unit:
     """[K * P]"""
     lags: NDArray[np.int64]
     """[K * P] of the message that the stage sends to another rank, ns"""
+    message_bytes: NDArray[np.int64]
+    """[K * P]"""
     output_bytes: int
     has_backward: NDArray[np.bool_]
     """[K * P]"""
@@ -330,6 +337,7 @@ class _ClassArrays:
     weight_ns: NDArray[np.int64]
     held_bytes: NDArray[np.int64]
     passing_bytes: NDArray[np.int64]
+    recompute_bytes: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +356,7 @@ class _ClassRow:
     """[candidates]; likewise below"""
     backward_ns: NDArray[np.int64]
     held_bytes: NDArray[np.int64]
+    recompute_bytes: NDArray[np.int64]
     weight_ns: int
     passing_bytes: int
     """What layers without a graph need for a moment beyond ``held_bytes``, whatever the candidate"""
@@ -386,7 +395,7 @@ class _ClassTable:
         sizes = [layers for row in self._partition.chunks[name] for layers in row]
         by_shape: dict[_StageShape, int] = {}
         classes = np.empty(len(sizes), dtype=np.int32)
-        lags = np.empty(len(sizes), dtype=np.int64)
+        lags, messages = np.empty(len(sizes), dtype=np.int64), np.empty(len(sizes), dtype=np.int64)
         has_backward, has_weight = np.zeros(len(sizes), dtype=np.bool_), np.zeros(len(sizes), dtype=np.bool_)
         first_layer = 0
         for index, num_layers in enumerate(sizes):
@@ -396,6 +405,7 @@ class _ClassTable:
             )
             first_layer += num_layers
             boundary = last.boundary_bytes if at_last and last.boundary_bytes > 0 else layer.boundary_bytes
+            messages[index] = round(boundary)
             lags[index] = math.ceil(costs.p2p_latency_ns + boundary * 1e9 / costs.p2p_bytes_per_second)
             has_backward[index], has_weight[index] = backward.needed, self._split and backward.has_weights
             shape = _StageShape(num_layers, at_first, at_last, backward)
@@ -405,7 +415,7 @@ class _ClassTable:
             classes[index] = by_shape[shape]
         output = last.boundary_bytes if last.boundary_bytes > 0 else layer.boundary_bytes
         return _Unit(
-            classes=classes, lags=lags, output_bytes=round(output), has_backward=has_backward, has_weight=has_weight,
+            classes=classes, lags=lags, message_bytes=messages, output_bytes=round(output), has_backward=has_backward, has_weight=has_weight,
             backward_chunks=self._chunks_from_first(has_backward), weight_chunks=self._chunks_from_first(has_weight),
         )
 
@@ -438,7 +448,7 @@ class _ClassTable:
         self._rows.append(_ClassRow(
             forward_ns=_whole(mixes.forward_ns + frozen_layers * layer.forward_ns + sum(part.forward_ns for part, _, _ in extras)),
             backward_ns=_whole(backward_ns) if backward.needed else np.zeros(len(mixes.forward_ns), dtype=np.int64),
-            held_bytes=held, weight_ns=round(weight) if self._split else 0, passing_bytes=max(0, passing - int(held.min())),
+            held_bytes=held, recompute_bytes=_recomputed_layer(layer, strategies, mixes), weight_ns=round(weight) if self._split else 0, passing_bytes=max(0, passing - int(held.min())),
         ))
         self.candidates.append(mixes)
         self.layers.append(shape.num_layers)
@@ -453,9 +463,18 @@ class _ClassTable:
             num_candidates=np.array([len(row.forward_ns) for row in self._rows], dtype=np.int32),
             forward_ns=padded(row.forward_ns for row in self._rows), backward_ns=padded(row.backward_ns for row in self._rows),
             weight_ns=np.array([row.weight_ns for row in self._rows], dtype=np.int64),
-            held_bytes=padded(row.held_bytes for row in self._rows),
+            held_bytes=padded(row.held_bytes for row in self._rows), recompute_bytes=padded(row.recompute_bytes for row in self._rows),
             passing_bytes=np.array([row.passing_bytes for row in self._rows], dtype=np.int64),
         )
+
+
+def _recomputed_layer(layer: PartCost, strategies: Mapping[str, Strategy], mixes: Candidates) -> NDArray[np.int64]:
+    """[candidates] the most of one layer's activation that is not kept and is made again in the backward."""
+    missing = [
+        max((1.0 - strategies[label].activation for label, _ in counts if strategies[label].extra_forward > 0), default=0.0)
+        for counts in mixes.counts
+    ]
+    return _whole(layer.activation_bytes * np.array(missing))
 
 
 _NO_BACKWARD = StageBackward(needed=False, first=False, layers=0, last=False, weight_first=False, weight_layers=0, weight_last=False)

@@ -96,10 +96,11 @@ class DoesNotFit(Exception):
 
     Attributes:
         missing: [P] bytes that are missing on each rank (negative = to spare).
+        microbatches: [P] the microbatch that needs most on each rank; -1 = it is not one alone.
     """
 
-    def __init__(self, missing: NDArray[np.int64]) -> None:
-        self.missing = missing
+    def __init__(self, missing: NDArray[np.int64], microbatches: NDArray[np.int64]) -> None:
+        self.missing, self.microbatches = missing, microbatches
         super().__init__(f"bytes missing on each rank: {missing.tolist()}")
 
 
@@ -119,7 +120,7 @@ def search(
     progress = Progress(bound_ns=bound_ns, evaluations_limit=options.evaluations, time_budget_s=options.time_budget_s)
     space = make_space(problem, limit, bound_ns)
     if space.bounded:
-        _check_fit(space)
+        _check_fit(space, problem)
     known = None if seed is None else space.timed(seed.orders, seed.choice)
     if known is not None:
         progress.offer(known)
@@ -149,11 +150,12 @@ def search(
     return _result(problem, progress, priorities)
 
 
-def _check_fit(space: SearchSpace) -> None:
+def _check_fit(space: SearchSpace, problem: StageProblem) -> None:
     costs = space.fresh_costs()
     space.set_choice(costs, space.leanest)
     if (costs.worst > space.limit).any():
-        raise DoesNotFit(costs.worst - space.limit)
+        of_units = (costs.need + costs.extra).reshape(-1, problem.fastest.num_ranks)
+        raise DoesNotFit(costs.worst - space.limit, np.unique(problem.fastest.microbatch)[of_units.argmax(axis=0)].astype(np.int64))
 
 
 def _result(problem: StageProblem, progress: Progress, priorities: Priorities) -> SearchResult:

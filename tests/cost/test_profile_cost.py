@@ -103,7 +103,7 @@ def test_absent_parts_and_absent_instances_cost_nothing() -> None:
     assert costs.part("m", "layer", ()).forward_ns == 0.0
     assert costs.static_bytes("m", 1, first=True, last=True) == 0
     assert costs.memory_capacity_bytes() == 100
-    assert not costs.holds_encoder_outputs()
+    assert not costs.counts_all_memory()
     assert costs.strategies("m", (3,)) == {"none": Strategy()}
     with pytest.raises(InputError, match="module 'other' is missing"):
         costs.part("other", "layer", (1,))

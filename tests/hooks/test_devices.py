@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dip.cost.device import device_names, load_device
-from megatron_dip.hooks.build import detect_device
+from megatron_dip.hooks.costs import detect_device
 from megatron_dip.spec.errors import InputError
 
 

@@ -82,16 +82,16 @@ def counting_saved_tensors(rank: int) -> Iterator[Counter[tuple[str, int, int]]]
 
 def run_traced(rank: int, ranks: int, cases: list[Case]) -> list[Traces]:
     prepare(1, ranks, 1)
-    from megatron_dip.hooks import megatron_lm
+    from megatron_dip.hooks import build
     from megatron_dip.without_cuda.core import CpuDeviceMode
 
     traces = []
     with CpuDeviceMode():
         for case in cases:
-            megatron_lm._built.clear()
+            build._built.clear()
             with counting_saved_tensors(rank) as saved:
                 outcome = run_case(rank, ranks, case)
-            (built,) = megatron_lm._built.values()
+            (built,) = build._built.values()
             forward_backward = built.forward_backward
             assert forward_backward is not None
             plan = forward_backward.plan

@@ -55,7 +55,7 @@ class Costs:
     def memory_capacity_bytes(self) -> int | None:
         return None
 
-    def holds_encoder_outputs(self) -> bool:
+    def counts_all_memory(self) -> bool:
         return self.holds
 
 

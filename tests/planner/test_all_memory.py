@@ -1,0 +1,134 @@
+"""Messages, inputs and the layer that is recomputed are part of what a plan promises of memory; a batch over an estimate still runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dip.cost.interface import CostModel
+from megatron_dip.cost.wrapped import WrappedCost
+from megatron_dip.partition.online import split
+from megatron_dip.planner.all_memory import captured_inputs, recomputing_room, with_all_memory
+from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.program.lower import lower
+from megatron_dip.program.program import IRECV, WAIT_SEND, Program
+from megatron_dip.schedule.checker import check_plan
+from megatron_dip.schedule.graph import StageProblem, build_problem
+from megatron_dip.schedule.interleave import UNLIMITED
+from megatron_dip.schedule.result import Schedule
+from megatron_dip.schedule.search import SearchOptions, search
+from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.tasks import BACKWARD, FORWARD
+from tests.strategies import Case, cases, vlm_case
+
+
+class AllMemory(WrappedCost):
+    """Costs under which all memory counts; an instance's inputs take 5 bytes a token, on rank 0 another 7."""
+
+    def counts_all_memory(self) -> bool:
+        return True
+
+    def input_bytes(self, module: str, lengths: Sequence[int], *, at_first: bool) -> int:
+        return (12 if at_first else 5) * sum(lengths)
+
+
+def peaks(problem: StageProblem, schedule: Schedule, tasks: np.ndarray, choice: np.ndarray, program: Program, inputs: np.ndarray) -> list[int]:
+    """Twin of :func:`with_all_memory`: every buffer is added to all instants, two for each stage, at which it is there."""
+    graph, found = schedule.graph, []
+    pair = problem.pair_of_task[tasks]
+    has_backward = {int(pair[task]) for task in range(graph.num_tasks) if graph.kind[task] == BACKWARD}
+    for rank, row in enumerate(schedule.order):
+        at = {int(task): index for index, task in enumerate(row)}
+        use = np.zeros(2 * len(row) + 1, dtype=np.int64)  # at each start, at each end
+
+        def live(first: int, behind: int, size: int, use: np.ndarray = use) -> None:
+            use[first:behind] += size
+
+        held = 0
+        for index, task in enumerate(row):
+            held += int(graph.mem_start_bytes[task])
+            use[2 * index] += held
+            held += int(graph.mem_end_bytes[task])
+            use[2 * index + 1] += held
+            if graph.kind[task] == BACKWARD:
+                live(2 * index, 2 * index + 1, int(problem.recompute_bytes[problem.pair_class[pair[task]], choice[pair[task]]]))
+        before = -1
+        posted: dict[int, int] = {}
+        waited: dict[int, int] = {}
+        for action in range(program.action_offset[rank], program.action_offset[rank + 1]):
+            if program.op[action] <= 2:
+                before = at[int(program.stage[action])]
+            elif program.op[action] == IRECV:
+                posted[int(program.message[action])] = before + 1
+            elif program.op[action] == WAIT_SEND:
+                waited[int(program.message[action])] = before
+        for message, (giver, taker) in enumerate(zip(program.producer.tolist(), program.consumer.tolist(), strict=True)):
+            forward = graph.kind[giver] == FORWARD
+            size = int(problem.message_bytes[pair[giver] if forward else pair[taker]])
+            if message in waited:
+                live(2 * at[giver], 2 * waited[message] + 1, size)
+            if message in posted and not (forward and graph.module[giver] != graph.module[taker]):
+                until = 2 * at[taker] if forward and int(pair[taker]) in has_backward else 2 * at[taker] + 1
+                live(2 * posted[message], until, size)
+        for microbatch in range(len(inputs)):
+            of_it = [at[task] for task in at if graph.kind[task] == FORWARD and graph.microbatch[task] == microbatch]
+            if of_it:
+                live(0, 2 * max(of_it) + 1, int(inputs[microbatch, rank]))
+        found.append(max(0, int(use.max(initial=0))))
+    return found
+
+
+@settings(max_examples=60)
+@given(cases(), st.booleans(), st.integers(0, 3))
+def test_buffers_are_counted_where_programs_hold_them(case: Case, split_backward: bool, level: int) -> None:
+    costs: CostModel = AllMemory(case.costs())
+    subs = split(case.microbatches, case.model, case.partition, costs)
+    problem = build_problem(case.model, case.partition, subs, costs, split_backward=split_backward)
+    result = search(problem, np.full(case.partition.num_ranks, UNLIMITED), SearchOptions(evaluations=3, seed=level))
+    choice = np.minimum(level, problem.leanest()).astype(np.int32)
+    schedule, tasks = problem.present(replace(result.schedule, graph=problem.graph(choice)))
+    program = lower(schedule.graph, schedule.order)
+    inputs = captured_inputs(case.model, case.microbatches, costs, case.partition.num_ranks)
+    counted = with_all_memory(problem, schedule, tasks, choice, program, inputs)
+    assert counted.peak_memory([0] * case.partition.num_ranks) == peaks(problem, schedule, tasks, choice, program, inputs)
+    left = np.zeros(case.partition.num_ranks, dtype=np.int64)
+    np.add.at(left, counted.graph.rank, counted.graph.mem_start_bytes + counted.graph.mem_end_bytes)
+    assert not left.any()
+    again = problem.recompute_bytes[problem.pair_class, choice]
+    assert (again <= recomputing_room(problem)[problem.fastest.rank[problem.pair_forward]]).all()
+
+
+@settings(max_examples=40)
+@given(cases(), st.integers(1, 9), st.booleans())
+def test_plans_keep_a_limit_with_all_that_they_hold_or_say_so(case: Case, tenths: int, split_backward: bool) -> None:
+    options = PlanOptions(evaluations=10, split_backward=split_backward, may_exceed_memory=True)
+    free = plan_iteration(case.model, case.partition, case.microbatches, AllMemory(case.costs()), options)
+    limit = max(1, max(free.peak_memory) * tenths // 10)
+    plan = plan_iteration(case.model, case.partition, case.microbatches, AllMemory(case.costs(limit)), options)
+    check_plan(plan, case.microbatches)
+    assert plan.memory_capacity is not None
+    for peak, capacity in zip(plan.peak_memory, plan.memory_capacity, strict=True):
+        assert peak <= capacity
+        assert capacity == limit or capacity == peak > limit
+
+
+def test_a_batch_over_the_estimate_runs_the_leanest_plan_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    case = vlm_case()
+    costs = AllMemory(case.costs(100))
+    with caplog.at_level(logging.WARNING):
+        plan = plan_iteration(
+            case.model, case.partition, case.microbatches, costs, PlanOptions(evaluations=5, may_exceed_memory=True, memory_field="--dip-memory-limit")
+        )
+    assert {strategy for stage in plan.stages for strategy in stage.strategy} == {"full"}
+    (message,) = {record.getMessage() for record in caplog.records}
+    assert message.startswith("--dip-memory-limit = 100: ")
+    assert "bytes are missing on pipeline rank" in message
+    assert "microbatch 3, the largest there, needs" in message
+    with pytest.raises(InputError, match=r"--dip-memory-limit = 100: .* microbatch 3, .* Remedy: raise --dip-memory-limit"):
+        plan_iteration(case.model, case.partition, case.microbatches, costs, PlanOptions(evaluations=5, memory_field="--dip-memory-limit"))
