@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--seed", type=int, default=1, help="of weights and data (default 1)")
     run.add_argument("--data-file", metavar="FILE", help="own data instead of the example's; the example says in which form")
     run.add_argument("--distributed-optimizer", action="store_true", help="spread the optimizer's state over the replicas")
+    run.add_argument("--balance", choices=("auto", "off", "exchange"), default="auto",
+                     help="whether replicas deal the microbatches of a global batch among them by work (default auto: with several replicas)")
     run.add_argument("--overlap-grad-reduce", action="store_true", help="reduce gradients over the replicas beside the pipeline")
     run.add_argument("--threads", type=int, default=1, help="of each rank's tensor operations on the CPU (default 1)")
     run.add_argument("--timeout", type=float, default=600.0, metavar="S", help="a rank that waits longer for another gives up (default 600 s)")
@@ -88,7 +90,7 @@ def make_settings(args: argparse.Namespace, config: ExampleConfig) -> RunSetting
         seed=args.seed, iterations=config.iterations if args.iterations is None else args.iterations,
         num_microbatches=config.num_microbatches if args.num_microbatches is None else args.num_microbatches,
         data=config.data if args.data_file is None else {**config.data, "file": args.data_file}, timeout_s=args.timeout,
-        distributed_optimizer=args.distributed_optimizer, overlap_grad_reduce=args.overlap_grad_reduce, log_interval=args.log_interval,
+        distributed_optimizer=args.distributed_optimizer, overlap_grad_reduce=args.overlap_grad_reduce, balance=args.balance, log_interval=args.log_interval,
         evaluate_interval=args.evaluate_interval, save=args.save, save_interval=args.save_interval, load=args.load, record=args.record,
         timelines=args.timelines,
     )

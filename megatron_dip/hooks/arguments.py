@@ -11,13 +11,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megatron_dip.spec.errors import InputError
 
 _GIB = 1 << 30
 
 MAX_LOOK_AHEAD = 16
+
+BalanceMode = Literal["auto", "off", "exchange"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,8 @@ class DipOptions:
     """Schedules to try for each plan instead of a time; equal seeds then give equal plans."""
     look_ahead: int
     """How many of the next iterations' batches are read and planned while this one trains; 0: each is planned when it is there."""
+    balance: BalanceMode
+    """Whether replicas deal the microbatches of a global batch among them: ``exchange`` moves their data; ``auto`` does where it can."""
     memory_limit_bytes: int | None
     split_backward: bool
     trace_dir: Path | None
@@ -71,6 +75,10 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dip-look-ahead", type=int, default=1, metavar="N",
                        help="Read the batches of the next N iterations and plan them while this one trains. 0: plan when the batch is there. "
                        "More than 1 where planning takes longer than training: as many plans are then made side by side.")
+    group.add_argument("--dip-balance", choices=get_args(BalanceMode), default="auto",
+                       help="Deal the microbatches of a global batch to the data-parallel replicas by work, so that none waits for another's "
+                       "images. exchange: whole microbatches travel between replicas while the batch before trains. auto (default): exchange with "
+                       "several replicas and --dip-look-ahead, unless experts are spread over replicas. off: every replica trains what it reads.")
     group.add_argument("--dip-memory-limit", type=float, default=None, metavar="GIB",
                        help="Memory that plans may use on a rank. Default: the device's memory; none under --dip-profile.")
     group.add_argument("--dip-split-backward", action="store_true",
@@ -174,6 +182,10 @@ def validate_dip_args(args: argparse.Namespace) -> None:
             "experts are spread over replicas, which must then plan alike, and plans that are searched by the clock differ",
             "give --dip-evaluations N, such as 200: equal numbers give equal plans; or use --expert-model-parallel-size 1",
         )
+    if options.balance == "exchange" and _above(1)(getattr(args, "expert_model_parallel_size", None)):
+        raise InputError(
+            "--dip-balance", "exchange", "replicas that share experts run one joint plan, place by place", "use --dip-balance off"
+        )
     from megatron_dip.hooks.megatron_lm import install_schedule
 
     install_schedule()
@@ -196,6 +208,8 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         raise InputError(
             "--dip-look-ahead", args.dip_look_ahead, f"outside [0, {MAX_LOOK_AHEAD}]: every batch that is read ahead stays in memory", "give 1 or 2"
         )
+    if args.dip_balance == "exchange" and args.dip_look_ahead == 0:
+        raise InputError("--dip-balance", "exchange", "deals batches that are read ahead", "give --dip-look-ahead 1 or more")
     if not 0 < args.dip_time_budget <= 3600:
         raise InputError("--dip-time-budget", args.dip_time_budget, "outside (0, 3600]", "give seconds such as 1.0")
     if args.dip_evaluations is not None:
@@ -212,6 +226,7 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         time_budget_s=args.dip_time_budget,
         evaluations=args.dip_evaluations,
         look_ahead=args.dip_look_ahead,
+        balance=args.dip_balance,
         memory_limit_bytes=None if args.dip_memory_limit is None else int(args.dip_memory_limit * _GIB),
         split_backward=args.dip_split_backward,
         trace_dir=args.dip_trace_dir,

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.module import MegatronModule
+from numpy.typing import NDArray
 
 from megatron_dip.hooks.build import BuiltModel, build_chunks, built_model
 from megatron_dip.hooks.costs import run_costs
@@ -25,6 +27,7 @@ from megatron_dip.models.capture import CapturedCall
 from megatron_dip.models.deferral import check_split
 from megatron_dip.models.description import LANGUAGE
 from megatron_dip.models.staged import DescribedStagedModel
+from megatron_dip.partition.work import WorkEstimate
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan
@@ -107,6 +110,10 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
     joined = None
     if parallel_state.get_expert_model_parallel_world_size() > 1:
         joined = (LANGUAGE, torch.distributed.get_process_group_ranks(parallel_state.get_expert_tensor_and_model_parallel_group()))
+
+    def work(microbatches: Sequence[Microbatch]) -> NDArray[np.int64]:
+        return WorkEstimate(model, built.partition, costs).of(microbatches)
+
     on_cpu = torch.cuda.current_device() == torch.device("cpu")
     settings = IterationSettings(
         metadata=description.item_metadata, call_metadata=call_metadata, call_conditions=call_conditions,
@@ -114,6 +121,8 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
         backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, num_outputs=description.num_outputs,
         planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming, joined=joined,
+        # Replicas that share experts run one joint plan, place by place.
+        balance=work if options.balance != "off" and joined is None else None,
     )
     if options.split_backward:
         check_split(chunks)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megatron.core import parallel_state
 
 from megatron_dip.hooks.build import BuiltModel
+from megatron_dip.iteration.balance import BalanceFigures
 from megatron_dip.iteration.forward_backward import DipForwardBackward
 from megatron_dip.runtime.timing import StageRecord
 from megatron_dip.spec.codec import save
@@ -36,9 +37,20 @@ def report(built: BuiltModel, forward_backward: DipForwardBackward) -> None:
             f"{measured.makespan / 1e6:.1f} | bubbles planned: {plan.bubble_fraction:.1%} measured: {measured.bubble_fraction:.1%} | "
             f"planning (ms): {plan.planning_ns / 1e6:.1f} | waited for plans so far (ms): {counts.waited_ns / 1e6:.1f} | "
             f"plans replaced so far: {sum(counts.fallbacks.values())} | "
-            f"batches not seen ahead: {counts.unseen}",
+            f"batches not seen ahead: {counts.unseen}" + _balance_words(forward_backward.balance_figures()),
             flush=True,
         )
+
+
+def _balance_words(figures: BalanceFigures | None) -> str:
+    if figures is None:
+        return ""
+    left = ", ".join(f"{reason} {count}" for reason, count in sorted(figures.left.items()))
+    return (
+        f" | slowest replica over mean as read: {figures.imbalance_before:.3f} dealt: {figures.imbalance:.3f} measured: "
+        f"{figures.measured_imbalance:.3f} | so far batches dealt: {figures.dealt} left as read: {left or 'none'} moves: {figures.moves} "
+        f"sent (MB): {figures.bytes_sent / 1e6:.1f} in (s): {figures.seconds:.2f}"
+    )
 
 
 def _running_iteration(built: BuiltModel) -> int:

@@ -47,7 +47,7 @@ class BatchCapture:
         microbatches: list[Microbatch] | None = None
         conditions = b""
         error: Exception | None = None
-        is_replay = getattr(iterator, "replaying", False)  # Megatron's iterator while the rerun state machine repeats an iteration
+        is_replay = is_replaying(iterator)
         try:
             if iterator is None:
                 calls = [capture(forward_step, None, self.chunk, self.num_outputs) for _ in range(num_microbatches)]
@@ -66,3 +66,8 @@ class BatchCapture:
         except Exception as caught:
             error = caught
         return CapturedBatch(calls=calls, microbatches=microbatches, conditions=conditions, error=error, is_replay=is_replay)
+
+
+def is_replaying(iterator: Any) -> bool:
+    """Whether Megatron's rerun state machine repeats an iteration, as its iterator knows."""
+    return bool(getattr(iterator, "replaying", False))

@@ -6,7 +6,8 @@ One call is one iteration of one replica:
 2. the planner rank (first pipeline, tensor and context rank of the replica) takes the batch's plan from its background service and
    broadcasts it; every rank then compares plan, batch, cut and health with every other, and replicas tell each other whether they
    can go on, so that a difference or a bad batch is one clear error on all ranks and not a hang;
-3. the planner rank hands the next batches' metadata to the service, which plans while this iteration runs;
+3. the planner rank hands the next batches' metadata to the service, which plans while this iteration runs; with several replicas their
+   microbatches are dealt first, and travel meanwhile (:mod:`megatron_dip.iteration.balance`);
 4. the executor runs the rank's actions; gradients are reduced in one canonical order of chunks (replicas run different plans);
 5. ``finalize_model_grads_func`` as ever.
 
@@ -29,7 +30,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
 from megatron_dip.iteration.agreement import Agreement, first_line
-from megatron_dip.iteration.capture_batch import BatchCapture, CapturedBatch
+from megatron_dip.iteration.balance import BalanceFigures, Estimate, ReplicaBalance
+from megatron_dip.iteration.capture_batch import BatchCapture, CapturedBatch, is_replaying
 from megatron_dip.iteration.data_parallel import AT_START, finish_param_sync, grad_sync_points, no_sync, start_param_sync
 from megatron_dip.iteration.linked_replicas import LinkedReplicas, link_replicas
 from megatron_dip.iteration.lookahead import find_lookahead
@@ -94,6 +96,8 @@ class IterationSettings:
     """How many values the model returns to forward_step; None = one tensor."""
     joined: tuple[str, Sequence[int]] | None = None
     """The module whose stages exchange data with other replicas (experts), and the global ranks with which this one does."""
+    balance: Estimate | None = None
+    """Work of microbatches: replicas deal the batches ahead by it; None: every replica trains what it reads."""
 
 
 class DipForwardBackward:
@@ -133,6 +137,8 @@ class DipForwardBackward:
         )
         self._agreement = Agreement(self.groups, partition)
         self._foresight = Foresight(settings.metadata, settings.look_ahead, settings.upcoming)
+        if self.groups.peers is not None:
+            _check_alike({"--dip-balance": settings.balance is not None, "--dip-look-ahead": settings.look_ahead})
         link: LinkedReplicas | None = None
         if settings.joined is not None:
             module, joined_ranks = settings.joined
@@ -146,11 +152,17 @@ class DipForwardBackward:
                 settings.plan_function, settings.quick_plan_function, pack_plan if len(self.groups.control_ranks) > 1 else _unpacked,
                 deadline_s=settings.plan_deadline_s, num_threads=settings.planner_threads, look_ahead=settings.look_ahead, link=link,
             )
+        self._balance: ReplicaBalance | None = None
+        if settings.balance is not None and settings.look_ahead > 0 and self.groups.peers is not None:
+            submit = None if self._plans is None else self._plans.submit_dealt
+            self._balance = ReplicaBalance(self.groups, settings.balance, submit, settings.timeout_s)
         p2p = PointToPoint(self.groups, self._device) if self.groups.num_ranks > 1 else None
         self._executor = Executor(self.groups.rank, p2p, self._device)
         self._deferral: LinearWeightDeferral | None = None
         """Made with the first plan that splits backwards."""
         self._timer: StageTimer | None = None
+        self._training_timer: StageTimer | None = None
+        """Of the last iteration that trained."""
         self._clock_offset_ns: int | None = None
         self._loss_is_sum = False
         """Seen once: losses of a microbatch's parts add up to its loss."""
@@ -245,6 +257,10 @@ class DipForwardBackward:
         """How plans were had so far; None where this rank does not plan."""
         return None if self._plans is None else self._plans.counts()
 
+    def balance_figures(self) -> BalanceFigures | None:
+        """What dealing batches to replicas came to so far; None where they are not dealt."""
+        return None if self._balance is None else self._balance.figures()
+
     def _run(self, plan: Plan, loss: IterationLoss, config: Any, forward_only: bool, force_all_reduce: bool) -> None:
         """Runs this rank's actions, with the data-parallel communication that overlaps with them."""
         if self._deferral is None and any(stage.kind == "w" for stage in plan.stages):
@@ -262,11 +278,19 @@ class DipForwardBackward:
             compute = MegatronCompute(self._staged_model, loss, self._deferral, config)
             self._executor.run(PlanLinks(plan), compute, self._timer, after)
             finish_param_sync(self._chunks)
+        if not forward_only:
+            self._training_timer = self._timer
 
     def _prepare(
         self, forward_step: Callable[..., Any], iterator: Iterator[Any] | None, num_microbatches: int, forward_only: bool
     ) -> tuple[CapturedBatch, Plan]:
         """Captures the microbatches, agrees on their plan and hands both to the model. Whatever goes wrong on one rank ends on all."""
+        balance = None if forward_only else self._balance
+        lookahead = find_lookahead(iterator)
+        if balance is not None:
+            balance.start(lookahead, iterator is not None)
+        if balance is not None and balance.is_on:
+            balance.settle(lookahead, num_microbatches, is_replaying(iterator), _span_ns(self._training_timer))
         batch = self._capture(forward_step, iterator, num_microbatches)
         shared = self._agreement.share(None if self._plans is None else self._plans.take(batch, forward_only))
         error = batch.error or shared.error
@@ -284,7 +308,7 @@ class DipForwardBackward:
         assert shared.plan is not None
         self.plan = shared.plan
         if not batch.is_replay:
-            self._foresight.look(find_lookahead(iterator), num_microbatches, forward_only, self._plans)
+            self._foresight.look(lookahead, num_microbatches, forward_only, self._plans, balance)
         return batch, shared.plan
 
 
@@ -324,6 +348,21 @@ def _default_pg_collection() -> ProcessGroupCollection:
     collection.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
     collection.tp_dp_cp = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     return collection
+
+
+def _span_ns(timer: StageTimer | None) -> int:
+    """From the first stage's start to the last one's end on this rank."""
+    records = [] if timer is None else timer.records()
+    return max((record.end_ns for record in records), default=0) - min((record.start_ns for record in records), default=0)
+
+
+def _check_alike(flags: dict[str, Any]) -> None:
+    """Raises InputError on all ranks of the job where they were given different flags; collective over them."""
+    every: list[dict[str, Any]] = [flags] * dist.get_world_size()
+    dist.all_gather_object(every, flags)
+    for flag in flags:
+        if len({str(of_rank[flag]) for of_rank in every}) > 1:
+            raise InputError(flag, [of_rank[flag] for of_rank in every], "differs between ranks, in their order", "give all ranks the same flags")
 
 
 def _unpacked(plan: Plan) -> PackedPlan:

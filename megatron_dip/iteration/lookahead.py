@@ -79,6 +79,13 @@ class LookaheadIterator:
             first += size
         return batches
 
+    def replace(self, items: Sequence[Any]) -> None:
+        """Puts these items, of which the source knows nothing, in the place of as many next ones. They count as its own."""
+        self._read(len(items))
+        assert len(self._ahead) >= len(items), "only what is ahead can be replaced"
+        for index, item in enumerate(items):
+            self._ahead[index] = _Read(item)
+
     def _read(self, count: int) -> None:
         """Reads until ``count`` items are ahead. What is ahead before is taken for whole batches: here the source's state is kept."""
         if len(self._ahead) < count and self._keep_state and hasattr(self._source, "save_state"):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dip.iteration.balance import ReplicaBalance
 from megatron_dip.iteration.capture_batch import CapturedBatch
 from megatron_dip.iteration.linked_replicas import LinkedReplicas
 from megatron_dip.iteration.lookahead import LookaheadIterator
@@ -53,12 +54,18 @@ class Foresight:
         self._upcoming = upcoming
 
     def look(
-        self, lookahead: LookaheadIterator | None, num_microbatches: int, forward_only: bool, source: PlanSource | None
+        self, lookahead: LookaheadIterator | None, num_microbatches: int, forward_only: bool, source: PlanSource | None,
+        balance: ReplicaBalance | None,
     ) -> None:
-        """Reads ahead; ``source``, on the planner rank, gets what was seen."""
+        """Reads ahead; ``source``, on the planner rank, gets what was seen; with ``balance`` once it is dealt."""
         if lookahead is None or self._look_ahead == 0:
             return
         sizes = [num_microbatches] * self._look_ahead if forward_only or self._upcoming is None else self._upcoming(self._look_ahead)
+        if balance is not None and balance.is_on:
+            error = balance.offer(lookahead, sizes, self._describe)
+            if error is not None and source is not None:
+                source.count_unseen(lookahead, error)
+            return
         if source is None:
             lookahead.peek(sum(sizes))
             return
@@ -116,7 +123,15 @@ class PlanSource:
             if batch is not None:
                 self._service.submit(batch, forward_only=forward_only)
         if errors and errors[0] is not None:
-            self._service.count_unseen(lookahead.peek(1)[0], errors[0])
+            self.count_unseen(lookahead, errors[0])
+
+    def submit_dealt(self, batch: Sequence[Microbatch]) -> None:
+        """Hands one training batch to the service; from any thread."""
+        self._service.submit(batch)
+
+    def count_unseen(self, lookahead: LookaheadIterator, error: Exception) -> None:
+        """Counts a batch ahead that could not be read."""
+        self._service.count_unseen(lookahead.peek(1)[0], error)
 
     def forget(self) -> None:
         """To be called when the plan function's costs have changed: batches that come again are planned anew."""

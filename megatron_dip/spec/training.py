@@ -226,6 +226,8 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     """A rank that waits longer for another one gives up."""
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
+    balance: Literal["auto", "off", "exchange"] = "auto"
+    """Of ``dip`` with several replicas: whether they deal the microbatches of a global batch among them by work."""
     log_interval: int = 10
     evaluate_interval: int = 0
     """Iterations between scorings of the held-out data; 0 = at the end alone."""
@@ -299,6 +301,28 @@ class EvaluationFigures(msgspec.Struct, frozen=True, kw_only=True):
     """What was scored -> (right, asked)."""
 
 
+class BalanceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What dealing the microbatches of global batches to replicas came to, as rank 0 knows it. Imbalance: largest over mean."""
+
+    dealt: int
+    """Batches trained as dealt."""
+    left: dict[str, int]
+    """Why others were not -> batches."""
+    moves: int
+    """Microbatches that changed replicas, of all replicas."""
+    bytes_sent: int
+    seconds: float
+    """That exchanges took, in the background."""
+    waited_s: float
+    """That iterations waited for them."""
+    imbalance_before: float
+    """Estimated work of the last batch, as read."""
+    imbalance: float
+    """The same, as trained."""
+    measured_imbalance: float
+    """Pipeline time of the last iteration but one."""
+
+
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a run did, for tables and pictures."""
 
@@ -309,3 +333,5 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     evaluations: list[EvaluationFigures]
     late_plans: int = 0
     """Iterations that ran under a quick plan because the searched one was not ready."""
+    balance: BalanceRecord | None = None
+    """Of replicas; absent where there is one, or microbatches are not dealt."""

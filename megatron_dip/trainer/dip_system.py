@@ -7,6 +7,7 @@ measured, which is what the plans are for. With a profile that was measured befo
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections import deque
@@ -14,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.coverage import outside_profile
@@ -27,6 +30,7 @@ from megatron_dip.iteration.built_model import describe_built_model
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.partition.offline import even_partition
+from megatron_dip.partition.work import WorkEstimate
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.runtime.groups import PipelineGroups
 from megatron_dip.runtime.timing import StageRecord, clock_offset, gather_records
@@ -35,7 +39,7 @@ from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Plan, PlanStage
 from megatron_dip.spec.profile import PointToPoint, Profile
 from megatron_dip.spec.timeline import Bar, Timeline, plan_timeline
-from megatron_dip.spec.training import RunSettings, SchedulePlan
+from megatron_dip.spec.training import BalanceRecord, RunSettings, SchedulePlan
 from megatron_dip.spec.workload import Microbatch, Training, check_measured
 from megatron_dip.trainer.build import build_dip_model
 from megatron_dip.trainer.systems import Example, System, measured_timeline, whole_model
@@ -106,6 +110,7 @@ class DipSystem(System):
             settings=IterationSettings(
                 metadata=model.staged.description.item_metadata, plan_function=self._plan, quick_plan_function=self._quick_plan,
                 device=device, backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
+                balance=self._work if settings.parallel.data > 1 and settings.balance != "off" else None,
             ),
         )
         self._model_spec = describe_built_model(
@@ -138,6 +143,9 @@ class DipSystem(System):
             split_backward=self._schedule.split_backward and not forward_only,
         )
         return plan_iteration(self._model_spec, self.partition, microbatches, self.current_costs(), options)
+
+    def _work(self, microbatches: Sequence[Microbatch]) -> NDArray[np.int64]:
+        return WorkEstimate(self._model_spec, self.partition, self.current_costs()).of(microbatches)
 
     def start_data(self, iteration: int) -> None:
         self.data = LookaheadIterator(self._stream(iteration))
@@ -226,6 +234,10 @@ class DipSystem(System):
     def late_plans(self) -> int:
         counts = self.forward_backward.counts()
         return 0 if counts is None else sum(counts.fallbacks.values())
+
+    def balance(self) -> BalanceRecord | None:
+        figures = self.forward_backward.balance_figures()
+        return None if figures is None else BalanceRecord(**dataclasses.asdict(figures))
 
     def timeline(self, title: str) -> Timeline | None:
         plan, records = self._training_plan, self._gather()

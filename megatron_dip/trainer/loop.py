@@ -112,6 +112,9 @@ class _Run:
         done = iteration + 1
         if done % self.settings.log_interval == 0 or done in (1, self.settings.iterations):
             planned = "" if plan is None else f" | plan {plan.claimed_makespan / 1e9:.2f} s, made in {plan.planning_ns / 1e6:.0f} ms"
+            balance = self.system.balance()
+            if balance is not None:
+                planned += f" | replicas {balance.imbalance_before:.3f} -> {balance.imbalance:.3f}, measured {balance.measured_imbalance:.3f}"
             self.say(
                 f"iteration {done:4d}/{self.settings.iterations} | loss {step.loss:.4f} | gradient norm {step.grad_norm:.2f} | "
                 f"{seconds:.2f} s, pipeline {step.pipeline_s:.2f} s{planned}"
@@ -134,7 +137,7 @@ class _Run:
         if settings.record is not None and dist.get_rank() == 0:
             record = RunRecord(
                 schedule=system.label, settings=settings, iterations=self.iterations, evaluations=self.evaluations,
-                late_plans=system.late_plans(),
+                late_plans=system.late_plans(), balance=system.balance(),
             )
             write_atomically(settings.record, encode(record))
             self.say(f"wrote {settings.record}")

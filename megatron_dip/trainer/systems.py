@@ -26,7 +26,7 @@ from megatron_dip.models.description import unwrap
 from megatron_dip.spec.codec import save
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.timeline import Bar, Timeline
-from megatron_dip.spec.training import ExampleConfig, OptimizerSpec, RunSettings, SchedulePlan
+from megatron_dip.spec.training import BalanceRecord, ExampleConfig, OptimizerSpec, RunSettings, SchedulePlan
 from megatron_dip.trainer.build import TrainingModel, build_optimizer
 from megatron_dip.trainer.checkpoint import load_checkpoint, save_checkpoint
 from megatron_dip.trainer.stock_layouts import build_stock_model, stock_forward_backward
@@ -170,6 +170,10 @@ class System(ABC):
 
     def last_plan(self) -> Plan | None:
         """The plan of the last training iteration; None under Megatron's own schedules."""
+        return None
+
+    def balance(self) -> BalanceRecord | None:
+        """What dealing microbatches to replicas came to so far, as this rank knows it; None where they are not dealt."""
         return None
 
     def late_plans(self) -> int:

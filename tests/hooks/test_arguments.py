@@ -55,6 +55,7 @@ def test_values_arrive_in_their_units(tmp_path: Path) -> None:
     (["--dip-log-interval", "-1"], "--dip-log-interval"),
     (["--dip-look-ahead", "-1"], "--dip-look-ahead"),
     (["--dip-look-ahead", "99"], "--dip-look-ahead"),
+    (["--dip-look-ahead", "0", "--dip-balance", "exchange"], "--dip-balance"),
 ])
 def test_bad_values_name_their_flag(words: list[str], flag: str) -> None:
     with pytest.raises(InputError) as error:
