@@ -2,6 +2,7 @@
 
     python scripts/bench_train.py schedules --images uniform --output docs/results/train_uniform
     python scripts/bench_train.py schedules --images heavy --output docs/results/train_heavy
+    python scripts/bench_train.py schedules --example examples/t2v/digits --output docs/results/train_video
     python scripts/bench_train.py overhead --output docs/results/train_overhead
     python scripts/bench_train.py sleep --pipeline 4 --output docs/results/train_sleep_p4
 
@@ -51,7 +52,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     modes = parser.add_subparsers(dest="mode", required=True)
     schedules = modes.add_parser("schedules", allow_abbrev=False)
-    schedules.add_argument("--images", choices=tuple(IMAGE_COUNTS), default="uniform")
+    schedules.add_argument("--example", type=Path, default=EXAMPLE, help="folder of the example (default examples/vlm/digits)")
+    schedules.add_argument("--images", choices=tuple(IMAGE_COUNTS), default="uniform", help="of examples with images; others are as config.json has them")
     schedules.add_argument("--pipeline", type=int, default=2)
     schedules.add_argument("--turns", type=int, default=12, help="measured batches (default 16)")
     schedules.add_argument("--warmup", type=int, default=12, help="iterations before, in which stages are profiled (default 12)")
@@ -102,7 +104,7 @@ def bench_schedules(args: argparse.Namespace) -> None:
     from megatron_dip.spec.codec import load_partition
     from megatron_dip.trainer.loop import start_rank
 
-    example, settings = _example(args.seed, args.pipeline, args.warmup + 2 * args.turns, args.images)
+    example, settings = _example(args.seed, args.pipeline, args.warmup + 2 * args.turns, args.images, args.example)
     start_rank(settings)
     say = print if dist.get_rank() == 0 else _silent
     wanted = [name.strip() for name in args.systems.split(",")]
@@ -167,9 +169,11 @@ def _report_schedules(args: argparse.Namespace, systems: dict[str, System], runs
             [systems[name].label, _seconds(spread(run.pipeline_s)), _ratio(spread(ratio)), f"{100 * spread(run.bubbles).median:.1f}"]
         )
     stock = [name for name in STOCK_LAYOUTS if name in runs]
+    has_images = "image_counts" in dip.example.config.data
+    data = f"{args.images} image counts ({IMAGE_COUNTS[args.images] or 'config.json'})" if has_images else "data as config.json has them"
     sections = [
-        f"Example digits, {args.pipeline} pipeline ranks of one thread each, 8 microbatches with {args.images} image counts "
-        f"({IMAGE_COUNTS[args.images] or 'config.json'}), {args.turns} batches, every system on every batch, behind an unmeasured one of its own. *Measured*: wall-clock "
+        f"Example {'/'.join(args.example.parts[-2:])}, {args.pipeline} pipeline ranks of one thread each, {dip.settings.num_microbatches} "
+        f"microbatches with {data}, {args.turns} batches, every system on every batch, behind an unmeasured one of its own. *Measured*: wall-clock "
         "time of forward and backward of all microbatches, slowest rank, gradients finalized; medians (quartiles).",
         markdown_table(["system", "s an iteration", "times DIP's, batch by batch", "bubbles %"], rows),
     ]
@@ -196,7 +200,7 @@ def _report_schedules(args: argparse.Namespace, systems: dict[str, System], runs
         "planned_s": ours.planned_s, "planning_s": ours.planning_s, "plan_deviation_median": spread(deviations).median,
         "plan_deviation_max": max(deviations), "plan_waited_s": counts.waited_ns / 1e9, "late_plans": sum(counts.fallbacks.values()),
     }
-    write_record(args.output, f"Training schedules in turns, {args.images} image counts, P = {args.pipeline}", sections, figures)
+    write_record(args.output, f"Training schedules in turns, {data}, P = {args.pipeline}", sections, figures)
     print("\n" + "\n\n".join(sections))
     if args.picture is not None:
         _draw(args.picture, systems, runs, ratios[better] if stock else ratios["dip"])
@@ -214,23 +218,23 @@ def _draw(path: Path, systems: dict[str, System], runs: dict[str, Runs], gains: 
     shown = [plan_timeline(plan, "DIP, planned")]
     shown += [timeline for name in systems if name != "serial" and (timeline := runs[name].timelines[batch]) is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_gantt(shown, path, title=f"One iteration of the digits example on {plan.ranks} pipeline ranks (numbers: microbatches)")
+    draw_gantt(shown, path, title=f"One iteration of the example on {plan.ranks} pipeline ranks (numbers: microbatches)")
 
 
-def _example(seed: int, pipeline: int, iterations: int, images: str) -> tuple[Example, RunSettings]:
+def _example(seed: int, pipeline: int, iterations: int, images: str, folder: Path = EXAMPLE) -> tuple[Example, RunSettings]:
     from megatron_dip.spec.codec import load_example
     from megatron_dip.spec.training import RunSettings, SchedulePlan
     from megatron_dip.spec.workload import Parallel
     from megatron_dip.trainer.loop import load_example_module
 
-    config = load_example(EXAMPLE / "config.json")
-    counts = IMAGE_COUNTS[images]
+    config = load_example(folder / "config.json")
+    counts = IMAGE_COUNTS[images] if "image_counts" in config.data else None
     settings = RunSettings(
         schedule=SchedulePlan(name="dip"), parallel=Parallel(pipeline=pipeline), device="cpu", seed=seed, iterations=iterations,
         num_microbatches=config.num_microbatches, data=config.data if counts is None else {**config.data, "image_counts": counts}, timeout_s=120.0,
     )
     settings.validate()
-    return load_example_module(EXAMPLE, config, settings), settings
+    return load_example_module(folder, config, settings), settings
 
 
 def _dip_system(

@@ -34,8 +34,12 @@ class Norm:
         return norm
 
 
+_DENSE = 1 << 15
+"""Pairs of queries and keys up to which a mask costs less than many small products."""
+
+
 class PackedAttention(MegatronModule):
-    """Core attention over packed sequences without Transformer Engine, each by itself, so that no mask of S x S is ever made."""
+    """Core attention over packed sequences without Transformer Engine, each by itself; under a mask where all are small."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
@@ -52,6 +56,8 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """[S, heads, head size] (keys and values [T, ...]) -> [S, heads * head size]"""
         assert packed_seq_params is not None, "PackedAttention needs the bounds of its sequences"
+        if query.shape[0] * key.shape[0] <= _DENSE:
+            return self._together(query, key, value, packed_seq_params)
         queries = packed_seq_params.cu_seqlens_q.diff().tolist()
         keys = packed_seq_params.cu_seqlens_kv.diff().tolist()
         # [n] x [length, heads, head size]; sequences of equal lengths are computed together
@@ -68,6 +74,19 @@ class PackedAttention(MegatronModule):
             for number, part in zip(numbers, output.transpose(1, 2).unbind(), strict=True):
                 outputs[number] = part
         return torch.cat(outputs).flatten(1)
+
+    def _together(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: PackedSeqParams) -> torch.Tensor:
+        """All sequences at once, under a mask of the pairs that belong together."""
+        rows = torch.bucketize(torch.arange(len(query), device=query.device), bounds.cu_seqlens_q[1:], right=True)
+        columns = torch.bucketize(torch.arange(len(key), device=key.device), bounds.cu_seqlens_kv[1:], right=True)
+        mask = rows[:, None] == columns
+        if self.is_causal:
+            mask = mask.tril_()
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query.transpose(0, 1)[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None], attn_mask=mask, scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output[0].transpose(0, 1).flatten(1)
 
 
 def transformer_block_spec(num_layers: int, *, causal: bool, packed: bool = False) -> TransformerBlockSubmodules:

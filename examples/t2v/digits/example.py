@@ -135,8 +135,8 @@ class Dataset:
             if motion == "turns":
                 others = scans[self.labels[scans] != self.labels[scan]]
                 target = int(random.choice(others))
-            # Short clips are more frequent than long ones: uniform in the logarithm of their length.
-            frames = int(low * (high / low + 1 / low) ** random.random()) * self.model.video.patch_temporal
+            # Short clips are more frequent than long ones.
+            frames = int(low * ((high + 1) / low) ** random.random() ** 2) * self.model.video.patch_temporal
             made.append(Story(scan, motion, frames, target))
         return made
 
