@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     for field, value in (("--evaluations", args.evaluations), ("--top", args.top), ("--gpus", args.gpus), ("--workers", args.workers)):
         if value is not None and value < 1:
             raise InputError(field, value, "must be at least 1", "give a positive whole number")
+    if not 0 <= args.seed < 1 << 32:
+        raise InputError("--seed", args.seed, "outside [0, 2^32)", "give a whole number from 0")
     if args.memory_timeline is not None:
         if args.grid or args.compare:
             raise InputError("--memory-timeline", str(args.memory_timeline), "is for one schedule", "leave --grid and --compare out")

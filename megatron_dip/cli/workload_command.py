@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from megatron_dip.cost.device import load_device
 from megatron_dip.spec.codec import check_writable, encode, resolve_workload, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import MAX_IMAGES, NAMED_SETUPS, named_setup
@@ -72,6 +73,7 @@ def _workload(args: argparse.Namespace, iteration: int) -> Workload:
         images=(args.images[0], args.images[1]), parallel=parallel,
     )
     if args.device is not None:
+        load_device(args.device, "--device")
         workload = msgspec.structs.replace(workload, device=args.device)
     resolve_workload(workload, Path("the command line"))
     return workload

@@ -20,6 +20,7 @@ from typing import Literal
 
 import msgspec
 
+from megatron_dip.spec.codec import decode, read_file
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.workload import Device
 
@@ -97,14 +98,14 @@ class DeviceDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
             _check_positive(f"{where}.{field}", getattr(self, field))
         if self.gpus_per_node < 1:
             raise InputError(f"{where}.gpus_per_node", self.gpus_per_node, "must be at least 1", "give the GPUs of one node")
-        _check_positive(f"{where}.network_latency_us", self.network_latency_us, zero=True)
+        _check_latency(f"{where}.network_latency_us", self.network_latency_us)
         _check_share(f"{where}.memory_margin", self.memory_margin, low=0.0, high=0.9)
         efficiency, at = self.efficiency, f"{where}.efficiency"
         for field in ("training", "memory", "all_reduce", "gather", "network"):
             _check_share(f"{at}.{field}", getattr(efficiency, field), low=1e-3, high=1.5)
         _check_share(f"{at}.overlap_loss", efficiency.overlap_loss, low=0.0, high=1.0)
         for field in ("kernel_overhead_us", "collective_latency_us"):
-            _check_positive(f"{at}.{field}", getattr(efficiency, field), zero=True)
+            _check_latency(f"{at}.{field}", getattr(efficiency, field))
         gemm, attention = efficiency.gemm, efficiency.attention
         _check_axis(f"{at}.gemm.rows", gemm.rows)
         _check_table(f"{at}.gemm.efficiency", gemm.efficiency, len(gemm.rows))
@@ -176,13 +177,9 @@ def load_device(device: str | Device | DeviceDescription | None, where: str = "d
         raise InputError(where, None, "missing", f"name a device ({', '.join(device_names())}), give its figures, or give a profile")
     if device.endswith(".json"):
         try:
-            text = Path(device).read_bytes()
-        except OSError as error:
-            raise InputError(where, device, f"cannot be read ({error.strerror})", "give the path of a device file") from error
-        try:
-            description = msgspec.json.decode(text, type=DeviceDescription)
-        except msgspec.DecodeError as error:
-            raise InputError(where, device, str(error), f"write it as {DEVICE_FORMAT} (see the files of cost/devices)") from error
+            description = decode(read_file(device), DeviceDescription, Path(device).name, DEVICE_FORMAT)
+        except InputError as error:
+            raise InputError(f"{where}: {error.field}", error.value, error.problem, error.remedy) from error
         description.validate(where)
         return description
     if device.lower() not in device_names():
@@ -219,6 +216,15 @@ def _interpolate(axis: list[int], values: list[float], at: float) -> float:
 def _check_positive(field: str, value: float, *, zero: bool = False) -> None:
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise InputError(field, value, "must be a positive number" if not zero else "must not be negative", "check the figure and its unit")
+
+
+_MAX_LATENCY_US = 1e6
+
+
+def _check_latency(field: str, value: float) -> None:
+    _check_positive(field, value, zero=True)
+    if value > _MAX_LATENCY_US:
+        raise InputError(field, value, f"over {_MAX_LATENCY_US:g}, a second", "give microseconds")
 
 
 def _check_share(field: str, value: float, *, low: float, high: float) -> None:

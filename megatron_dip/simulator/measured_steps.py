@@ -5,6 +5,7 @@ A step is a run that somebody timed: model, parallel sizes, schedule, implementa
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from megatron_dip.cost.fixed import FixedStrategyCost
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.modules import Kernels
 from megatron_dip.simulator.step import SimulateOptions, simulate
+from megatron_dip.spec.codec import decode, read_file
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.simulation import SimulationResult
@@ -51,19 +53,30 @@ class MeasuredSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 def load_measured_steps(path: str | Path) -> MeasuredSteps:
     """Reads a file of measured steps. Raises InputError."""
     path = Path(path)
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=MeasuredSteps)
-    except OSError as error:
-        raise InputError(str(path), str(path), f"cannot be read ({error.strerror})", "name a file that exists and is readable") from None
-    except msgspec.DecodeError as error:
-        raise InputError(path.name, str(path), str(error), f"write it as {MEASURED_STEPS_FORMAT}") from None
+    found = decode(read_file(path), MeasuredSteps, path.name, MEASURED_STEPS_FORMAT)
     if not found.steps:
         raise InputError(f"{path.name}: steps", [], "no steps", "give at least one")
     for index, step in enumerate(found.steps):
-        if step.measured_s <= 0 or step.num_microbatches < 1:
-            raise InputError(f"{path.name}: steps[{index}]", step.name, "has no time or no microbatch", "give positive numbers")
-        step.model.validate(f"{path.name}: steps[{index}].model")
+        try:
+            _validate_step(step, found.device)
+        except InputError as error:
+            raise InputError(f"{path.name}: steps[{index}] ({step.name}): {error.field}", error.value, error.problem, error.remedy) from None
     return found
+
+
+_MAX_MICROBATCHES = 1 << 16
+
+
+def _validate_step(step: MeasuredStep, device: str) -> None:
+    """Raises InputError for steps that nobody can have run."""
+    if not (math.isfinite(step.measured_s) and 0 < step.measured_s < 1e6):
+        raise InputError("measured_s", step.measured_s, "no time of an iteration", "give seconds")
+    if not 1 <= step.num_microbatches <= _MAX_MICROBATCHES:
+        raise InputError("num_microbatches", step.num_microbatches, f"outside 1 to {_MAX_MICROBATCHES}", "give the global batch's number")
+    step_workload(step, device).validate()
+    for module in step.model.modules:
+        if not step.microbatch.get(module.name):
+            raise InputError(f"microbatch.{module.name}", step.microbatch.get(module.name), "the module has no instance", "give its lengths")
 
 
 def step_workload(step: MeasuredStep, device: str) -> Workload:

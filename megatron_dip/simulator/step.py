@@ -380,7 +380,8 @@ def _busy_without_messages(pipeline: _Pipeline, schedule: Schedule, workload: Wo
             cost = detail.cost
             total += times * layers * (cost.forward_ns + cost.backward_input_ns + cost.backward_weight_ns)
     for (module, lengths, label), layers in pipeline.recomputed.items():
-        extra = counting.strategies(module, lengths)[label].extra_forward
+        strategy = counting.strategies(module, lengths).get(label)  # None: a layer that the setting leaves as it is
+        extra = 0.0 if strategy is None else strategy.extra_forward
         total += layers * extra * counting.part(module, "layer", lengths).forward_ns
     return total / 1e9
 

@@ -144,8 +144,13 @@ def format_of(data: bytes) -> str | None:
     return raw.get("format") if isinstance(raw, dict) else None
 
 
-def decode(text: str | bytes, kind: type[T], name: str) -> T:
-    """Reads one object of a known format from JSON text; ``name`` is what messages call the text."""
+def decode(text: str | bytes, kind: type[T], name: str, wanted: str | None = None) -> T:
+    """Reads one object from JSON text; ``name`` is what messages call the text.
+
+    Args:
+        wanted: its format, for kinds that other rooms define.
+    """
+    wanted = _FORMATS[kind] if wanted is None else wanted
     try:
         raw = json.loads(text, object_pairs_hook=_reject_duplicates)
     except InputError as error:
@@ -160,7 +165,6 @@ def decode(text: str | bytes, kind: type[T], name: str) -> T:
         raise InputError(name, "...", "nested too deeply", "give an object of the documented form") from None
     except ValueError as error:  # a whole number of more digits than Python reads
         raise InputError(name, "...", str(error), "use a smaller number") from None
-    wanted = _FORMATS[kind]
     if not isinstance(raw, dict):
         raise InputError(name, raw, "not a JSON object", f'start with {{"format": "{wanted}", ...}}')
     if raw.get("format") != wanted:

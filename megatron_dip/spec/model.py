@@ -22,6 +22,9 @@ _MAX_SIZE = 10**6
 """Of layers, widths and heads: above any real model, below what would overflow times or exhaust memory."""
 
 
+_MAX_VOCABULARY = 10**8
+
+
 class ModuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """One modality module: an encoder, the backbone or a decoder."""
 
@@ -78,8 +81,8 @@ class ModuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                 f"{where}.num_query_groups", self.query_groups, f"does not divide {self.num_attention_heads} attention heads",
                 "use a divisor of num_attention_heads",
             )
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise InputError(f"{where}.vocab_size", self.vocab_size, "must be at least 1", "give the vocabulary's size or leave it out")
+        if self.vocab_size is not None and not 1 <= self.vocab_size <= _MAX_VOCABULARY:
+            raise InputError(f"{where}.vocab_size", self.vocab_size, f"outside 1 to {_MAX_VOCABULARY}", "give the vocabulary's size or leave it out")
 
 
 @dataclass(frozen=True, slots=True)

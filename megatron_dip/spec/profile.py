@@ -93,8 +93,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
                 for index, point in enumerate(grid.points):
                     here = f"{at}.{part}.points[{index}]"
                     for field in ("instances", "tokens"):
-                        if getattr(point, field) < 1:
-                            raise InputError(f"{here}.{field}", getattr(point, field), "must be at least 1", "give a positive count")
+                        if not 1 <= getattr(point, field) <= _MAX_COUNT:
+                            raise InputError(f"{here}.{field}", getattr(point, field), f"outside 1 to {_MAX_COUNT}", "give a positive count of a real batch")
                     for field in ("forward_ns", "backward_input_ns", "backward_weight_ns", "activation_bytes", "boundary_bytes"):
                         _check_number(f"{here}.{field}", getattr(point, field), low=0.0)
                     if (point.instances, point.tokens) in shapes:
@@ -111,6 +111,10 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
                     _check_number(f"{here}.offload.activation", strategy.offload.activation, low=0.0, high=1.0)
         _check_number(f"{where}.p2p.latency_ns", self.p2p.latency_ns, low=0.0)
         _check_number(f"{where}.p2p.bytes_per_second", self.p2p.bytes_per_second, low=1.0)
+
+
+_MAX_COUNT = 10**7
+"""Of instances and tokens of a measured point, as of a workload's instances."""
 
 
 def _check_number(field: str, value: float, *, low: float, high: float = 1e15) -> None:

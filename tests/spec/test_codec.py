@@ -95,7 +95,7 @@ BAD_WORKLOADS: list[tuple[object, str, str]] = [
     (changed(WORKLOAD, profile=profile_with({"forward_ns": float("nan")})), "w.json: profile.modules.vit.layer.points[0].forward_ns", "finite"),
     (changed(WORKLOAD, profile=profile_with({"forward_ns": -1})), "w.json: profile.modules.vit.layer.points[0].forward_ns", "outside"),
     (changed(WORKLOAD, profile=profile_with({"forward_ns": 1e30})), "w.json: profile.modules.vit.layer.points[0].forward_ns", "outside"),
-    (changed(WORKLOAD, profile=profile_with({"instances": 0})), "w.json: profile.modules.vit.layer.points[0].instances", "at least 1"),
+    (changed(WORKLOAD, profile=profile_with({"instances": 0})), "w.json: profile.modules.vit.layer.points[0].instances", "outside 1 to"),
     (changed(WORKLOAD, profile=profile_with(p2p={"latency_ns": 1, "bytes_per_second": 0})), "w.json: profile.p2p.bytes_per_second", "outside"),
     (changed(WORKLOAD, profile=profile_with(modules={"lm": PROFILE["modules"]["lm"]})), "w.json: profile.modules", "'vit' is missing"),
 ]
