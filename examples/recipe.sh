@@ -17,7 +17,7 @@ plan() {
     mkdir -p "$WORK"
     megatron-dip workload "$SETUP" --tensor "$TENSOR" --pipeline "$PIPELINE" --output "$WORK/workload.json"
     megatron-dip plan "$WORK/workload.json" --output "$WORK/plan.json" --save-partition "$WORK/partition.json" \
-        --time-budget "$TIME_BUDGET" --no-baselines
+        --time-budget "$TIME_BUDGET" --hardware-queues 1 --no-baselines
 }
 
 command_line() {
@@ -63,6 +63,9 @@ recipe() {
     done
     [ -f "$WORK/partition.json" ] || plan
     command_line "$@"
-    export PYTHONPATH="$MEGATRON_LM${PYTHONPATH:+:$PYTHONPATH}" CUDA_DEVICE_MAX_CONNECTIONS=1
+    export PYTHONPATH="$MEGATRON_LM${PYTHONPATH:+:$PYTHONPATH}"
+    # Megatron asks for one hardware queue under tensor parallelism; plans hang on no number of them. Kernels are loaded before the first
+    # launch: one that is loaded while a receive waits may wait for it.
+    export CUDA_DEVICE_MAX_CONNECTIONS=1 CUDA_MODULE_LOADING=EAGER
     exec "${COMMAND[@]}"
 }

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dip.runtime.startup import load_kernels_eagerly
 from megatron_dip.spec.errors import EXIT_CODE, InputError
 
 _DEVICE_VARIABLE = "MEGATRON_DIP_LAUNCH_DEVICE"
@@ -56,6 +57,8 @@ def main() -> int:
         checkout = find_checkout(args.script)
         # Processes that Megatron spawns, to write checkpoints for instance, prepare themselves by these.
         os.environ[_DEVICE_VARIABLE], os.environ[_CHECKOUT_VARIABLE] = args.device, str(checkout)
+        if args.device == "cuda":
+            load_kernels_eagerly()
         prepare(checkout, args.script.resolve().parent, args.device)
     except InputError as error:
         print(f"megatron_dip.launch: error: {error}", file=sys.stderr)

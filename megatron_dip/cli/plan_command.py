@@ -26,6 +26,8 @@ from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.partition.offline import cheapest_work_ns, paper_partition
 from megatron_dip.planner.iteration import MemoryChoice, PlanOptions, plan_iteration
 from megatron_dip.planner.partitioning import joint_partition
+from megatron_dip.program.one_queue import one_queue_makespan
+from megatron_dip.runtime.startup import hardware_queues
 from megatron_dip.schedule.backward import SplitBackward
 from megatron_dip.schedule.grid import format_grid, plan_cells
 from megatron_dip.schedule.search import SearchMethod
@@ -59,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--memory", choices=get_args(MemoryChoice), default="relaxation",
                         help="how layers' memory strategies are chosen: relaxation, or exact, which solves the found orders' choice once more "
                         "with HiGHS, up to 10 s a rank beyond the budget (default relaxation)")
+    search.add_argument("--hardware-queues", type=int, default=None, metavar="N",
+                        help="CUDA_DEVICE_MAX_CONNECTIONS of the training run; with 1 the schedule is taken that ends first on such a device "
+                        "(default: this variable, or no limit where it is not set)")
     partition = parser.add_argument_group("partition")
     partition.add_argument("--partition", type=Path, metavar="FILE", help="a partition to use (format megatron-dip/partition/1)")
     partition.add_argument("--chunks", metavar="vit=2,lm=3", help="chunks a rank of these modules; the rest is chosen")
@@ -148,6 +153,7 @@ def _options(args: argparse.Namespace) -> PlanOptions:
         time_budget = 1.0
     options = PlanOptions(
         time_budget_s=time_budget, evaluations=args.evaluations, threads=args.threads, seed=args.seed, search=args.search, memory=args.memory,
+        hardware_queues=hardware_queues() if args.hardware_queues is None else args.hardware_queues,
     )
     options.validate()
     return options
@@ -225,9 +231,11 @@ def _budget(options: PlanOptions) -> str:
 
 def _print_summary(out: Console, plan: Plan, task: _Task, origin: str, partition_s: float) -> None:
     free = cheapest_work_ns(task.model, task.microbatches, task.costs) / task.num_ranks
+    one_queue = one_queue_makespan(plan)
     table = Table(show_header=False, box=None, pad_edge=False)
     rows = [
         ("iteration time", _time(plan.claimed_makespan)),
+        ("on one hardware queue", f"{_time(one_queue)}, {_gap(one_queue, plan.claimed_makespan)} longer"),
         ("bound of the partition", f"{_time(plan.lower_bound)}, gap {_gap(plan.claimed_makespan, plan.lower_bound)}"),
         ("bound free of the partition", f"{_time(free)} (cheapest work / ranks), gap {_gap(plan.claimed_makespan, free)}"),
         ("bubbles", f"{plan.bubble_fraction:.2%}"),

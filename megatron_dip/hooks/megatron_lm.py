@@ -29,6 +29,7 @@ from megatron_dip.models.description import LANGUAGE
 from megatron_dip.models.staged import DescribedStagedModel
 from megatron_dip.partition.work import WorkEstimate
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.runtime.startup import hardware_queues
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.workload import Microbatch
@@ -81,19 +82,20 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
     options, description = built.options, built.description
     side_by_side = max(1, min(options.look_ahead, options.planner_threads))
     """Plans being made at a time."""
+    queues = hardware_queues()
     staged = DescribedStagedModel(description, dict(zip(built.keys, chunks, strict=True)))
 
     def plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
         return plan_iteration(model, built.partition, microbatches, costs, PlanOptions(
             time_budget_s=None if options.evaluations is not None else options.time_budget_s, evaluations=options.evaluations,
             threads=options.planner_threads // side_by_side, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
-            may_exceed_memory=True, memory_field="--dip-memory-limit",
+            may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues,
         ))
 
     def quick_plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
         return plan_iteration(model, built.partition, microbatches, costs, PlanOptions(
             evaluations=_QUICK_EVALUATIONS, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
-            may_exceed_memory=True, memory_field="--dip-memory-limit",
+            may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues,
         ))
 
     def call_metadata(call: CapturedCall) -> Microbatch:

@@ -9,6 +9,8 @@ from megatron.core import parallel_state
 from megatron_dip.hooks.build import BuiltModel
 from megatron_dip.iteration.balance import BalanceFigures
 from megatron_dip.iteration.forward_backward import DipForwardBackward
+from megatron_dip.program.one_queue import one_queue_makespan
+from megatron_dip.runtime.startup import hardware_queues
 from megatron_dip.runtime.timing import StageRecord
 from megatron_dip.spec.codec import save
 from megatron_dip.spec.plan import Plan
@@ -32,8 +34,9 @@ def report(built: BuiltModel, forward_backward: DipForwardBackward) -> None:
     if due:
         counts = forward_backward.counts()
         assert counts is not None, "the rank that gathers records is the one that plans"
+        on_one_queue = f" (on one hardware queue: {one_queue_makespan(plan) / 1e6:.1f})" if hardware_queues() == 1 else ""
         print(
-            f" [DIP] iteration {iteration:8d} | planned (ms): {plan.claimed_makespan / 1e6:.1f} | measured (ms): "
+            f" [DIP] iteration {iteration:8d} | planned (ms): {plan.claimed_makespan / 1e6:.1f}{on_one_queue} | measured (ms): "
             f"{measured.makespan / 1e6:.1f} | bubbles planned: {plan.bubble_fraction:.1%} measured: {measured.bubble_fraction:.1%} | "
             f"planning (ms): {plan.planning_ns / 1e6:.1f} | waited for plans so far (ms): {counts.waited_ns / 1e6:.1f} | "
             f"plans replaced so far: {sum(counts.fallbacks.values())} | "

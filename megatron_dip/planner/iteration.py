@@ -24,14 +24,15 @@ from megatron_dip.planner.all_memory import captured_inputs, recomputing_room, w
 from megatron_dip.planner.courtesy import no_collections
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
+from megatron_dip.program.posting import one_queue_ns
 from megatron_dip.program.program import Program
 from megatron_dip.schedule.backward import Solved, SplitBackward, search_forms
 from megatron_dip.schedule.checker import check_plan
 from megatron_dip.schedule.exact_memory import load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
-from megatron_dip.schedule.result import Schedule
-from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions
+from megatron_dip.schedule.result import Schedule, time_order
+from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions, SearchResult
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.long import LongList
 from megatron_dip.spec.model import ModelSpec
@@ -41,6 +42,9 @@ from megatron_dip.spec.tasks import KIND_NAMES, WEIGHT, TaskGraph
 from megatron_dip.spec.workload import Microbatch
 
 logger = logging.getLogger(__name__)
+
+MOST_HARDWARE_QUEUES = 32
+"""CUDA takes no more connections than that."""
 
 MemoryChoice = Literal["relaxation", "exact"]
 
@@ -65,6 +69,9 @@ class PlanOptions:
     """Memory strategy of every layer; None = chosen per layer."""
     memory: MemoryChoice = "relaxation"
     """``exact``: the found orders' memory strategies are chosen once more by HiGHS, up to 10 s a rank beyond the budget."""
+    hardware_queues: int | None = None
+    """Of the device (``CUDA_DEVICE_MAX_CONNECTIONS``). With one, of the best few schedules found that one is taken which ends first on
+    such a device, posts and their waiting counted; ``claimed_makespan`` leaves them out as ever. None = as many as there are streams."""
 
     may_exceed_memory: bool = False
     """Where not even the leanest plan fits: make that one, with a warning, since costs are estimates. False: an InputError."""
@@ -81,6 +88,10 @@ class PlanOptions:
             raise InputError("--threads", self.threads, "outside [1, 1024]", "give at most the machine's cores")
         if not 0 <= self.seed < 1 << 32:
             raise InputError("--seed", self.seed, "outside [0, 2^32)", "give a whole number from 0")
+        if self.hardware_queues is not None and not 1 <= self.hardware_queues <= MOST_HARDWARE_QUEUES:
+            raise InputError(
+                "--hardware-queues", self.hardware_queues, f"outside [1, {MOST_HARDWARE_QUEUES}]", "give CUDA_DEVICE_MAX_CONNECTIONS of the run"
+            )
         if self.memory == "exact":
             load_solver()
 
@@ -126,6 +137,8 @@ def plan_iteration(
         solved = search_forms(build, limit, search_options, False if options.forward_only else options.split_backward)
         if options.memory == "exact":
             solved = replace(solved, result=with_exact_memory(solved.problem, limit, solved.result))
+        if options.hardware_queues == 1:
+            solved = replace(solved, result=_best_on_one_queue(solved))
         with no_collections():
             return _lower(solved, inputs)
 
@@ -149,6 +162,24 @@ class _Lowered:
     tasks: NDArray[np.int64]
     """[its tasks] their numbers in the problem"""
     program: Program
+
+
+def _best_on_one_queue(solved: Solved) -> SearchResult:
+    """The found schedule that ends first on a device with one hardware queue; of equal ones the faster without that limit."""
+
+    def ends_ns(schedule: Schedule) -> int:
+        present, _ = solved.problem.present(schedule)
+        return one_queue_ns(present.graph, present.order)
+
+    best, best_ns = solved.result, ends_ns(solved.result.schedule)
+    for other in solved.result.others:
+        if other.makespan_ns >= best_ns:
+            continue  # no device is faster than one without limits
+        schedule = time_order(solved.problem.graph(other.choice), other.orders)
+        assert schedule is not None
+        if (ns := ends_ns(schedule)) < best_ns:
+            best, best_ns = replace(solved.result, schedule=schedule, choice=other.choice), ns
+    return best
 
 
 def _lower(solved: Solved, inputs: NDArray[np.int64] | None) -> _Lowered:

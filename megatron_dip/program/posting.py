@@ -30,13 +30,14 @@ That changes times, not what waits for what.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dip.program.messages import Messages
+from megatron_dip.program.messages import Messages, make_messages
 from megatron_dip.spec.tasks import TaskGraph
 
 SEND, RECEIVE, TASK = 0, 1, 2
@@ -96,6 +97,15 @@ def run_orders(graph: TaskGraph, order_offset: NDArray[np.int64], order: NDArray
         graph.rank, graph.duration_ns, graph.dep_offset, graph.dep_task, order_offset, order, messages, device, kind, item, start_ns
     )
     return Launches(num_launches=int(count), kind=kind, item=item, start_ns=start_ns, next_index=device.next_index)
+
+
+def one_queue_ns(graph: TaskGraph, order: Sequence[NDArray[np.int32]]) -> int:
+    """Makespan in ns of orders that run, with posts at the places that lowering gives them, on a device with one hardware queue."""
+    flat, offset = np.concatenate(order), np.cumsum([0, *map(len, order)], dtype=np.int64)
+    launches = run_orders(graph, offset, flat, make_messages(graph, flat))
+    assert launches.num_launches == len(launches.kind), "the orders contradict the dependencies"
+    tasks = launches.kind == TASK
+    return int((launches.start_ns[tasks] + graph.duration_ns[launches.item[tasks]]).max())
 
 
 @numba.njit(nogil=True, cache=True)

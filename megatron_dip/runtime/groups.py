@@ -12,7 +12,10 @@ import datetime
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
+
+from megatron_dip.runtime.startup import check_start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,14 @@ def new_process_groups(
         replica: equal on all ranks that work on the same batch (the data-parallel rank).
         backend: of the pipeline messages: ``nccl`` for CUDA tensors, ``gloo`` for CPU tensors (and, staged, for CUDA in tests).
         timeout_s: after this long without a message or answer a rank gives up with an error.
+
+    Raises:
+        InputError: NCCL was initialised in a way under which programs hang (:mod:`megatron_dip.runtime.startup`).
     """
+    if backend == "nccl":
+        settings = check_start(dist.distributed_c10d._get_default_group(), cuda_runs=torch.cuda.is_initialized())
+        if dist.get_rank() == 0:
+            print(settings.describe(), flush=True)
     timeout = datetime.timedelta(seconds=timeout_s)
     mine = (tuple(pipeline_ranks), replica)
     every: list[tuple[tuple[int, ...], Hashable]] = [mine] * dist.get_world_size()

@@ -40,7 +40,7 @@ from megatron_dip.schedule.paper_search import METHODS as PAPER_METHODS
 from megatron_dip.schedule.paper_search import make_paper_state
 from megatron_dip.schedule.portfolio import Place, Portfolio, Start
 from megatron_dip.schedule.result import Schedule, time_order
-from megatron_dip.schedule.space import Priorities, Progress, SearchSpace, make_space
+from megatron_dip.schedule.space import Found, Priorities, Progress, SearchSpace, make_space
 
 SearchMethod = Literal["anneal", "mcts", "dfs", "random", "fifo"]
 
@@ -78,6 +78,8 @@ class SearchResult:
     priorities: Priorities
     """The best orders of priority; refinement may have taken the schedule further"""
     evaluations: int
+    others: tuple[Found, ...]
+    """The next best schedules that were found, each slower than the one before"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +166,7 @@ def _result(problem: StageProblem, progress: Progress, priorities: Priorities) -
     schedule = time_order(problem.graph(best.choice), best.orders)
     assert schedule is not None
     assert schedule.makespan_ns == best.makespan_ns, (schedule.makespan_ns, best.makespan_ns)
-    return SearchResult(schedule=schedule, choice=best.choice, priorities=priorities, evaluations=progress.evaluations)
+    return SearchResult(schedule=schedule, choice=best.choice, priorities=priorities, evaluations=progress.evaluations, others=tuple(progress.kept[1:]))
 
 
 def _rounds(progress: Progress, threads: int, chains: Sequence[Chain], num_tasks: int) -> Sequence[Chain]:

@@ -29,6 +29,10 @@ class Priorities(NamedTuple):
     """[Gb], counted from 0"""
 
 
+_KEPT = 5
+"""Schedules that a search keeps: the best, and others for who scores by more than the makespan."""
+
+
 class Found(NamedTuple):
     """A schedule worth keeping."""
 
@@ -108,7 +112,12 @@ class Progress:
     time_budget_s: float | None
     began: float = field(default_factory=time.monotonic)
     evaluations: int = 0
-    best: Found | None = None
+    kept: list[Found] = field(default_factory=list)
+    """The best few of unlike makespans, the best first."""
+
+    @property
+    def best(self) -> Found | None:
+        return self.kept[0] if self.kept else None
 
     @property
     def best_makespan_ns(self) -> int:
@@ -126,5 +135,8 @@ class Progress:
         return self.time_budget_s is not None and time.monotonic() - self.began >= self.time_budget_s
 
     def offer(self, found: Found) -> None:
-        if found.makespan_ns < self.best_makespan_ns:
-            self.best = found
+        if len(self.kept) == _KEPT and found.makespan_ns >= self.kept[-1].makespan_ns:
+            return
+        if any(found.makespan_ns == other.makespan_ns for other in self.kept):
+            return
+        self.kept = sorted([*self.kept, found], key=lambda one: one.makespan_ns)[:_KEPT]

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dip.models.built_in import BuiltInConfig
 from megatron_dip.models.layout import ModuleCut, check_enough_layers, chunk_order
 from megatron_dip.models.staged import DescribedStagedModel
+from megatron_dip.runtime.startup import load_kernels_eagerly
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.training import OptimizerSpec
@@ -66,6 +67,7 @@ def initialize_parallel(parallel: Parallel, *, device: str, seed: int, timeout_s
     elif not torch.cuda.is_available():
         raise InputError("--device", device, "this machine has no CUDA device", "use --device cpu")
     else:
+        load_kernels_eagerly()
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if parallel.context != 1:
         raise InputError("parallel.context", parallel.context, "context parallelism is not supported in training", "use 1")

@@ -33,6 +33,7 @@ from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.work import WorkEstimate
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.runtime.groups import PipelineGroups
+from megatron_dip.runtime.startup import hardware_queues
 from megatron_dip.runtime.timing import StageRecord, clock_offset, gather_records
 from megatron_dip.spec.codec import load_profile, save
 from megatron_dip.spec.partition import Partition
@@ -134,6 +135,7 @@ class DipSystem(System):
         options = PlanOptions(
             time_budget_s=self._schedule.plan_s, seed=self.settings.seed, strategy="none", forward_only=forward_only,
             split_backward=self._schedule.split_backward and not forward_only,
+            hardware_queues=hardware_queues() if self.settings.device == "cuda" else None,
         )
         return plan_iteration(self._model_spec, self.partition, microbatches, self.current_costs(), options)
 
@@ -141,6 +143,7 @@ class DipSystem(System):
         options = PlanOptions(
             evaluations=1, search="fifo", strategy="none", forward_only=forward_only,
             split_backward=self._schedule.split_backward and not forward_only,
+            hardware_queues=hardware_queues() if self.settings.device == "cuda" else None,
         )
         return plan_iteration(self._model_spec, self.partition, microbatches, self.current_costs(), options)
 

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.partition.online import split
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.program.one_queue import one_queue_makespan
 from megatron_dip.schedule.checker import check_plan
 from megatron_dip.schedule.graph import build_problem
 from megatron_dip.schedule.interleave import make_costs, make_kernel_graph
@@ -43,6 +45,23 @@ def test_equal_bytes_for_equal_input():
     assert same[0] == same[1]
 
 
+def test_on_one_hardware_queue_no_plan_ends_later_and_some_end_sooner():
+    """Messages as long as stages, so that channels are seldom free; the same search, scored for the device."""
+    sooner = 0
+    for seed in range(12):
+        case = vlm_case(num_microbatches=8, num_ranks=4, chunks={"vit": 1})
+        slow = msgspec.structs.replace(case.profile, p2p=msgspec.structs.replace(case.profile.p2p, latency_ns=900.0 + 100 * seed))
+        anywhere, on_one = (
+            plan_iteration(case.model, case.partition, case.microbatches, ProfileCost(slow, None), PlanOptions(
+                evaluations=60, seed=seed, hardware_queues=queues,
+            ))
+            for queues in (None, 1)
+        )
+        assert anywhere.claimed_makespan <= on_one.claimed_makespan <= one_queue_makespan(on_one) <= one_queue_makespan(anywhere)
+        sooner += one_queue_makespan(on_one) < one_queue_makespan(anywhere)
+    assert sooner
+
+
 def test_too_little_memory_names_rank_and_bytes():
     case = vlm_case(num_microbatches=4, num_ranks=2)
     with pytest.raises(InputError, match="bytes are missing on pipeline rank") as caught:
@@ -53,7 +72,7 @@ def test_too_little_memory_names_rank_and_bytes():
 
 @pytest.mark.parametrize("options", [
     PlanOptions(time_budget_s=float("inf")), PlanOptions(time_budget_s=float("nan")), PlanOptions(time_budget_s=-1.0),
-    PlanOptions(evaluations=0), PlanOptions(evaluations=10**12), PlanOptions(threads=0),
+    PlanOptions(evaluations=0), PlanOptions(hardware_queues=0), PlanOptions(hardware_queues=33), PlanOptions(evaluations=10**12), PlanOptions(threads=0),
 ])
 def test_budgets_that_cannot_be(options):
     case = vlm_case(num_microbatches=2)

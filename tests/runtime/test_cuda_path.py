@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from megatron_dip.runtime.p2p import PeerError, PointToPoint
 from megatron_dip.runtime.timing import CudaTimer, stage_timer
 from megatron_dip.spec.plan import Plan, PlanStage
 from tests.fakes.cuda import Device, FakeCuda, Violation, current_device
-from tests.fakes.hardware_queue import replay
+from tests.fakes.hardware_queue import Hang, replay
 from tests.fakes.nccl import FakeNccl
 from tests.program.graphs import build_graph, random_order
 from tests.program.plans import make_plan
@@ -148,9 +149,21 @@ def test_outputs_are_freed_where_megatron_asks_for_it() -> None:
     assert all(freed < kept for kept, freed in zip(*used, strict=True))
 
 
-def test_devices_with_a_queue_for_each_stream_come_to_the_end() -> None:
-    run = _run(_plan(3), iterations=2)
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_devices_with_few_hardware_queues_and_with_one_for_each_stream_come_to_the_end(num_ranks: int, seed: int) -> None:
+    """Another model of the queues than the planner's: of every launch that the runtime makes."""
+    run = _run(_plan(num_ranks, seed, split_backward=seed == 2), iterations=2)
+    assert all(replay(run.cuda.devices, connections=connections) > 0 for connections in (None, 1, 2, 3, 8))
+
+
+def test_receives_ahead_of_what_their_sender_waits_for_hang_one_hardware_queue() -> None:
+    plan = _plan(3)
+    early = [sorted(row, key=lambda action: action.op != "irecv") for row in plan.actions]
+    run = _run(msgspec.structs.replace(plan, actions=early))
     assert replay(run.cuda.devices) > 0
+    with pytest.raises(Hang):
+        replay(run.cuda.devices, connections=1)
 
 
 def test_both_ends_of_a_channel_post_in_one_order() -> None:
