@@ -11,9 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_dip.cli.plan_command import workload_costs
+from megatron_dip.partition.work import deal_batch
 from megatron_dip.schedule.checker import inspect_plan
 from megatron_dip.spec.codec import load_plan, load_workload
 from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.partition import Partition
 
 SUMMARY = "check a plan"
 
@@ -33,6 +36,12 @@ def run(args: argparse.Namespace) -> int:
             raise InputError("--replica", args.replica, f"there are {workload.parallel.data} replicas", "give a number from 0")
         microbatches = workload.replica_microbatches(args.replica)
     report = inspect_plan(plan, microbatches)
+    if args.workload is not None and report.problems and workload.parallel.data > 1:
+        # Not as read: then as dealt, under the plan's own cut.
+        partition = Partition(chunks=plan.chunks, sub_microbatch_size=plan.sub_microbatch_size)
+        dealt = deal_batch(workload.microbatches, workload.parallel.data, workload.model_spec, partition, workload_costs(workload))
+        if dealt is not None:
+            report = inspect_plan(plan, [workload.microbatches[number] for number in dealt.shares()[args.replica]])
     if report.problems:
         print(f"{args.plan}: does not hold", file=sys.stderr)
         for problem in report.problems:

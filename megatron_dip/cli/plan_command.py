@@ -19,11 +19,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dip.cli.simulate_command import deal_words
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.partition.offline import cheapest_work_ns, paper_partition
+from megatron_dip.partition.work import deal_batch
 from megatron_dip.planner.iteration import MemoryChoice, PlanOptions, plan_iteration
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.program.one_queue import one_queue_makespan
@@ -74,7 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                            help="workloads of the same model, or directories of them, to choose the partition on (default: the workload "
                            "itself); 256 or more for a real run")
     partition.add_argument("--save-partition", type=Path, metavar="FILE", help="write the partition too, for --partition")
-    parser.add_argument("--replica", type=int, default=0, metavar="N", help="which data-parallel replica to plan: it gets microbatches N, N + data, ... (default 0)")
+    parser.add_argument("--replica", type=int, default=0, metavar="N", help="which data-parallel replica to plan (default 0)")
+    parser.add_argument("--balance", choices=("auto", "off"), default="auto",
+                        help="deal the microbatches to the replicas by work, as training does (default auto: with several replicas); off: "
+                        "replica N trains microbatches N, N + data, ...")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the schedule as a text grid too")
     parser.add_argument("--no-baselines", action="store_true", help="leave the comparison with other schedules out")
 
@@ -111,6 +116,13 @@ def run(args: argparse.Namespace) -> int:
     with console.status("choosing the partition") as status:
         partition, origin = _partition(args, task, workload, status.update)
         partition_s = time.perf_counter() - began
+        dealt = None
+        if workload.parallel.data > 1:
+            dealt = deal_batch(
+                workload.microbatches, workload.parallel.data, task.model, partition, task.costs, as_read=args.balance == "off"
+            )
+        if dealt is not None:
+            task = replace(task, microbatches=[workload.microbatches[number] for number in dealt.shares()[args.replica]])
         status.update(f"searching ({_budget(options)})")
         plan = plan_iteration(
             task.model, partition, task.microbatches, task.costs, replace(options, split_backward=task.split_backward, strategy=task.strategy)
@@ -127,8 +139,11 @@ def run(args: argparse.Namespace) -> int:
     out = Console() if sys.stdout.isatty() else Console(width=140)
     _print_summary(out, plan, task, origin, partition_s)
     _print_ranks(out, plan)
-    if workload.parallel.data > 1:
-        _print_replicas(out, workload, args.replica, partition, task.costs)
+    if dealt is not None:
+        out.print(
+            f"planned replica {args.replica} of {dealt.num_replicas}; most work over mean of the replicas: {deal_words(dealt)}, "
+            f"{dealt.gap:.2%} above the bound of any deal", soft_wrap=True, highlight=False,
+        )
     if not args.no_baselines:
         with console.status("running the baselines"):
             table = _baseline_table(plan, task)
@@ -277,20 +292,6 @@ def _print_ranks(out: Console, plan: Plan) -> None:
         capacity = "unlimited" if plan.memory_capacity is None else _bytes(plan.memory_capacity[rank])
         table.add_row(str(rank), _time(busy), _bytes(plan.peak_memory[rank]), capacity, layers)
     out.print(table)
-
-
-def _print_replicas(out: Console, workload: Workload, replica: int, partition: Partition, costs: CostModel) -> None:
-    """Work of every replica relative to the mean: all wait for the slowest at the end of the iteration."""
-    work = [
-        cheapest_work_ns(workload.model_spec, workload.replica_microbatches(index), costs) / partition.num_ranks
-        for index in range(workload.parallel.data)
-    ]
-    slowest = max(range(len(work)), key=lambda index: work[index])
-    mean = sum(work) / len(work)
-    out.print(
-        f"planned replica {replica} of {len(work)}: its bound is {_time(work[replica])}; the mean is {_time(mean)}, and replica "
-        f"{slowest} has the most, {_time(work[slowest])}", soft_wrap=True, highlight=False,
-    )
 
 
 def _baseline_table(plan: Plan, task: _Task) -> Table:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 from rich.console import Console
@@ -28,9 +29,10 @@ from megatron_dip.cost.analytic import DEFAULT_RULES
 from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.device import load_device
 from megatron_dip.cost.modules import Kernels
+from megatron_dip.partition.deal import Deal
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.simulator.grid import grid_parallels
-from megatron_dip.simulator.step import SCHEDULES, SimulateOptions, Simulation, make_costs, simulate_whole
+from megatron_dip.simulator.step import SCHEDULES, Balance, SimulateOptions, Simulation, make_costs, simulate_whole
 from megatron_dip.spec.codec import check_outputs, load_partition, load_workload, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
@@ -55,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="Python that registers latency rules of operators (megatron_dip.cost.analytic.DEFAULT_RULES); it is executed")
     parser.add_argument("--attention", choices=("fused", "unfused"), default="fused", help="attention kernels (default fused)")
     parser.add_argument("--no-data-parallel-overlap", action="store_true", help="gradient and parameter collectives do not run beside the pipeline")
+    parser.add_argument("--balance", choices=get_args(Balance), default="auto",
+                        help="whose replicas deal the microbatches of the global batch among them by work: auto (default) those of dip and "
+                        "entrain, all, or off: number i is trained by replica i mod data")
     parser.add_argument("--evaluations", type=int, default=500, metavar="N", help="schedules that 'dip' tries (default 500)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default 0)")
     grid = parser.add_argument_group("grid")
@@ -93,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         load_rules(args.rules)
     options = SimulateOptions(
         evaluations=args.evaluations, seed=args.seed, overlap_data_parallel=not args.no_data_parallel_overlap,
-        kernels=Kernels(attention=args.attention),
+        kernels=Kernels(attention=args.attention), balance=args.balance,
     )
     if args.grid:
         return _run_grid(args, workload, options)
@@ -111,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(msgspec.json.encode(result).decode())
         return 0
-    _print_result(_console(), result)
+    _print_result(_console(), result, simulation.dealt)
     return 0
 
 
@@ -188,7 +193,7 @@ def _cells(result: SimulationResult) -> list[str]:
             *(f"{value:.3f}" for value in times)]
 
 
-def _print_result(console: Console, result: SimulationResult) -> None:
+def _print_result(console: Console, result: SimulationResult, dealt: Deal | None) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     names = ("iteration time, s", "MFU", "HFU", "bubbles", "peak memory, GB", "compute, s", "tensor parallel, s", "data parallel, s",
              "P2P, s", "bubble, s", "optimizer, s")
@@ -198,7 +203,15 @@ def _print_result(console: Console, result: SimulationResult) -> None:
     table.add_row("peak of each rank, GB", " ".join(f"{peak / 1e9:.1f}" for peak in result.peak_memory_bytes))
     table.add_row("layers of each rank", "; ".join(f"{name} {rows}" for name, rows in result.chunks.items()))
     table.add_row("sub-microbatch", ", ".join(f"{name} {size}" for name, size in result.sub_microbatch_size.items()))
+    if dealt is not None:
+        table.add_row("replicas, most work over mean", deal_words(dealt))
     console.print(table)
+
+
+def deal_words(dealt: Deal) -> str:
+    if not dealt.moves:
+        return f"{dealt.imbalance_before:.3f} as read"
+    return f"{dealt.imbalance:.3f} as dealt ({dealt.moves} of {len(dealt.replica_of)} microbatches change replicas), {dealt.imbalance_before:.3f} as read"
 
 
 # --- the grid ----------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dip.cost.interface import CostModel
+from megatron_dip.partition.deal import Deal, deal, undealt
 from megatron_dip.partition.online import split
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
@@ -72,3 +73,17 @@ class WorkEstimate:
                 + backward.weight_last * last.backward_weight_ns
             )
         return unit
+
+
+def deal_batch(
+    microbatches: Sequence[Microbatch], num_replicas: int, model: ModelSpec, partition: Partition, costs: CostModel, *, as_read: bool = False
+) -> Deal | None:
+    """A global batch dealt as training would; None where its microbatches are not as many for each replica, which training never has.
+
+    Args:
+        as_read: leave every microbatch with the replica that read it, number i with replica i mod ``num_replicas``.
+    """
+    if len(microbatches) % num_replicas:
+        return None
+    work = WorkEstimate(model, partition, costs).of(microbatches)
+    return undealt(work, num_replicas) if as_read else deal(work, num_replicas)

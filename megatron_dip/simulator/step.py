@@ -22,6 +22,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -35,7 +36,10 @@ from megatron_dip.cost.modules import Kernels
 from megatron_dip.cost.operators import Cause, LatencyRules
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.step import gradient_seconds, optimizer_seconds, parameter_seconds
+from megatron_dip.partition.deal import Deal
+from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
+from megatron_dip.partition.work import deal_batch
 from megatron_dip.schedule.backward import search_forms
 from megatron_dip.schedule.graph import build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
@@ -55,6 +59,10 @@ FLOPS_DEVICE = "h100"
 """Whose description counts FLOPs under a profile without a device; FLOPs do not depend on it."""
 
 
+Balance = Literal["auto", "off", "all"]
+BALANCED: tuple[ScheduleName, ...] = ("dip", "entrain")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulateOptions:
     """What of an implementation to assume, and how hard ``dip`` searches."""
@@ -65,6 +73,8 @@ class SimulateOptions:
     threads: int = 1
     replicas: int = 2
     """Data-parallel replicas to simulate, those with the most work first."""
+    balance: Balance = "auto"
+    """Whose replicas deal the microbatches of the global batch by work: ``auto`` = those of ``dip`` and of ``entrain``, whose authors do."""
     overlap_data_parallel: bool = True
     """Gradient and parameter collectives run beside the pipeline."""
     blocking_messages: bool = False
@@ -82,6 +92,8 @@ class Simulation:
     """Of the slowest replica; None without a pipeline (fsdp2)."""
     initial_bytes: tuple[int, ...]
     """What each rank holds all the time."""
+    dealt: Deal | None = None
+    """The global batch as its replicas were dealt it, by estimated work; None with one replica, or other numbers of microbatches."""
 
     def memory_timeline(self, rank: int) -> list[tuple[int, int]]:
         """(ns, bytes that the rank holds) after each instant at which that changes, ends before starts; working sets are not in it."""
@@ -157,7 +169,8 @@ def simulate_whole(
     costs = make_costs(workload, options) if costs is None else costs
     counting = _counting_costs(workload, options, costs)
     slowest: tuple[SimulationResult, _Pipeline] | None = None
-    for microbatches in _heaviest_replicas(workload, costs, options.replicas):
+    dealt = _dealt(workload, name, partition, costs, options)
+    for microbatches in _heaviest_replicas(workload, dealt, costs, options.replicas):
         if name == "dip":
             if partition is None:
                 raise InputError("partition", None, "missing for schedule 'dip'", "give chunks and sub-microbatch sizes")
@@ -179,6 +192,7 @@ def simulate_whole(
         result=_with_utilisation(result, workload, counting, workload.parallel.data * _recomputed_flops(pipeline, counting)),
         schedule=pipeline.schedule,
         initial_bytes=tuple(peak - own for peak, own in zip(pipeline.peak_bytes, live, strict=True)),
+        dealt=dealt,
     )
 
 
@@ -287,7 +301,23 @@ def _block_on_messages(schedule: Schedule) -> Schedule:
     return timed
 
 
-def _heaviest_replicas(workload: Workload, costs: CostModel, count: int) -> list[list[Microbatch]]:
+def _dealt(
+    workload: Workload, name: ScheduleName, partition: Partition | None, costs: CostModel, options: SimulateOptions
+) -> Deal | None:
+    if workload.parallel.data == 1:
+        return None
+    if name != "dip" or partition is None:
+        # However the modules are cut, the whole work of a microbatch is shared by all ranks.
+        partition = even_partition(workload.model_spec, 1, {}, {module.name: _WHOLE for module in workload.model_spec.modules})
+    deals = options.balance == "all" or (options.balance == "auto" and name in BALANCED)
+    return deal_batch(workload.microbatches, workload.parallel.data, workload.model_spec, partition, costs, as_read=not deals)
+
+
+_WHOLE = 1 << 20
+"""Sub-microbatch size: a microbatch's instances, however many."""
+
+
+def _heaviest_replicas(workload: Workload, dealt: Deal | None, costs: CostModel, count: int) -> list[list[Microbatch]]:
     """Microbatches of the ``count`` replicas with the most work, each distinct share once."""
     model = workload.model_spec
     work: dict[tuple[str, tuple[int, ...]], float] = {}
@@ -299,7 +329,10 @@ def _heaviest_replicas(workload: Workload, costs: CostModel, count: int) -> list
             work[key] = model.module(name).num_layers * (cost.forward_ns + cost.backward_input_ns + cost.backward_weight_ns)
         return work[key]
 
-    shares = [workload.replica_microbatches(replica) for replica in range(workload.parallel.data)]
+    if dealt is None:
+        shares = [workload.replica_microbatches(replica) for replica in range(workload.parallel.data)]
+    else:
+        shares = [[workload.microbatches[number] for number in share] for share in dealt.shares()]
     weights = [sum(of(name, lengths) for m in share for name, lengths in m.items() if lengths) for share in shares]
     kept: list[list[Microbatch]] = []
     for index in sorted(range(len(shares)), key=lambda replica: (-weights[replica], replica)):
