@@ -276,7 +276,8 @@ class DipForwardBackward:
             for function in after.pop(AT_START, ()):
                 function()
             compute = MegatronCompute(self._staged_model, loss, self._deferral, config)
-            self._executor.run(PlanLinks(plan), compute, self._timer, after)
+            with _saying_what_was_planned(plan, self.groups.rank):
+                self._executor.run(PlanLinks(plan), compute, self._timer, after)
             finish_param_sync(self._chunks)
         if not forward_only:
             self._training_timer = self._timer
@@ -313,6 +314,20 @@ class DipForwardBackward:
 
 
 @contextmanager
+def _saying_what_was_planned(plan: Plan, rank: int) -> Iterator[None]:
+    """Around a plan's stages: where memory runs out, the error says what the plan counted on."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        limit = "no limit" if plan.memory_capacity is None else f"{plan.memory_capacity[rank] / 2**30:.2f} GiB"
+        error.add_note(
+            f"memory ran out on pipeline rank {rank} (global rank {dist.get_rank()}); its plan counts on {plan.peak_memory[rank] / 2**30:.2f} GiB, "
+            f"limit {limit}. A lower --dip-memory-limit makes plans recompute more"
+        )
+        raise
+
+
+@contextmanager
 def _naming_the_other_replicas() -> Iterator[None]:
     """Around Megatron's finishing of gradients: says where the run is when a collective fails, which most often means that a rank died.
 
@@ -321,9 +336,14 @@ def _naming_the_other_replicas() -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"while global rank {dist.get_rank()} finished its gradients, behind the plan's stages")
+        raise
     except RuntimeError as failure:
+        # Tensor-parallel ranks, and those that share embeddings, take part as well: with one replica it is one of these.
+        others = "of other replicas" if parallel_state.get_data_parallel_world_size() > 1 else "of its replica"
         raise PeerError(
-            f"global rank {dist.get_rank()} could not finish its gradients with the ranks of other replicas; one of them may have ended, "
+            f"global rank {dist.get_rank()} could not finish its gradients with the ranks {others}; one of them may have ended, "
             f"see its output: {first_line(failure)}"
         ) from failure
 

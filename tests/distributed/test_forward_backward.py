@@ -668,6 +668,44 @@ def test_a_rank_that_dies_ends_the_other_replicas_too() -> None:
         assert messages[rank].startswith(f"PeerError: global rank {rank} could not finish its gradients with the ranks of other replicas")
 
 
+def _run_out_of_memory(rank: int, num_ranks: int) -> list[tuple[str, list[str]]]:
+    from megatron.core.utils import get_model_config
+
+    case = Case(**{**CASE.__dict__, "parallel": Parallel()})
+    model = _model(case)
+    dip = dip_runs.dip_of(case, model)
+    said = []
+
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def lose_a_rank(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    config = get_model_config(model.chunks[0])
+    for failing in ("stage", "finish", "collective"):
+        if failing == "stage":
+            hook = model.chunks[0].register_forward_hook(run_out)
+        else:
+            hook.remove()
+            config.finalize_model_grads_func = run_out if failing == "finish" else lose_a_rank
+        with pytest.raises(RuntimeError) as caught:
+            _call(model, dip, iter(_items(0, (2, 1))), 2)
+        said.append((f"{type(caught.value).__name__}: {caught.value}", list(getattr(caught.value, "__notes__", []))))
+    return said
+
+
+def test_running_out_of_memory_is_called_that() -> None:
+    ((stage, finish, collective),) = launch(_run_out_of_memory, 1)
+    assert stage[0] == "OutOfMemoryError: CUDA out of memory"
+    assert stage[1][0].startswith("in action F")
+    assert "memory ran out on pipeline rank 0 (global rank 0); its plan counts on " in stage[1][1]
+    assert "--dip-memory-limit" in stage[1][1]
+    assert finish[0] == "OutOfMemoryError: CUDA out of memory"
+    assert "finished its gradients" in finish[1][0]
+    assert collective[0].startswith("PeerError: global rank 0 could not finish its gradients with the ranks of its replica; one of them may have ended")
+
+
 @pytest.mark.parametrize(("how", "dead"), [("death", 1), ("late death", 0), ("death before", 1)])
 def test_a_rank_that_dies_ends_the_other_within_the_time_limit(how: str, dead: int) -> None:
     results = _failed(how)

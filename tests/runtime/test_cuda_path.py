@@ -19,7 +19,7 @@ from megatron_dip.spec.plan import Plan, PlanStage
 from tests.fakes.cuda import Device, FakeCuda, Violation, current_device
 from tests.fakes.hardware_queue import Hang, replay
 from tests.fakes.nccl import FakeNccl
-from tests.program.graphs import build_graph, random_order
+from tests.program.graphs import build_graph, random_graph, random_order
 from tests.program.plans import make_plan
 from tests.runtime.toy import ToyStagedModel, loss_of, whole_run
 
@@ -164,6 +164,15 @@ def test_receives_ahead_of_what_their_sender_waits_for_hang_one_hardware_queue()
     assert replay(run.cuda.devices) > 0
     with pytest.raises(Hang):
         replay(run.cuda.devices, connections=1)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_devices_with_one_hardware_queue_come_to_the_end(num_ranks: int) -> None:
+    """What the runtime really launches (buffers' events, the posts' and waits' streams), not what the plan's actions say of it."""
+    for seed in range(4):
+        graph = random_graph(seed, num_ranks)
+        run = _run(make_plan(graph, random_order(graph, seed)))
+        assert replay(run.cuda.devices, connections=1) >= replay(run.cuda.devices)
 
 
 def test_both_ends_of_a_channel_post_in_one_order() -> None:
