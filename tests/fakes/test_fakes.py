@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -156,6 +158,31 @@ def test_messages_arrive_and_are_read_only_behind_a_wait() -> None:
 
         assert cuda.run(host)[1] == [7.0, 7.0]
         nccl.check_over()
+
+
+@pytest.mark.parametrize("keeps_up", [True, False])
+def test_a_host_that_sees_a_send_over_may_write_what_it_sent(keeps_up: bool) -> None:
+    with FakeCuda(2) as cuda, FakeNccl(cuda, keeps_up=keeps_up) as nccl:
+        group = nccl.new_group("up")
+        posted = threading.Event()
+
+        def host(rank: int) -> None:
+            x = torch.ones(2, device=torch.device("cuda", rank))
+            if rank == 1:
+                work = dist.irecv(x, 0, group=group)
+                posted.set()
+                work.wait()
+                return
+            work = dist.isend(x, 1, group=group)
+            assert posted.wait(10.0)
+            assert work.is_completed() == keeps_up
+            if not keeps_up:  # the devices are far behind
+                with pytest.raises(Violation, match="may still read"):
+                    x.zero_()
+                work.wait()
+            x.zero_()
+
+        cuda.run(host)
 
 
 def test_posts_without_their_other_end_or_wait_are_seen() -> None:
