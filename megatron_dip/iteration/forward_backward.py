@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -215,6 +216,7 @@ class DipForwardBackward:
             batch.calls, config, num_microbatches, forward_only, collect_non_loss_data, pg_collection.cp.size(), self._device,
             self._loss_is_sum,
         )
+        batch.calls.clear()  # each is let go when its last stage has run
         set_auxiliary_loss_scale(config, num_microbatches, pg_collection.cp.size(), self._device)
         if not (first_val_step is False and forward_only):
             for chunk in chunks:
@@ -275,12 +277,19 @@ class DipForwardBackward:
                 )
             for function in after.pop(AT_START, ()):
                 function()
+            for microbatch, stage in last_forwards(plan, self.groups.rank).items():
+                after.setdefault(stage, []).insert(0, partial(self._release, loss, microbatch))
             compute = MegatronCompute(self._staged_model, loss, self._deferral, config)
             with _saying_what_was_planned(plan, self.groups.rank):
                 self._executor.run(PlanLinks(plan), compute, self._timer, after)
             finish_param_sync(self._chunks)
         if not forward_only:
             self._training_timer = self._timer
+
+    def _release(self, loss: IterationLoss, microbatch: int) -> None:
+        """Lets go of what was captured of a microbatch."""
+        self._staged_model.release(microbatch)
+        loss.release(microbatch)
 
     def _prepare(
         self, forward_step: Callable[..., Any], iterator: Iterator[Any] | None, num_microbatches: int, forward_only: bool
@@ -307,10 +316,17 @@ class DipForwardBackward:
             self._staged_model.end_iteration()
             raise
         assert shared.plan is not None
+        # The model has taken the arguments; what it does not need of them goes.
+        batch.calls[:] = [replace(call, args=(), kwargs={}) for call in batch.calls]
         self.plan = shared.plan
         if not batch.is_replay:
             self._foresight.look(lookahead, num_microbatches, forward_only, self._plans, balance)
         return batch, shared.plan
+
+
+def last_forwards(plan: Plan, rank: int) -> dict[int, int]:
+    """Microbatch -> its last forward stage on the rank."""
+    return {plan.stages[stage].microbatch: stage for stage in plan.order[rank] if plan.stages[stage].kind == "fw"}
 
 
 @contextmanager

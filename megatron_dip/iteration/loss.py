@@ -36,6 +36,17 @@ class _Outcome:
     num_tokens: torch.Tensor | None = None
 
 
+def _detached(report: Any) -> Any:
+    """The report without the graphs of its tensors, which would outlive their microbatch until the end of the iteration."""
+    if isinstance(report, torch.Tensor):
+        return report.detach()
+    if type(report) is dict:
+        return {key: _detached(value) for key, value in report.items()}
+    if type(report) in (tuple, list):
+        return type(report)(_detached(value) for value in report)
+    return report
+
+
 def _not_none(loss: torch.Tensor | None) -> torch.Tensor:
     assert loss is not None
     return loss
@@ -52,7 +63,8 @@ class IterationLoss:
         """Whether it was seen already that losses of parts add up to their microbatch's."""
         self._parts: dict[int, OutputParts] = {}
         """Microbatch -> its output, where only a part of it has run."""
-        self._calls = calls
+        self._calls = dict(enumerate(calls))
+        """By microbatch, until :meth:`release`."""
         self._config = config
         self._num_microbatches = num_microbatches
         self._forward_only = forward_only
@@ -75,12 +87,16 @@ class IterationLoss:
         outcome = self._evaluate(stage.microbatch, result)
         if is_whole:
             self._parts.pop(stage.microbatch, None)
-            self._reports[stage.microbatch] = outcome.report
+            self._reports[stage.microbatch] = _detached(outcome.report)
             if outcome.num_tokens is not None:
                 self.num_tokens += outcome.num_tokens
         if self._forward_only or outcome.loss is None:
             return None
         return outcome.loss if self._config.grad_scale_func is None else self._config.grad_scale_func(outcome.loss)
+
+    def release(self, microbatch: int) -> None:
+        """Drops the captured call: its last forward stage on this rank has run."""
+        del self._calls[microbatch]
 
     def _evaluate(self, microbatch: int, result: Any) -> _Outcome:
         """Calls the microbatch's loss function and scales its loss."""

@@ -65,6 +65,11 @@ class ModelDescription(Protocol):
         """Module -> its instances in a bound batch, to compare with the plan's."""
         ...
 
+    def without_stem_inputs(self, batch: Any) -> Any:
+        """A bound batch without what only the stems of encoders read (images): ranks other than the first need no more than its shape, which
+        tensors on the meta device have."""
+        ...
+
     def conditions(self, batch: Any) -> list[str]:
         """Arguments of a bound batch, by name, that the layers of all chunks depend on: all pipeline ranks must have been given them."""
         ...

@@ -74,6 +74,9 @@ class GptDescription:
     def num_instances(self, batch: Mapping[str, Any]) -> dict[str, int]:
         return {module: len(lengths) for module, lengths in self.metadata(batch).items()}
 
+    def without_stem_inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return batch
+
     def conditions(self, batch: Mapping[str, Any]) -> list[str]:
         return language_conditions(batch, "attention_mask", "packed_seq_params")
 

@@ -175,6 +175,9 @@ class LlavaDescription:
             return {}
         return {VISION: self._num_tiles(batch), LANGUAGE: batch["input_ids"].shape[0]}
 
+    def without_stem_inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return batch if batch.get("images") is None else {**batch, "images": batch["images"].to("meta")}
+
     def conditions(self, batch: Mapping[str, Any]) -> list[str]:
         return language_conditions(batch, "attention_mask", "packed_seq_params")
 

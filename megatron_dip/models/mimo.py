@@ -259,6 +259,9 @@ class MimoDescription:
         inputs = {name: self._inputs(batch, modality) for name, modality in self._modalities.items()}
         return {**{name: 0 if given is None else given.shape[0] for name, given in inputs.items()}, LANGUAGE: batch["input_ids"].shape[0]}
 
+    def without_stem_inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**batch, "modality_inputs": _on_meta(batch.get("modality_inputs"))}
+
     def conditions(self, batch: Mapping[str, Any]) -> list[str]:
         return language_conditions(batch, "attention_mask", "packing_kwargs")
 
@@ -329,3 +332,10 @@ def _check_division(sketch: MimoModel, config: TransformerConfig) -> None:
             "--sequence-parallel", True, "this release's MimoModel does not divide its sequences over tensor-parallel ranks",
             "use Megatron-LM 0.19 or later, or leave it out",
         )
+
+
+def _on_meta(inputs: Any) -> Any:
+    """Nested inputs of modalities as shapes alone."""
+    if isinstance(inputs, torch.Tensor):
+        return inputs.to("meta")
+    return {name: _on_meta(value) for name, value in inputs.items()} if isinstance(inputs, dict) else inputs

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_dip.models.description import ModelDescription
@@ -60,6 +61,12 @@ class DescribedStagedModel:
                         f"microbatch {index}", found, f"forward_step gives the model this many instances of {module}, the data iterator's item "
                         f"tells {planned}", "give the model what the item holds",
                     )
+
+        if parallel_state.get_pipeline_model_parallel_rank() > 0:
+            self._batches = [self.description.without_stem_inputs(batch) for batch in self._batches]
+
+    def release(self, microbatch: int) -> None:
+        self._batches[microbatch] = None
 
     def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
         return self.description.boundary(producer, consumer, self._batches[producer.microbatch], self._first(producer))

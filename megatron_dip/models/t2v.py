@@ -420,6 +420,9 @@ class TextToVideoDescription:
     def num_instances(self, batch: Mapping[str, Any]) -> dict[str, int]:
         return {module: len(lengths) for module, lengths in self.metadata(batch).items()}
 
+    def without_stem_inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return batch
+
     def conditions(self, batch: Mapping[str, Any]) -> list[str]:
         return [name for name in ("grid_sizes", "text_lengths") if batch.get(name) is not None]
 

@@ -497,6 +497,9 @@ class VlmDescription:
         images = batch.get("images")
         return {VISION: 0 if images is None else len(images), LANGUAGE: 1}
 
+    def without_stem_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch if batch.get("images") is None else {**batch, "images": batch["images"].to("meta")}
+
     def conditions(self, batch: dict[str, Any]) -> list[str]:
         return []  # every rank is given every batch
 

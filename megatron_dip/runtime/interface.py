@@ -82,6 +82,10 @@ class StagedModel(Protocol):
         """
         ...
 
+    def release(self, microbatch: int) -> None:
+        """Drops the microbatch's inputs: its last forward stage on this rank has run."""
+        ...
+
     def end_iteration(self) -> None:
         """Drops every reference to the iteration's data."""
         ...
