@@ -19,12 +19,13 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dip.cost.interface import CostModel, Part, PartCost
+from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.spec.plan import Plan, StageKind
 from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint
@@ -108,7 +109,7 @@ def slowdown(samples: Iterable[StageSample], costs: CostModel) -> float:
     interruption says little. Instances of a stage are taken to be of equal length. 1 where nothing was to be done."""
     took = predicted = 0.0
     for sample in samples:
-        cost = _stage_ns(sample, costs)
+        cost = stage_ns(sample, costs)
         took += min(sample.duration_ns, 2 * cost)
         predicted += cost
     return took / predicted if predicted > 0 else 1.0
@@ -133,7 +134,8 @@ def waiting(plan: Plan, rank: int, spans: Mapping[int, tuple[int, int]]) -> floa
     return span / planned_span * planned_work / work
 
 
-def _stage_ns(sample: StageSample, costs: CostModel) -> float:
+def stage_ns(sample: StageSample, costs: CostModel) -> float:
+    """What a stage takes by these costs, nothing recomputed. Instances are taken to be of equal length."""
     lengths = (sample.tokens // sample.instances,) * sample.instances
     parts: list[tuple[Part, int]] = [("layer", sample.num_layers), ("first", sample.has_first), ("last", sample.has_last)]
     total = 0.0
@@ -143,6 +145,62 @@ def _stage_ns(sample: StageSample, costs: CostModel) -> float:
             inputs = cost.backward_input_ns + (0.0 if sample.split else cost.backward_weight_ns)
             total += count * {"fw": cost.forward_ns, "bw": inputs, "w": cost.backward_weight_ns}[sample.kind]
     return total
+
+
+def strategy_share(sample: StageSample, strategy: Sequence[str], costs: CostModel) -> StageSample:
+    """The sample as if its backward had recomputed nothing, by these costs' shares.
+
+    Args:
+        strategy: name of each layer's memory strategy, as the stage ran; empty for stages that have none.
+    """
+    if sample.kind != "bw" or not strategy:
+        return sample
+    lengths = (sample.tokens // sample.instances,) * sample.instances
+    known = costs.strategies(sample.module, lengths)
+    shares = sum(known[name].extra_forward for name in strategy if name in known)
+    bare = stage_ns(sample, costs)
+    extra = shares * costs.part(sample.module, "layer", lengths).forward_ns
+    return replace(sample, duration_ns=round(sample.duration_ns * bare / (bare + extra))) if extra > 0 else sample
+
+
+class MeasuredCost(WrappedCost):
+    """``costs`` with the times of a fitted profile; bytes and memory strategies stay.
+
+    A module that has not been measured yet is scaled as all measured ones are together. Where backwards were only measured whole, they
+    are divided into input and weight parts as ``costs`` divides them.
+
+    Args:
+        samples: what the profile was fitted to; none for a profile that is taken as it stands.
+    """
+
+    def __init__(self, costs: CostModel, profile: Profile, samples: Sequence[StageSample]) -> None:
+        super().__init__(costs)
+        self.p2p_latency_ns = float(profile.p2p.latency_ns)
+        self.p2p_bytes_per_second = float(profile.p2p.bytes_per_second)
+        self._times = ProfileCost(profile, field="measured costs")
+        self._modules = frozenset(profile.modules)
+        self._divided = {sample.module for sample in samples if sample.split} if samples else self._modules
+        given = sum(stage_ns(sample, costs) for sample in samples)
+        self._scale = sum(sample.duration_ns for sample in samples) / given if given > 0 else 1.0
+
+    def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:
+        given = self.costs.part(module, part, lengths)
+        if module not in self._modules:
+            return _scaled(given, self._scale)
+        took = self._times.part(module, part, lengths)
+        inputs, weights = took.backward_input_ns, took.backward_weight_ns
+        whole = given.backward_input_ns + given.backward_weight_ns
+        if module not in self._divided and whole > 0:
+            weights = (inputs + weights) * given.backward_weight_ns / whole
+            inputs = took.backward_input_ns + took.backward_weight_ns - weights
+        return replace(given, forward_ns=took.forward_ns, backward_input_ns=max(0.0, inputs), backward_weight_ns=weights)
+
+
+def _scaled(cost: PartCost, factor: float) -> PartCost:
+    return replace(
+        cost, forward_ns=factor * cost.forward_ns, backward_input_ns=factor * cost.backward_input_ns,
+        backward_weight_ns=factor * cost.backward_weight_ns,
+    )
 
 
 class SlowedCost(WrappedCost):
@@ -156,11 +214,7 @@ class SlowedCost(WrappedCost):
         self._factor = factor
 
     def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:
-        cost, factor = self.costs.part(module, part, lengths), self._factor
-        return PartCost(
-            forward_ns=factor * cost.forward_ns, backward_input_ns=factor * cost.backward_input_ns,
-            backward_weight_ns=factor * cost.backward_weight_ns, activation_bytes=cost.activation_bytes, boundary_bytes=cost.boundary_bytes,
-        )
+        return _scaled(self.costs.part(module, part, lengths), self._factor)
 
 
 def message_excess_ns(plan: Plan, spans: Mapping[int, tuple[int, int]]) -> float | None:

@@ -8,9 +8,6 @@ measured, which is what the plans are for. With a profile that was measured befo
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,41 +21,27 @@ from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.device import device_names
 from megatron_dip.cost.interface import CostModel
-from megatron_dip.cost.measured import PartBytes, SlowedCost, StageSample, fit_profile, message_excess_ns, slowdown, waiting
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.iteration.built_model import describe_built_model
+from megatron_dip.iteration.feedback import CostFeedback, measure_p2p
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.work import WorkEstimate
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
-from megatron_dip.runtime.groups import PipelineGroups
 from megatron_dip.runtime.startup import hardware_queues
 from megatron_dip.runtime.timing import StageRecord, clock_offset, gather_records
 from megatron_dip.spec.codec import load_profile, save
-from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Plan, PlanStage
-from megatron_dip.spec.profile import PointToPoint, Profile
+from megatron_dip.spec.profile import Profile
 from megatron_dip.spec.timeline import Bar, Timeline, plan_timeline
 from megatron_dip.spec.training import BalanceRecord, RunSettings, SchedulePlan
 from megatron_dip.spec.workload import Microbatch, Training, check_measured
 from megatron_dip.trainer.build import build_dip_model
 from megatron_dip.trainer.systems import Example, System, measured_timeline, whole_model
 
-PROFILED_FIRST = 8
-"""Iterations at the start after each of which the profile is fitted anew."""
-PROFILED_EVERY = 10
-"""Later: iterations from one fit to the next."""
-SKIPPED = 1
-"""Iterations at the very start that are not measured: allocators and caches warm up."""
 _LOOKED_THROUGH = 8
 """Iterations whose batches are held against the range of a given profile."""
-KEPT_ITERATIONS = 24
-"""Measured iterations that a fit looks back on."""
-SPEED_ITERATIONS = 5
-"""Last iterations whose median says how fast the machine is now against its profile."""
-WAITING_ITERATIONS = 15
-"""Last iterations whose median says how much longer ranks wait for each other than planned."""
 
 
 class DipSystem(System):
@@ -87,25 +70,6 @@ class DipSystem(System):
             spec, settings.parallel, Training(dtype="fp32", distributed_optimizer=settings.distributed_optimizer),
             _rough_device(settings.device),
         )
-        self._bytes = {module.name: _bytes_per_token(analytic, module.name) for module in spec.modules}
-        self._costs: CostModel = analytic
-        self.profile: Profile | None = None
-        """What the planner rank measured so far."""
-        self._measured: deque[list[StageSample]] = deque(maxlen=KEPT_ITERATIONS)
-        self._slowdowns: deque[float] = deque(maxlen=SPEED_ITERATIONS)
-        """Of the planner rank's stages against ``_costs``."""
-        self._waitings: deque[float] = deque(maxlen=WAITING_ITERATIONS)
-        self._iterations = 0
-        if warmed_by is not None:
-            assert warmed_by.partition == self.partition, "measured on another cut"
-            self._costs, self.profile, self._iterations = warmed_by._costs, warmed_by.profile, warmed_by._iterations
-            self._measured.extend(warmed_by._measured)
-            self._slowdowns.extend(warmed_by._slowdowns)
-            self._waitings.extend(warmed_by._waitings)
-        if schedule.profile is not None:
-            self.profile = load_profile(schedule.profile)
-            check_measured(spec, self.profile, "--profile")
-            self._costs = ProfileCost(self.profile, field="--profile")
         self.forward_backward = DipForwardBackward(
             staged_model=model.staged, chunks=model.chunks, partition=self.partition,
             settings=IterationSettings(
@@ -117,13 +81,20 @@ class DipSystem(System):
         self._model_spec = describe_built_model(
             spec, self.partition, model.staged.chunk_keys, model.chunks, self.forward_backward.groups
         ).spec
-        self._p2p: PointToPoint
-        if warmed_by is not None:
-            self._p2p = warmed_by._p2p
-        elif settings.device == "cpu":
-            self._p2p = measure_p2p(self.forward_backward.groups)
-        else:  # What gloo takes on the host says nothing about NCCL.
-            self._p2p = PointToPoint(latency_ns=analytic.p2p_latency_ns, bytes_per_second=analytic.p2p_bytes_per_second)
+        given: Profile | None = None
+        if schedule.profile is not None:
+            given = load_profile(schedule.profile)
+            check_measured(spec, given, "--profile")
+        self.feedback = CostFeedback(
+            groups=self.forward_backward.groups, partition=self.partition, model=self._model_spec,
+            costs=analytic if given is None else ProfileCost(given, field="--profile"),
+            # What gloo takes on the host says nothing about NCCL.
+            p2p=measure_p2p(self.forward_backward.groups) if settings.device == "cpu" and warmed_by is None and given is None else None,
+            profile=given, forget=self.forward_backward.forget_plans, is_planner=self.forward_backward.is_planner,
+            read_every_iteration=settings.device == "cpu",
+        )
+        if warmed_by is not None and given is None:
+            self.feedback.take_over(warmed_by.feedback)
         self._training_plan: Plan | None = None
         self._own_records: list[StageRecord] = []
         self._records: list[list[StageRecord]] | None = None
@@ -161,43 +132,20 @@ class DipSystem(System):
             forward_only=forward_only,
         )
         if not forward_only:
-            self._iterations += 1
             self._training_plan = self.forward_backward.plan
             self._own_records = self.forward_backward.records()
             self._is_gathered = False
         return reports
 
     def after_step(self) -> None:
-        measured = self._iterations - SKIPPED
-        if self._schedule.profile is not None or measured < 1:
-            return
-        if measured <= PROFILED_FIRST or measured % PROFILED_EVERY == 0:
-            self._refresh_profile()
-        if self.forward_backward.is_planner and self.profile is not None:
+        if self._schedule.profile is None:
             assert self._training_plan is not None
-            self._slowdowns.append(slowdown(stage_samples(self._training_plan, [self._own_records], self.partition), self._costs))
-            spans = {record.stage: (record.start_ns, record.end_ns) for record in self._own_records}
-            self._waitings.append(waiting(self._training_plan, self.forward_backward.groups.rank, spans))
+            self.feedback.after_iteration(self._training_plan, lambda: self._own_records)
 
-    def _refresh_profile(self) -> None:
-        """Fits the profile to the last measured iterations; all ranks of the replica must call it together."""
-        records = self._gather()
-        if records is None or not self.forward_backward.is_planner:
-            return
-        assert self._training_plan is not None
-        self._measured.append(stage_samples(self._training_plan, records, self.partition))
-        spans = {record.stage: (record.start_ns, record.end_ns) for of_rank in records for record in of_rank}
-        excess = message_excess_ns(self._training_plan, spans)
-        if excess is not None and self.profile is not None:
-            # Half of it: the plan at hand may have been made before the last correction.
-            latency_ns = max(0.0, self._p2p.latency_ns + excess / 2)
-            self._p2p = PointToPoint(latency_ns=latency_ns, bytes_per_second=self._p2p.bytes_per_second)
-        self.profile = fit_profile(
-            [sample for iteration in self._measured for sample in iteration],
-            {module.name: module.num_layers for module in self._model_spec.modules}, self._bytes, self._p2p,
-        )
-        if all(module.name in self.profile.modules for module in self._model_spec.modules):
-            self.use_profile(self.profile)
+    @property
+    def profile(self) -> Profile | None:
+        """What the planner rank measured so far, or what it was given."""
+        return self.feedback.profile
 
     def _gather(self) -> list[list[StageRecord]] | None:
         """The last training iteration's records; pipeline rank 0 of each replica gets them. All ranks must call it together."""
@@ -208,16 +156,9 @@ class DipSystem(System):
             self._is_gathered = True
         return self._records
 
-    def use_profile(self, profile: Profile) -> None:
-        """Plans with these costs from now on, until more is measured."""
-        self.profile, self._costs = profile, ProfileCost(profile)
-        self._slowdowns.clear()
-        self.forward_backward.forget_plans()
-
     def current_costs(self) -> CostModel:
         """What the next plan will be made with (of this rank: the planner rank's is the measured one)."""
-        slower, waits = list(self._slowdowns), list(self._waitings)
-        return SlowedCost(self._costs, statistics.median(slower) * max(1.0, statistics.median(waits))) if slower else self._costs
+        return self.feedback.current_costs()
 
     def warnings(self) -> list[str]:
         """How far the first iterations' batches lie outside of what a given profile measured."""
@@ -268,56 +209,8 @@ def _rough_device(device: str) -> str:
     return max((known for known in device_names() if known.lower() in name), key=len, default="a100")
 
 
-def _bytes_per_token(costs: AnalyticCost, module: str) -> PartBytes:
-    lengths = [64]
-    layer, last = costs.part(module, "layer", lengths), costs.part(module, "last", lengths)
-    return PartBytes(activation=layer.activation_bytes / 64, boundary=layer.boundary_bytes / 64, output=last.boundary_bytes / 64)
-
-
-def stage_samples(plan: Plan, records: Sequence[Sequence[StageRecord]], partition: Partition) -> list[StageSample]:
-    split = any(stage.kind == "w" for stage in plan.stages)
-    samples = []
-    for of_rank in records:
-        for record in of_rank:
-            stage = plan.stages[record.stage]
-            samples.append(
-                StageSample(
-                    module=stage.module, kind=stage.kind, num_layers=stage.layers[1], has_first=stage.vp_stage == 0 and stage.rank == 0,
-                    has_last=stage.vp_stage == partition.num_chunks(stage.module) - 1 and stage.rank == plan.ranks - 1,
-                    instances=stage.instances, tokens=stage.tokens, split=split, duration_ns=record.end_ns - record.start_ns,
-                )
-            )
-    return samples
-
-
 def _bar(stage: PlanStage, start: int, end: int) -> Bar:
     return Bar(
         rank=stage.rank, kind=stage.kind, module=stage.module, vp_stage=stage.vp_stage, microbatch=stage.microbatch,
         sub_microbatch=stage.sub_microbatch, start=start, end=end,
     )
-
-
-def measure_p2p(groups: PipelineGroups, rounds: int = 12) -> PointToPoint:
-    """Latency and bandwidth between pipeline ranks 0 and 1, by messages to and fro; all ranks of the replica must call it together."""
-    if groups.num_ranks == 1:
-        return PointToPoint(latency_ns=0.0, bytes_per_second=1e12)
-    one_way: dict[int, float] = {}
-    for size in (1 << 10, 1 << 21):
-        message = torch.zeros(size, dtype=torch.uint8)
-        times = []
-        for _ in range(rounds):
-            if groups.rank == 0:
-                began = time.perf_counter_ns()
-                dist.send(message, groups.ranks[1], group=groups.control)
-                dist.recv(message, groups.ranks[1], group=groups.control)
-                times.append((time.perf_counter_ns() - began) / 2)
-            elif groups.rank == 1:
-                dist.recv(message, groups.ranks[0], group=groups.control)
-                dist.send(message, groups.ranks[0], group=groups.control)
-        one_way[size] = statistics.median(times) if times else 0.0
-    small, large = sorted(one_way)
-    shared: list[Any] = [None] * len(groups.control_ranks)
-    slope = max((one_way[large] - one_way[small]) / (large - small), 1e-4)
-    dist.all_gather_object(shared, (one_way[small], 1e9 / slope), group=groups.control)
-    latency_ns, bytes_per_second = shared[0]
-    return PointToPoint(latency_ns=latency_ns, bytes_per_second=bytes_per_second)

@@ -32,6 +32,7 @@ from megatron.core import parallel_state
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.measured import PartBytes, StageSample, expected_time, fit_profile
 from megatron_dip.cost.modules import Kernels
+from megatron_dip.iteration.feedback import measure_p2p, stage_samples
 from megatron_dip.models.staged import first_instances, part_sizes
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
@@ -43,7 +44,7 @@ from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.profile import PointToPoint, Profile
 from megatron_dip.spec.training import RunSettings
 from megatron_dip.spec.workload import Microbatch, Training, Workload
-from megatron_dip.trainer.dip_system import DipSystem, measure_p2p, stage_samples
+from megatron_dip.trainer.dip_system import DipSystem
 from megatron_dip.trainer.loop import load_example_module, start_rank
 
 WARM_UP = 3
@@ -120,7 +121,7 @@ def profile_example(folder: Path, settings: RunSettings, seconds: float, say: Ca
                 # Orders as training's plans have them, not those of a rough guess; messages stay as they were measured first.
                 profile = _fit(system, found.samples, bytes_per_token, p2p)
                 for other in rehearsals:
-                    other.system.use_profile(profile)
+                    other.system.feedback.use_profile(profile)
                 say(f"{rounds} rounds, {len(found.samples)} stages measured in {time.monotonic() - began:.0f} s")
     if not is_first:
         return None
