@@ -1,5 +1,5 @@
 # What the recipes share; sourced by their run.sh, which sets SETUP, TENSOR, PIPELINE, GPUS_PER_NODE and, for models that train,
-# MODEL_FLAGS (the language model's sizes in Megatron-LM's words).
+# MODEL_FLAGS (the model's sizes in the script's words).
 #
 #   run.sh --dry-run   draws a batch of the setup's data, chooses the cut, plans, simulates, and says whether it fits and what would
 #                      run; needs no GPU, no data and no Megatron-LM
@@ -12,6 +12,7 @@ set -euo pipefail
 
 WORK=${WORK:-runs/$SETUP}
 TIME_BUDGET=${TIME_BUDGET:-1}
+SEQUENCE_FLAG=${SEQUENCE_FLAG---sequence-parallel}  # empty: the model has no sequence parallelism
 
 plan() {
     mkdir -p "$WORK"
@@ -25,7 +26,7 @@ command_line() {
         --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}"
         -m megatron_dip.launch "${TRAIN_SCRIPT:-TRAIN_SCRIPT}"
         --pipeline-schedule dip --dip-partition "$WORK/partition.json" --dip-time-budget "$TIME_BUDGET" --dip-trace-dir "$WORK/traces"
-        --tensor-model-parallel-size "$TENSOR" --pipeline-model-parallel-size "$PIPELINE" --sequence-parallel
+        --tensor-model-parallel-size "$TENSOR" --pipeline-model-parallel-size "$PIPELINE" $SEQUENCE_FLAG
         --micro-batch-size 1 --global-batch-size 32 --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
         --transformer-impl transformer_engine --ckpt-format torch_dist "${MODEL_FLAGS[@]}" "$@")
 }

@@ -83,14 +83,15 @@ def build_chunks(
     partition = make_partition(spec, ranks, options)
     setattr(args, CUT_ATTRIBUTE, str(partition.chunks))
     check_loadable(args, str(partition.chunks))
-    if ranks == 1 and partition.num_chunks(LANGUAGE) > 1 and spec.module(LANGUAGE).tied_embeddings:
+    outermost = description.outermost
+    if ranks == 1 and partition.num_chunks(outermost) > 1 and spec.module(outermost).tied_embeddings:
         raise InputError(
-            "--dip-chunks", f"{LANGUAGE}={partition.num_chunks(LANGUAGE)}", "embedding and head share a weight and would lie in two chunks of one rank",
-            f"use {LANGUAGE}=1, more pipeline ranks, or --untie-embeddings-and-output-weights",
+            "--dip-chunks", f"{outermost}={partition.num_chunks(outermost)}", "embedding and head share a weight and would lie in two chunks of one rank",
+            f"use {outermost}=1, more pipeline ranks, or --untie-embeddings-and-output-weights",
         )
     if parallel_state.get_expert_model_parallel_world_size() > 1:
         _check_expert_parallel(spec, sketch.config)
-    keys = chunk_order(partition, rank, LANGUAGE)
+    keys = chunk_order(partition, rank, outermost)
     chunks = []
     for module, vp_stage in keys:
         chunk = description.build_chunk(partition, module, vp_stage, rank)

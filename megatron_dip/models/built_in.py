@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.description import ModelDescription
@@ -70,6 +71,14 @@ class BuiltInConfig(Protocol):
     def parameter_costs(self) -> dict[str, ChainCost]:
         """Parameters of a layer of each module, and of what stands before its first and behind its last one."""
         ...
+
+
+class WholeModel(MegatronModule):
+    """What a training script's model provider returns for a model that is built here: its config, and nothing of its layers."""
+
+    def __init__(self, whole: BuiltInConfig) -> None:
+        super().__init__(config=whole.transformer_config(whole.model_spec.module(whole.outermost)))
+        self.description = whole.describe()
 
 
 def config_of(model: VisionLanguageModel | TextToVideoModel, parallel: Parallel, *, seed: int) -> BuiltInConfig:

@@ -42,6 +42,11 @@ class ModelDescription(Protocol):
         ...
 
     @property
+    def outermost(self) -> str:
+        """The module whose first and last chunk stand at the ends of Megatron's chunk list, where its functions look for embedding and head."""
+        ...
+
+    @property
     def num_outputs(self) -> int | None:
         """How many values the whole model returns to forward_step; None = one tensor."""
         ...

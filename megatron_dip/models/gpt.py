@@ -94,6 +94,8 @@ class GptDescription:
     def boundary(self, producer: PlanStage, consumer: PlanStage, batch: Any, first_instance: int) -> PayloadSpec:
         return self._language.boundary(producer)
 
+    outermost = LANGUAGE
+
     def output_slice(self, stage: PlanStage, batch: Any, first_instance: int) -> None:
         return None
 

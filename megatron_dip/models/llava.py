@@ -205,6 +205,8 @@ class LlavaDescription:
             return self._vision.boundary(producer, self._language.dtype)
         return PayloadSpec((self.embeddings_per_tile, producer.instances, self._language.config.hidden_size), self._language.dtype)
 
+    outermost = LANGUAGE
+
     def output_slice(self, stage: PlanStage, batch: Any, first_instance: int) -> None:
         return None
 

@@ -282,6 +282,8 @@ class MimoDescription:
             return tower.boundary(producer, self._language.dtype)
         return PayloadSpec((producer.instances * tower.length, self._language.config.hidden_size), self._language.dtype)
 
+    outermost = LANGUAGE
+
     def output_slice(self, stage: PlanStage, batch: Any, first_instance: int) -> None:
         return None
 

@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dip.models.built_in import WholeModel
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.spec.errors import InputError
 
@@ -88,9 +89,9 @@ def sketch_model(provider: Callable[..., MegatronModule], **arguments: Any) -> M
     """
     with _sketching_llava(), _sketching_gpt(), _sketching_mimo():
         model = call_provider(provider, **arguments)
-    if not isinstance(model, LLaVAModel | GPTModel | MimoModel):
+    if not isinstance(model, LLaVAModel | GPTModel | MimoModel | WholeModel):
         raise InputError(
-            "model_provider", type(model).__name__, "DIP can cut LLaVAModel, MimoModel and GPTModel",
+            "model_provider", type(model).__name__, "DIP can cut LLaVAModel, MimoModel, GPTModel and the models built here (WholeModel)",
             "use --pipeline-schedule default for this model",
         )
     return model

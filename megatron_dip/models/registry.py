@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_dip.models.built_in import WholeModel
 from megatron_dip.models.description import ModelDescription
 from megatron_dip.models.gpt import GptDescription
 from megatron_dip.models.llava import LlavaDescription
@@ -24,6 +25,7 @@ DESCRIPTIONS: dict[type[MegatronModule], Callable[[Any, Provider, Mapping[str, A
     LLaVAModel: lambda sketch, provider, arguments: LlavaDescription(sketch),
     MimoModel: lambda sketch, provider, arguments: MimoDescription(sketch),
     GPTModel: GptDescription,
+    WholeModel: lambda sketch, provider, arguments: sketch.description,
 }
 """Class of the sketch -> (sketch, the script's provider, what Megatron hands to it) -> description."""
 

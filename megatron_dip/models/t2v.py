@@ -437,6 +437,8 @@ class TextToVideoDescription:
         rows = state_rows(producer.tokens, int(batch["text_lengths"][clips].sum()), producer.instances)
         return PayloadSpec((rows, 1, self.config.diffusion.hidden_size), self.config.dtype)
 
+    outermost = DIFFUSION
+
     def output_slice(self, stage: PlanStage, batch: Mapping[str, Any], first_instance: int) -> OutputSlice:
         patches = batch["grid_sizes"].prod(dim=1)
         return OutputSlice(dim=0, start=int(patches[:first_instance].sum()), whole=int(patches.sum()))

@@ -517,6 +517,8 @@ class VlmDescription:
             shape = (tokens, 1, config.language.hidden_size)
         return PayloadSpec(shape, config.dtype)
 
+    outermost = LANGUAGE
+
     def output_slice(self, stage: PlanStage, batch: Any, first_instance: int) -> None:
         return None
 
