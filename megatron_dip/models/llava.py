@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.description import LANGUAGE, VISION, unwrap
 from megatron_dip.models.layout import ModuleCut
-from megatron_dip.models.parts import LanguageModel, VisionTower, copy_attributes, language_conditions
+from megatron_dip.models.parts import LanguageModel, VisionTower, copy_attributes, language_conditions, to_host
 from megatron_dip.models.provided import Sketch, bind_arguments
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
@@ -130,11 +130,12 @@ class LlavaDescription:
         tokens = batch.get("input_ids")
         if tokens is None:
             return {}
-        count = self._num_tiles(batch)
         index = batch.get("image_token_index")
         image_tokens = (tokens == (self._sketch.image_token_index if index is None else index)).sum(dim=1)
-        tiles = batch.get("num_image_tiles")
-        tiles_of_image = torch.ones(count, dtype=torch.long) if tiles is None else tiles.detach().cpu().long()
+        images, tiles = batch.get("images"), batch.get("num_image_tiles")
+        image_tokens, given_tiles = to_host(image_tokens, image_tokens[:0] if tiles is None else tiles)
+        count = int(given_tiles.sum()) if images is None else images.shape[0]
+        tiles_of_image = torch.ones(count, dtype=torch.long) if tiles is None else given_tiles
         if int(image_tokens.sum()) != len(tiles_of_image) or int(tiles_of_image.sum()) != count:
             raise InputError(
                 "forward_step: images", [count, int(image_tokens.sum())],
