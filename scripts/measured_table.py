@@ -1,7 +1,7 @@
-"""Writes the README's table of measurements from the records in docs/results, so that no number stands there without its record.
+"""Writes the table of measurements in docs/measured.md from the records in docs/results, so that no number stands there without its record.
 
-    python scripts/readme_table.py            rewrites the part of README.md between the two markers
-    python scripts/readme_table.py --check    exits with 1 where that part is not what the records say
+    python scripts/measured_table.py           rewrites the part of docs/measured.md between the two markers
+    python scripts/measured_table.py--check    exits with 1 where that part is not what the records say
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def digit_rows() -> list[list[str]]:
         record = msgspec.json.decode(path.read_bytes())
         last = record["evaluations"][-1]
         read_right = f"{100 * last['right'] / last['asked']:.1f} % after {last['training_seconds']:.0f} s"
-        rows.append([f"held-out digits read right, seed {record['settings']['seed']}", read_right, f"[record](docs/results/{path.name})"])
+        rows.append([f"held-out digits read right, seed {record['settings']['seed']}", read_right, f"[record](results/{path.name})"])
     return rows
 
 
 def link(name: str) -> str:
-    return f"[record](docs/results/{name}.md)"
+    return f"[record](results/{name}.md)"
 
 
 def table() -> str:
@@ -95,11 +95,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    path = ROOT / "README.md"
+    path = ROOT / "docs" / "measured.md"
     text = path.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    assert after, f"README.md has no {BEGIN} ... {END}"
+    assert after, f"docs/measured.md has no {BEGIN} ... {END}"
     wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
     if args.check:
         return int(wanted != text)
