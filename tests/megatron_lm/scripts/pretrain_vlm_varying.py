@@ -4,7 +4,9 @@ The script runs as it is, up to its main block and then that block; in between i
 stay the script's own, but that the provider is told of the old checkpoint format, on which it insists without depending on it.
 
 By the environment: SIGTERM_AT_SAMPLE sends this process a SIGTERM when that sample is read; STARTED_EARLIER_MINUTES lets the training
-loop think so; NODE_NAME gives this machine another name; RERUN_EVERY_ITERATION sets the mode that 0.16.1's --rerun-mode cannot name.
+loop think so; NODE_NAME gives this machine another name; UNSUPERVISED_EVERY leaves every n-th sample without a token to learn;
+TEXT_LENGTHS=vary gives texts of 4 to 24 tokens; IMAGES_AT=even or one gives images to samples of even numbers alone, or 40 to the first; NOISE
+draws noise on images and weights of tokens in forward_step; RERUN_EVERY_ITERATION sets the mode that 0.16.1's --rerun-mode cannot name.
 """
 
 from __future__ import annotations
@@ -31,6 +33,15 @@ exec(compile(definitions, script["__file__"], "exec", dont_inherit=True), script
 stock_get_batch, stock_model_provider = script["get_batch"], script["model_provider"]
 
 
+def count_images(index: int) -> int:
+    where = os.environ.get("IMAGES_AT")
+    if where == "even":
+        return 0 if index % 2 else 1 + index % 3
+    if where == "one":
+        return 40 if index == 0 else 0
+    return IMAGE_COUNTS[index % len(IMAGE_COUNTS)]
+
+
 class VaryingImages(MockGPTDataset):
     """Samples of equal text and IMAGE_COUNTS[index % 5] images; everything follows from the index."""
 
@@ -40,15 +51,18 @@ class VaryingImages(MockGPTDataset):
         text = super().__getitem__(index)
         generator = torch.Generator().manual_seed(index)
         size = (self.config.image_h, self.config.image_w)
-        count = IMAGE_COUNTS[index % len(IMAGE_COUNTS)]
+        count = count_images(index)
+        length = 4 + index * 7 % (TEXT_LENGTH - 3) if os.environ.get("TEXT_LENGTHS") == "vary" else TEXT_LENGTH
+        every = int(os.environ.get("UNSUPERVISED_EVERY", "0"))
+        learned = torch.zeros(length) if every and index % every == 0 else torch.ones(length)
         image_tokens = torch.full((count,), script["DEFAULT_IMAGE_TOKEN_INDEX"], dtype=text["tokens"].dtype)
-        tokens = torch.cat([image_tokens, text["tokens"][:TEXT_LENGTH]])
+        tokens = torch.cat([image_tokens, text["tokens"][:length]])
         # The stock preprocessing moves labels along with their text: an image token's label is the token behind it.
-        labels = torch.cat([tokens[1:], text["labels"][TEXT_LENGTH - 1 : TEXT_LENGTH]])
+        labels = torch.cat([tokens[1:], text["labels"][length - 1 : length]])
         return {
             "tokens": tokens,
             "labels": labels,
-            "loss_mask": torch.cat([torch.zeros(count), torch.ones(TEXT_LENGTH)]),
+            "loss_mask": torch.cat([torch.zeros(count), learned]),
             "position_ids": torch.arange(len(tokens)),
             # Megatron broadcasts tensors of one to four dimensions that are not empty: images are stacked, and one pixel means none.
             "image": torch.rand(count * 3, *size, generator=generator) if count else torch.zeros(1, 1, 1),
@@ -60,6 +74,9 @@ def get_batch(data_iterator: Any) -> tuple[Any, ...]:
     batch = list(stock_get_batch(data_iterator))
     height, width = get_args().img_h, get_args().img_w
     batch[3] = batch[3].view(-1, 3, height, width) if batch[3].numel() > 1 else batch[3].new_zeros(0, 3, height, width)
+    if "NOISE" in os.environ:
+        batch[3] = batch[3] + 0.1 * torch.randn_like(batch[3])
+        batch[4] = batch[4] * (0.5 + torch.rand(batch[4].shape, device=batch[4].device))
     return tuple(batch)
 
 
