@@ -112,19 +112,17 @@ def undealt(work: NDArray[np.int64], num_replicas: int) -> Deal:
     return Deal(replica_of=start, load_before_ns=loads, load_ns=loads, bound_ns=int(_bound(work, num_replicas, none)))
 
 
-def deal_again(work: NDArray[np.int64], dealt: Deal, planned_ns: Sequence[int], step: float = 1.0) -> Deal:
+def deal_again(work: NDArray[np.int64], dealt: Deal, planned_ns: Sequence[int]) -> Deal:
     """Swaps on from ``dealt`` to make planned times even: what each replica's plan takes beyond its load is held to stay.
 
     Args:
         planned_ns: [R] what plans of the shares as dealt take.
-        step: how far to go from the slowest towards the bound; less changes fewer shares.
     """
     work = _checked(work, dealt.num_replicas)
     beyond = np.asarray(planned_ns, dtype=np.int64) - dealt.load_ns
     replica_of = dealt.replica_of.copy()
     bound = _bound(work, dealt.num_replicas, beyond)
-    target = bound + bound // _FINE + int((max(planned_ns) - bound) * (1.0 - step))
-    _swap(work, dealt.num_replicas, beyond, target, replica_of)
+    _swap(work, dealt.num_replicas, beyond, bound + bound // _FINE, replica_of)
     none = np.zeros(dealt.num_replicas, dtype=np.int64)
     return Deal(
         replica_of=replica_of, load_before_ns=dealt.load_before_ns, load_ns=_loads(work, replica_of, none), bound_ns=dealt.bound_ns
@@ -166,17 +164,17 @@ def deal_by_plans(
             times.append(known[key])
         return PlannedDeal(dealt=candidate, planned_ns=tuple(times))
 
-    best = planned(dealt)
-    step = 1.0
+    best = current = planned(dealt)
     for _ in range(passes):
-        if best.imbalance <= 1.0 + enough:
+        if current.imbalance <= 1.0 + enough:
             break
-        following = planned(deal_again(work, best.dealt, best.planned_ns, step))
-        if max(following.planned_ns) < max(best.planned_ns):
-            best = following
-        else:
-            # So many swaps change what plans take beyond their loads: fewer of them.
-            step /= 2.0
+        # From where the last pass ended, better or not: what its plans told is worth more than where they stand.
+        following = deal_again(work, current.dealt, current.planned_ns)
+        if np.array_equal(following.replica_of, current.dealt.replica_of):
+            break
+        current = planned(following)
+        if max(current.planned_ns) < max(best.planned_ns):
+            best = current
     return best
 
 
