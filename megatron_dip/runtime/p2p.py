@@ -15,7 +15,8 @@ On CUDA, over NCCL:
   watchdog (after the process group's time limit, torch's abort of the process), not by :class:`PeerError`, which is for what NCCL says
   when a message is posted, and for gloo.
 * :meth:`PointToPoint.wait_send` makes the computing stream wait for the receiver. Keeping the tensor until the host sees that the send
-  is over would not: but hosts run far ahead of their devices, so nearly everything sent would still be kept, which no plan counts.
+  is over would not: but hosts run far ahead of their devices, so nearly everything sent would still be kept, which no plan counts
+  (docs/results/send_waits.md).
 
 These paths run under the fake of ``tests/fakes``; on a GPU they have not been run.
 """
