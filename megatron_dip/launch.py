@@ -63,7 +63,16 @@ def main() -> int:
     except InputError as error:
         print(f"megatron_dip.launch: error: {error}", file=sys.stderr)
         return EXIT_CODE
-    run_script(args.script, args.arguments)
+    try:
+        run_script(args.script, args.arguments)
+    except ImportError as error:
+        if "from 'typing'" not in str(error):
+            raise
+        version = ".".join(map(str, sys.version_info[:3]))
+        print(
+            f"megatron_dip.launch: error: Python = {version}: this Megatron-LM needs a newer one ({error}). Remedy: use Python 3.12.", file=sys.stderr
+        )
+        return EXIT_CODE
     return 0
 
 

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_dip.spec.errors import InputError
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?$")
 
 _TRACKER = "latest_checkpointed_iteration.txt"
+
+_BOUND_OPTIMIZER = "optimizer.distributed.dp_group_idx_"
 
 CUT_ATTRIBUTE = "dip_cut"
 """Of Megatron's namespace, which is saved in every checkpoint: how the run has cut its modules."""
@@ -37,6 +39,9 @@ class CheckpointFiles:
     """Tensor, pipeline and (above 1) expert size that a ``torch`` checkpoint is bound to; empty for ``torch_dist``."""
     tensors: dict[str, tuple[tuple[int, ...], str]]
     """Name -> global shape, dtype; of ``torch_dist`` alone."""
+    has_bound_optimizer: bool = False
+    """Whether the optimizer's state lies in the gradient buffers' order, as ``--use-distributed-optimizer`` saves it by default: it then loads
+    under the cut, tensor and pipeline size of the saving run alone (and any number of replicas)."""
 
 
 def read_checkpoint(path: Path) -> CheckpointFiles:
@@ -51,12 +56,14 @@ def read_checkpoint(path: Path) -> CheckpointFiles:
                 "PATH", str(folder), f"the format {format_name!r} is read by none of the releases that DIP serves",
                 "load it with the release that wrote it and save with --ckpt-format torch_dist",
             )
-        metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        metadata = _whole_metadata(folder).state_dict_metadata
         tensors = {
             name: (tuple(entry.size), str(entry.properties.dtype).removeprefix("torch."))
             for name, entry in sorted(metadata.items()) if isinstance(entry, TensorStorageMetadata)
         }
-        return CheckpointFiles(folder, "torch_dist", iteration, {}, tensors)
+        return CheckpointFiles(
+            folder, "torch_dist", iteration, {}, tensors, has_bound_optimizer=any(name.startswith(_BOUND_OPTIMIZER) for name in metadata)
+        )
     if (folder / ".metadata").is_file():
         raise InputError(
             "PATH", str(folder), "written by FSDP (torch_dcp or fsdp_dtensor): Megatron loads it under FSDP alone, and has no way from it to another "
@@ -71,6 +78,29 @@ def read_checkpoint(path: Path) -> CheckpointFiles:
     if sizes["expert"] == 1:
         del sizes["expert"]
     return CheckpointFiles(folder, "torch", iteration, sizes, {})
+
+
+def _whole_metadata(folder: Path) -> Metadata:
+    """What a torch_dist folder holds, if all of it is there. Raises InputError for files that are missing or cut off; it reads no tensors."""
+    remedy = "take another iteration's checkpoint, or copy this one again"
+    if not (folder / ".metadata").is_file():
+        raise InputError("PATH", str(folder / ".metadata"), "is missing", remedy)
+    try:
+        metadata = FileSystemReader(str(folder)).read_metadata()
+    except Exception as error:  # a damaged pickle raises anything
+        raise InputError("PATH", str(folder / ".metadata"), f"is damaged ({type(error).__name__}: {error})", remedy) from error
+    # What is no tensor lies in a file of its own, from Megatron-Core 0.19 on among the tensors.
+    if not (folder / "common.pt").is_file() and not any(name.startswith("common_state/") for name in metadata.state_dict_metadata):
+        raise InputError("PATH", str(folder / "common.pt"), "is missing", remedy)
+    needed: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+    for file, size in needed.items():
+        if not (folder / file).is_file():
+            raise InputError("PATH", str(folder / file), "is missing", remedy)
+        if (folder / file).stat().st_size < size:
+            raise InputError("PATH", str(folder / file), f"is cut off: {(folder / file).stat().st_size} of {size} bytes", remedy)
+    return metadata
 
 
 def check_loadable(args: Any, cut: str) -> None:
@@ -92,6 +122,8 @@ def check_loadable(args: Any, cut: str) -> None:
         if args.ckpt_format == "torch" and not getattr(args, "auto_detect_ckpt_format", False):
             raise InputError("--ckpt-format", "torch", f"the checkpoint of --load {load} is torch_dist", "use --ckpt-format torch_dist")
         _check_expert_optimizer(args, found.folder)
+        if found.has_bound_optimizer:
+            _check_bound_optimizer(args, found.folder, cut)
         return
     sizes = {"tensor": args.tensor_model_parallel_size, "pipeline": args.pipeline_model_parallel_size}
     if args.expert_model_parallel_size > 1:
@@ -123,6 +155,26 @@ def _check_expert_optimizer(args: Any, folder: Path) -> None:
         raise InputError(
             "--load", str(args.load), f"was saved with expert parallel size {saved}, {now} this run: Megatron's optimizer state goes from one size "
             "above 1 to another, not from or to 1", "load weights alone (--no-load-optim --no-load-rng, or --finetune), or use the size it was saved with",
+        )
+
+
+def _check_bound_optimizer(args: Any, folder: Path, cut: str) -> None:
+    """Raises InputError for optimizer state in the order of another cut's gradient buffers."""
+    if getattr(args, "finetune", False) or getattr(args, "no_load_optim", False):
+        return
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    saved = load_common_state_dict(str(folder)).get("args")
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    before = {"cut": getattr(saved, CUT_ATTRIBUTE, None), **{name: getattr(saved, name, None) for name in names}}
+    now = {"cut": cut, **{name: getattr(args, name) for name in names}}
+    differing = [name for name in now if before[name] != now[name]]
+    if differing:
+        raise InputError(
+            "--load", str(args.load),
+            "holds the distributed optimizer's state in its default format, which fits the cut and sizes it was saved with alone: "
+            + ", ".join(f"{name} {before[name]} then, {now[name]} now" for name in differing),
+            "go back to these, load weights alone (--no-load-optim), or save with --dist-ckpt-optim-fully-reshardable first",
         )
 
 

@@ -1,6 +1,7 @@
 """Say what a Megatron checkpoint holds and under which cuts it loads, or convert it to the other format.
 
-A torch_dist checkpoint loads under every cut of the chunks, every parallel size, and the stock schedule, optimizer state included. A
+A torch_dist checkpoint loads under every cut of the chunks, every parallel size, and the stock schedule, optimizer state included, but for
+that of --use-distributed-optimizer in its default format, which inspect tells. Missing and cut off files are found. A
 checkpoint in the old torch format is one file for each rank: it loads under the cut and the sizes it was saved with and no others.
 
 convert makes torch_dist of torch, and torch of torch_dist. It starts your training script on as many processes as the old format has
@@ -70,5 +71,12 @@ def _inspect(path: Path, as_json: bool) -> int:
         numbers[part] += math.prod(shape)
     for part in sorted(counts):
         print(f"  {part:20s} {counts[part]:6d} tensors  {numbers[part]:15,d} numbers")
-    print("loads under every cut, every parallel size, and the stock schedule")
+    if found.has_bound_optimizer:
+        print(
+            "weights load under every cut, every parallel size, and the stock schedule; optimizer state in this format loads with any number of replicas, "
+            "but only under the cut, tensor and pipeline size it was saved with (elsewhere: --no-load-optim; a run that saves with "
+            "--dist-ckpt-optim-fully-reshardable is bound to nothing)"
+        )
+    else:
+        print("loads under every cut, every parallel size, and the stock schedule")
     return 0

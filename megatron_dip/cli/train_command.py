@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda; cpu is refused where CUDA is present")
     pipeline.add_argument("--partition", type=Path, metavar="FILE", help="dip: how the modules are cut (JSON); default: config.json's K, even layers")
     pipeline.add_argument("--plan-time", type=float, default=0.01, metavar="S", help="dip: seconds of search for each plan (default 0.01)")
+    pipeline.add_argument("--evaluations", type=int, metavar="N", help="dip: orders tried for each plan, instead of --plan-time seconds")
+    pipeline.add_argument(
+        "--deterministic", action="store_true",
+        help="dip: plans by --evaluations (default 20) and fixed costs (--profile, or the device's estimated ones), so that a run can be repeated bit for bit",
+    )
     pipeline.add_argument(
         "--profile", metavar="FILE", help="dip: plan with these costs, from megatron-dip profile; default: measured while training"
     )
@@ -59,13 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--save", metavar="DIR", help="write checkpoints into this folder")
     output.add_argument("--save-interval", type=int, default=0, metavar="N", help="iterations between checkpoints; default: at the end")
     output.add_argument("--load", metavar="DIR", help="go on from the last checkpoint in this folder, of any cut")
+    output.add_argument("--load-iteration", type=int, metavar="N", help="instead of the last checkpoint the one of this iteration")
     output.add_argument("--record", metavar="FILE", help="write the run's figures (JSON)")
     output.add_argument("--timelines", metavar="DIR", help="write the last iteration's plan and timelines (JSON) for report and trace")
 
 
 def make_settings(args: argparse.Namespace, config: ExampleConfig) -> RunSettings:
     """The command line and the example's config joined and checked."""
-    from megatron_dip.spec.codec import check_writable, load_partition, load_profile
+    from megatron_dip.spec.codec import check_folder_writable, check_writable, load_partition, load_profile
     from megatron_dip.spec.training import RunSettings, SchedulePlan
     from megatron_dip.spec.workload import Parallel, check_measured
 
@@ -81,17 +87,22 @@ def make_settings(args: argparse.Namespace, config: ExampleConfig) -> RunSetting
     schedule = SchedulePlan(
         name=args.pipeline_schedule, layout=args.stock_layout or ("parameters" if interleaved else "scripts"),
         virtual=args.virtual_pipeline if interleaved else 1, partition=None if args.partition is None else load_partition(args.partition),
-        plan_s=args.plan_time, profile=args.profile, split_backward=args.split_backward,
+        plan_s=args.plan_time, evaluations=20 if args.deterministic and args.evaluations is None else args.evaluations,
+        deterministic=args.deterministic, profile=args.profile, split_backward=args.split_backward,
     )
     if args.record is not None:
         check_writable(args.record, "--record")
+    for folder, field in ((args.save, "--save"), (args.timelines, "--timelines")):
+        if folder is not None:
+            check_folder_writable(folder, field)
     settings = RunSettings(
         schedule=schedule, parallel=Parallel(tensor=args.tensor, pipeline=args.pipeline, data=args.data), device=args.device,
         seed=args.seed, iterations=config.iterations if args.iterations is None else args.iterations,
         num_microbatches=config.num_microbatches if args.num_microbatches is None else args.num_microbatches,
         data=config.data if args.data_file is None else {**config.data, "file": args.data_file}, timeout_s=args.timeout,
         distributed_optimizer=args.distributed_optimizer, overlap_grad_reduce=args.overlap_grad_reduce, balance=args.balance, log_interval=args.log_interval,
-        evaluate_interval=args.evaluate_interval, save=args.save, save_interval=args.save_interval, load=args.load, record=args.record,
+        evaluate_interval=args.evaluate_interval, save=args.save, save_interval=args.save_interval, load=args.load,
+        load_iteration=args.load_iteration, record=args.record,
         timelines=args.timelines,
     )
     settings.validate()

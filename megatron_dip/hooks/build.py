@@ -29,6 +29,7 @@ from megatron_dip.spec.codec import load_partition
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class BuiltModel:
     forward_backward: DipForwardBackward | None = None
     iterations: int = 0
     """Trained since the start of this process."""
+    last_plan: Plan | None = None
+    """Of the training iteration before."""
 
 
 _built: dict[int, BuiltModel] = {}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from megatron_dip.hooks.build import BuiltModel, build_chunks, built_model
 from megatron_dip.hooks.costs import run_costs
 from megatron_dip.hooks.data import build_data_iterators, upcoming_microbatches
-from megatron_dip.hooks.report import report
+from megatron_dip.hooks.report import report, running_iteration
 from megatron_dip.iteration.built_model import describe_built_model
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 from megatron_dip.models.capture import CapturedCall
@@ -28,6 +28,7 @@ from megatron_dip.models.deferral import check_split
 from megatron_dip.models.description import LANGUAGE
 from megatron_dip.models.staged import DescribedStagedModel
 from megatron_dip.partition.work import WorkEstimate
+from megatron_dip.planner.budget import SearchBudget
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.runtime.startup import hardware_queues
 from megatron_dip.spec.errors import InputError
@@ -78,6 +79,16 @@ def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     return forward_backward
 
 
+def _timeout_s() -> float:
+    """Megatron's ``--distributed-timeout-minutes``, or its default in another training loop."""
+    try:
+        from megatron.training import get_args
+
+        return 60.0 * get_args().distributed_timeout_minutes
+    except (ImportError, AssertionError, AttributeError):  # not installed; no arguments parsed
+        return 600.0
+
+
 def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackward:
     options, description = built.options, built.description
     side_by_side = max(1, min(options.look_ahead, options.planner_threads))
@@ -85,9 +96,11 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
     queues = hardware_queues()
     staged = DescribedStagedModel(description, dict(zip(built.keys, chunks, strict=True)))
 
+    budget = SearchBudget(options.time_budget_s, side_by_side)
+
     def plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
         return plan_iteration(model, built.partition, microbatches, costs, PlanOptions(
-            time_budget_s=None if options.evaluations is not None else options.time_budget_s, evaluations=options.evaluations,
+            time_budget_s=None if options.evaluations is not None else budget.seconds(), evaluations=options.evaluations,
             threads=options.planner_threads // side_by_side, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
             may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues,
         ))
@@ -121,7 +134,8 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         metadata=description.item_metadata, call_metadata=call_metadata, call_conditions=call_conditions,
         plan_function=plan, quick_plan_function=None if options.evaluations is not None else quick_plan,
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
-        backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, num_outputs=description.num_outputs,
+        backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, budget=budget,
+        timeout_s=_timeout_s(), seed=int(getattr(built.args, "seed", 0)), iteration=lambda: running_iteration(built), num_outputs=description.num_outputs,
         planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming, joined=joined,
         # Replicas that share experts run one joint plan, place by place.
         balance=work if options.balance != "off" and joined is None else None,

@@ -19,7 +19,9 @@ from megatron_dip.spec.timeline import Bar, Timeline
 
 def report(built: BuiltModel, forward_backward: DipForwardBackward) -> None:
     """Writes the iteration's traces and its log line, as the flags ask for. The first replica speaks."""
-    options, plan, iteration = built.options, forward_backward.plan, _running_iteration(built)
+    options, plan, iteration = built.options, forward_backward.plan, running_iteration(built)
+    planning_ns = 0 if plan is None or plan is built.last_plan else plan.planning_ns  # the plan of an equal batch is taken again
+    built.last_plan = plan
     due = options.log_interval > 0 and iteration % options.log_interval == 0
     if plan is None or not (due or options.trace_dir is not None):
         return
@@ -38,9 +40,10 @@ def report(built: BuiltModel, forward_backward: DipForwardBackward) -> None:
         print(
             f" [DIP] iteration {iteration:8d} | planned (ms): {plan.claimed_makespan / 1e6:.1f}{on_one_queue} | measured (ms): "
             f"{measured.makespan / 1e6:.1f} | bubbles planned: {plan.bubble_fraction:.1%} measured: {measured.bubble_fraction:.1%} | "
-            f"planning (ms): {plan.planning_ns / 1e6:.1f} | waited for plans so far (ms): {counts.waited_ns / 1e6:.1f} | "
+            f"planning (ms): {planning_ns / 1e6:.1f} | waited for plans so far (ms): {counts.waited_ns / 1e6:.1f} | "
             f"plans replaced so far: {sum(counts.fallbacks.values())} | "
-            f"batches not seen ahead: {counts.unseen}" + _balance_words(forward_backward.balance_figures()),
+            f"batches not seen ahead: {counts.unseen} | batches foreseen otherwise: {counts.foreseen_otherwise}"
+            + _balance_words(forward_backward.balance_figures()),
             flush=True,
         )
 
@@ -56,7 +59,7 @@ def _balance_words(figures: BalanceFigures | None) -> str:
     )
 
 
-def _running_iteration(built: BuiltModel) -> int:
+def running_iteration(built: BuiltModel) -> int:
     """As Megatron's training loop counts it, from 1; in another loop, as counted here."""
     try:
         from megatron.training import get_args

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +40,7 @@ class Agreement:
 
     def __init__(self, groups: PipelineGroups, partition: Partition) -> None:
         self._groups = groups
+        self._has_agreed = False
         self._cut_digest = sha256(msgspec.json.encode(partition))  # in its own order, in which gradients are reduced
 
     def share(self, planned: PackedPlan | Exception | None) -> SharedPlan:
@@ -54,7 +54,7 @@ class Agreement:
         """
         message = b""
         if isinstance(planned, Exception):
-            message = bytes([_ERROR]) + _pickled(planned)
+            message = bytes([_ERROR]) + _encoded(planned)
         elif planned is not None:
             message = bytes([_PLAN]) + planned.data
         if len(self._groups.control_ranks) == 1:
@@ -66,7 +66,7 @@ class Agreement:
         if isinstance(planned, PackedPlan):
             return SharedPlan(plan=planned.plan, digest=planned.digest)
         if message[0] == _ERROR:
-            return SharedPlan(error=planned if isinstance(planned, Exception) else pickle.loads(message[1:]))
+            return SharedPlan(error=planned if isinstance(planned, Exception) else _decoded(message[1:]))
         try:
             return SharedPlan(plan=unpack_plan(message[1:]), digest=plan_digest(message[1:]))
         except InputError as unreadable:
@@ -86,6 +86,7 @@ class Agreement:
             verdict = self._verdict_of_replica(digest, microbatches, conditions, error, misfit)
         if self._groups.peers is not None:
             verdict = self._verdict_of_all(self._groups.peers, verdict)
+        self._has_agreed = True
         if verdict is not None:
             # All ranks raise now. A process that ends at once would cut off those that have not read what it told them.
             for group in (self._groups.peers, self._groups.control):
@@ -173,6 +174,7 @@ class Agreement:
         return PeerError(
             f"pipeline rank {self._groups.rank} (global rank {dist.get_rank()}) lost another rank of its replica while agreeing on a plan, "
             f"time limit {self._groups.timeout_s:g} s: {first_line(failure)}"
+            + ("" if self._has_agreed else ". The first plan of an installation compiles the planner's kernels, which can take a minute: give more time")
         )
 
 
@@ -190,13 +192,29 @@ def sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def _pickled(error: Exception) -> bytes:
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)
-    except Exception:
-        return pickle.dumps(PeerError(f"the planner rank failed: {type(error).__name__}: {error}"))
-    return data
+class _AsSaid:
+    """A value of which another rank has told the text alone."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def _encoded(error: Exception) -> bytes:
+    """As text: bytes that came from another process are not to make objects of any class."""
+    if isinstance(error, InputError):
+        return msgspec.json.encode([error.field, repr(error.value), error.problem, error.remedy])
+    return msgspec.json.encode([f"{type(error).__name__}: {error}"])
+
+
+def _decoded(data: bytes) -> Exception:
+    texts = msgspec.json.decode(data, type=list[str])
+    if len(texts) == 1:
+        return PeerError(f"the planner rank failed: {texts[0]}")
+    field, value, problem, remedy = texts
+    return InputError(field, _AsSaid(value), problem, remedy)
 
 
 def first_line(failure: RuntimeError) -> str:

@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from megatron_dip.iteration.agreement import sha256
+from megatron_dip.iteration.randomness import DrawPlace, drawing
 from megatron_dip.models.capture import CapturedCall, capture
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.workload import Microbatch
@@ -42,7 +43,12 @@ class BatchCapture:
     call_conditions: Callable[[CapturedCall], Sequence[str]] | None
     num_outputs: int | None
 
-    def __call__(self, forward_step: Callable[..., Any], iterator: Iterator[Any] | None, num_microbatches: int) -> CapturedBatch:
+    def __call__(
+        self, forward_step: Callable[..., Any], iterator: Iterator[Any] | None, num_microbatches: int, place: DrawPlace
+    ) -> CapturedBatch:
+        """Args:
+        place: gives the random states that forward_step runs under.
+        """
         calls: list[CapturedCall] = []
         microbatches: list[Microbatch] | None = None
         conditions = b""
@@ -50,12 +56,12 @@ class BatchCapture:
         is_replay = is_replaying(iterator)
         try:
             if iterator is None:
-                calls = [capture(forward_step, None, self.chunk, self.num_outputs) for _ in range(num_microbatches)]
+                calls = [self._capture(forward_step, None, place.of_microbatch(i)) for i in range(num_microbatches)]
             else:
                 items = [next(iterator) for _ in range(num_microbatches)]
                 if self.call_metadata is None:
                     microbatches = [self.metadata(item) for item in items]
-                calls = [capture(forward_step, iter([item]), self.chunk, self.num_outputs) for item in items]
+                calls = [self._capture(forward_step, iter([item]), place.of_microbatch(i)) for i, item in enumerate(items)]
             if self.call_metadata is not None:
                 known = [self.call_metadata(call) for call in calls]
                 microbatches = known if all(known) else None
@@ -66,6 +72,10 @@ class BatchCapture:
         except Exception as caught:
             error = caught
         return CapturedBatch(calls=calls, microbatches=microbatches, conditions=conditions, error=error, is_replay=is_replay)
+
+    def _capture(self, forward_step: Callable[..., Any], iterator: Iterator[Any] | None, seed: int) -> CapturedCall:
+        with drawing(seed):
+            return capture(forward_step, iterator, self.chunk, self.num_outputs)
 
 
 def is_replaying(iterator: Any) -> bool:

@@ -17,11 +17,12 @@ scaled as there. Not done: what needs a static order of the schedule (see ``_REF
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,8 +40,10 @@ from megatron_dip.iteration.lookahead import find_lookahead
 from megatron_dip.iteration.loss import IterationLoss, set_auxiliary_loss_scale
 from megatron_dip.iteration.megatron_compute import MegatronCompute, nvtx_range
 from megatron_dip.iteration.plan_source import Foresight, PlanFunction, PlanSource, UpcomingFunction
+from megatron_dip.iteration.randomness import DrawPlace
 from megatron_dip.models.capture import CapturedCall
 from megatron_dip.models.deferral import LinearWeightDeferral
+from megatron_dip.planner.budget import SearchBudget
 from megatron_dip.planner.courtesy import FixedCollections
 from megatron_dip.planner.message import PackedPlan, pack_plan
 from megatron_dip.planner.service import PlanCounts
@@ -85,6 +88,8 @@ class IterationSettings:
     """Of messages along the pipeline."""
     timeout_s: float = 600.0
     """After this long without a sign of another rank this one gives up with an error."""
+    budget: SearchBudget | None = None
+    """What the plan function searches by; told the length of each training iteration."""
     plan_deadline_s: float = 1.0
     """How long an iteration may wait for its plan."""
     planner_threads: int = 1
@@ -97,8 +102,18 @@ class IterationSettings:
     """How many values the model returns to forward_step; None = one tensor."""
     joined: tuple[str, Sequence[int]] | None = None
     """The module whose stages exchange data with other replicas (experts), and the global ranks with which this one does."""
+    seed: int = 0
+    """Of what forward_step draws; equal on all ranks."""
+    iteration: Callable[[], int] | None = None
+    """Number of the training iteration at hand, for what forward_step draws in it; None: counted here."""
     balance: Estimate | None = None
     """Work of microbatches: replicas deal the batches ahead by it; None: every replica trains what it reads."""
+
+
+class _Instant(NamedTuple):
+    at_s: float
+    waited_s: float
+    """For plans, until then."""
 
 
 class DipForwardBackward:
@@ -167,7 +182,14 @@ class DipForwardBackward:
         self._clock_offset_ns: int | None = None
         self._loss_is_sum = False
         """Seen once: losses of a microbatch's parts add up to its loss."""
+        self._seed = settings.seed
+        self._iteration = settings.iteration
+        self._iterations = self._evaluations = 0
+        """Training iterations so far; evaluation steps since the last."""
         self._collections = FixedCollections()
+        self._budget = settings.budget
+        self._last_start: _Instant | None = None
+        """Of a training iteration."""
         self.plan: Plan | None = None
         """The plan of the last iteration."""
 
@@ -206,6 +228,7 @@ class DipForwardBackward:
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
+        self._observe_length(forward_only)
         self._collections.step()  # the last iteration's graphs are gone, and no rank waits for this one's messages yet
         iterator = data_iterator[0] if isinstance(data_iterator, Sequence) else data_iterator
         with nvtx_range("dip prepare"):
@@ -235,6 +258,7 @@ class DipForwardBackward:
                     chunks, loss.num_tokens if config.calculate_per_token_loss else None, pg_collection=pg_collection,
                     force_all_reduce=force_all_reduce,
                 )
+        self._iterations += not forward_only
         if config.timers is not None:
             config.timers("forward-backward").stop()
         return loss.reports()
@@ -262,6 +286,24 @@ class DipForwardBackward:
     def balance_figures(self) -> BalanceFigures | None:
         """What dealing batches to replicas came to so far; None where they are not dealt."""
         return None if self._balance is None else self._balance.figures()
+
+    def _draw_place(self, forward_only: bool) -> DrawPlace:
+        """Where numbers are drawn in this call."""
+        self._evaluations = self._evaluations + 1 if forward_only else 0
+        return DrawPlace(
+            seed=self._seed, iteration=self._iterations if self._iteration is None else self._iteration(), evaluation=self._evaluations,
+            replica=parallel_state.get_data_parallel_rank(),
+        )
+
+    def _observe_length(self, forward_only: bool) -> None:
+        """Tells the planner how long the iteration before was, from start to start, without what it waited for its plan."""
+        counts = self.counts()
+        if counts is None or self._budget is None or forward_only:
+            return
+        now, before = _Instant(time.perf_counter(), counts.waited_ns / 1e9), self._last_start
+        self._last_start = now
+        if before is not None:
+            self._budget.observe(now.at_s - before.at_s - (now.waited_s - before.waited_s))
 
     def _run(self, plan: Plan, loss: IterationLoss, config: Any, forward_only: bool, force_all_reduce: bool) -> None:
         """Runs this rank's actions, with the data-parallel communication that overlaps with them."""
@@ -301,7 +343,7 @@ class DipForwardBackward:
             balance.start(lookahead, iterator is not None)
         if balance is not None and balance.is_on:
             balance.settle(lookahead, num_microbatches, is_replaying(iterator), _span_ns(self._training_timer))
-        batch = self._capture(forward_step, iterator, num_microbatches)
+        batch = self._capture(forward_step, iterator, num_microbatches, self._draw_place(forward_only))
         shared = self._agreement.share(None if self._plans is None else self._plans.take(batch, forward_only))
         error = batch.error or shared.error
         misfit: Exception | None = None

@@ -1,8 +1,8 @@
 """Plans beside training: batches are handed in one iteration ahead, plans are taken when the iteration starts.
 
-Background threads run the plan function, whose kernels release the GIL. :meth:`PlanService.take` never waits longer than its deadline: a
-plan that is late, or a plan function that fails, is replaced by the quick function's plan for that batch, counted and logged once for
-each cause. A user's mistake (InputError) is not covered up: it is raised where the plan is taken. The service knows batches and plans,
+Background threads run the plan function, whose kernels release the GIL. :meth:`PlanService.take` never waits longer than its deadline, and
+not at all for a plan that no thread has begun or that will not be ready by then: a plan that is late, or a plan function that fails, is
+replaced by the quick function's plan for that batch, counted and logged once for each cause. A user's mistake (InputError) is not covered up: it is raised where the plan is taken. The service knows batches and plans,
 no processes: who plans and how a plan reaches the other ranks is the caller's business.
 """
 
@@ -36,7 +36,7 @@ MAX_WAITING = 8
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Request(Generic[P]):
     key: bytes
     microbatches: Sequence[Microbatch]
@@ -44,8 +44,10 @@ class _Request(Generic[P]):
     done: threading.Event = field(default_factory=threading.Event)
     is_given_up: bool = False
     """Nobody waits for it any more."""
+    begun_s: float | None = None
+    """When a thread took it up, by ``time.perf_counter``."""
     plan: P | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,12 @@ class PlanCounts:
     """Cause (``late``, ``failed``) -> quick plans used instead."""
     unseen: int
     """Batches whose metadata could not be read ahead, so that planning them began when they were needed."""
+    foreseen_otherwise: int
+    """Batches that came with other metadata than were read ahead, so that they were planned twice."""
+    kept: int
+    """Finished plans that are kept, for batches that come again."""
+    waiting: int
+    """Batches handed in and not taken yet."""
 
 
 class PlanService(Generic[P]):
@@ -91,6 +99,10 @@ class PlanService(Generic[P]):
         self._lock = threading.Lock()
         self._waiting: OrderedDict[bytes, _Request[P]] = OrderedDict()
         """Handed in and not taken, oldest first."""
+        self._unfinished: list[_Request[P]] = []
+        """Waiting for a thread, or planned by one; in the order in which threads take them up."""
+        self._planning_s: float | None = None
+        """How long the last plan took."""
         self._plans: OrderedDict[bytes, P] = OrderedDict()
         """The last finished plans."""
         self._age = 0
@@ -98,7 +110,7 @@ class PlanService(Generic[P]):
         self._queue: queue.SimpleQueue[_Request[P] | None] = queue.SimpleQueue()
         self._fallbacks: Counter[str] = Counter()
         self._logged: set[str] = set()
-        self._taken = self._ahead = self._waited_ns = self._unseen = 0
+        self._taken = self._ahead = self._waited_ns = self._unseen = self._foreseen_otherwise = 0
         self._closed = False
         switch_often()
         # Daemons: a plan under way must not keep a finished or failed training process alive.
@@ -118,17 +130,24 @@ class PlanService(Generic[P]):
         Raises InputError where the batch or its setting cannot be planned, and the plan function's error where there is no quick one.
         """
         with self._lock:
+            self._drop_other_foresight(microbatches, forward_only)
             request = self._request(microbatches, forward_only)
             del self._waiting[request.key]
+            is_worth_waiting = self._is_worth_waiting(request, deadline_s)
         ahead = request.done.is_set()
         start = time.perf_counter_ns()
-        request.done.wait(None if self._quick_function is None else deadline_s)
+        if self._quick_function is None:
+            request.done.wait()
+        elif is_worth_waiting:
+            request.done.wait(deadline_s)
         # A thread that has not begun it goes on with the batches to come, else one late plan would make all that follow late.
         request.is_given_up = True
         plan, error = request.plan, request.error
         if plan is None:
-            if isinstance(error, InputError) or (error is not None and self._quick_function is None):
+            if isinstance(error, InputError):
                 raise error
+            if error is not None and self._quick_function is None:
+                raise error if isinstance(error, Exception) else RuntimeError(f"the plan function ended its thread: {error!r}") from error
             assert self._quick_function is not None
             self._count_fallback(FAILED if error is not None else LATE, error, deadline_s)
             plan = self._quick_function(microbatches, forward_only)
@@ -156,7 +175,8 @@ class PlanService(Generic[P]):
 
     def counts(self) -> PlanCounts:
         return PlanCounts(
-            taken=self._taken, ahead=self._ahead, waited_ns=self._waited_ns, fallbacks=dict(self._fallbacks), unseen=self._unseen
+            taken=self._taken, ahead=self._ahead, waited_ns=self._waited_ns, fallbacks=dict(self._fallbacks), unseen=self._unseen,
+            foreseen_otherwise=self._foreseen_otherwise, kept=len(self._plans), waiting=len(self._waiting),
         )
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -170,12 +190,13 @@ class PlanService(Generic[P]):
         atexit.unregister(self.close)
 
     def _request(self, microbatches: Sequence[Microbatch], forward_only: bool) -> _Request[P]:
-        key = msgspec.json.encode((microbatches, forward_only), order="sorted")
+        key = _key(microbatches, forward_only)
         request = self._waiting.get(key)
         if request is None:
             request = self._waiting[key] = _Request(key, microbatches, forward_only)
             request.plan = self._plans.get(key)
             if request.plan is None:
+                self._unfinished.append(request)
                 self._queue.put(request)
             else:
                 request.done.set()
@@ -183,18 +204,50 @@ class PlanService(Generic[P]):
                 self._waiting.popitem(last=False)[1].is_given_up = True
         return request
 
+    def _drop_other_foresight(self, microbatches: Sequence[Microbatch], forward_only: bool) -> None:
+        """Counts a batch that was foreseen otherwise than it came, says so once, and gives up the plan of what will not come."""
+        if _key(microbatches, forward_only) in self._waiting:
+            return
+        foreseen = next((request for request in self._waiting.values() if request.forward_only == forward_only), None)
+        if foreseen is None:
+            return
+        del self._waiting[foreseen.key]
+        foreseen.is_given_up = True
+        self._foreseen_otherwise += 1
+        if "foreseen otherwise" not in self._logged:
+            self._logged.add("foreseen otherwise")
+            logger.warning(
+                "a batch came otherwise than its items read ahead said, so it is planned anew and training may wait for it (counted, not said "
+                "again): %s. Instance lengths that are read from an item must be those that forward_step gives the model.",
+                _difference(foreseen.microbatches, microbatches),
+            )
+
+    def _is_worth_waiting(self, request: _Request[P], deadline_s: float) -> bool:
+        """Whether the plan can be there by the deadline: a thread will take it up at once, or has it in hand and needs no longer than for the last."""
+        if request.begun_s is None:
+            before = self._unfinished[: self._unfinished.index(request)] if request in self._unfinished else []
+            ahead = sum(other.begun_s is not None or not other.is_given_up for other in before)
+            return ahead < len(self._threads)
+        return self._planning_s is None or self._planning_s - (time.perf_counter() - request.begun_s) <= deadline_s
+
     def _work(self) -> None:
         while (request := self._queue.get()) is not None and not self._closed:
-            if request.is_given_up:
-                continue
             with self._lock:
                 plan, age = self._plans.get(request.key), self._age
+                if request.is_given_up:
+                    self._unfinished.remove(request)
+                    continue
+                request.begun_s = time.perf_counter()
             try:
                 request.plan = self._plan_function(request.microbatches, request.forward_only) if plan is None else plan
-            except Exception as error:
+            except BaseException as error:  # a thread that ends would leave all batches to come without a plan
                 request.error = error
             else:
                 self._keep(request.key, request.plan, age)
+            with self._lock:
+                self._unfinished.remove(request)
+                if plan is None:
+                    self._planning_s = time.perf_counter() - request.begun_s
             request.done.set()
 
     def _keep(self, key: bytes, plan: P, age: int) -> None:
@@ -205,13 +258,26 @@ class PlanService(Generic[P]):
                 if len(self._plans) > KEPT_PLANS:
                     self._plans.popitem(last=False)
 
-    def _count_fallback(self, kind: str, error: Exception | None, deadline_s: float) -> None:
+    def _count_fallback(self, kind: str, error: BaseException | None, deadline_s: float) -> None:
         cause = kind if error is None else f"{kind}: {type(error).__name__}: {error}"
         self._fallbacks[kind] += 1
         if cause in self._logged:
             return
         self._logged.add(cause)
         if error is None:
-            logger.warning("a plan was not ready within %.3g s; a quick plan is used for that batch (counted, not said again)", deadline_s)
+            logger.warning("a plan was not ready in time (an iteration waits %.3g s at most); a quick plan is used for that batch (counted, not said again)", deadline_s)
         else:
             logger.warning("planning failed; a quick plan is used for that batch (counted, not said again)", exc_info=error)
+
+
+def _key(microbatches: Sequence[Microbatch], forward_only: bool) -> bytes:
+    return msgspec.json.encode((microbatches, forward_only), order="sorted")
+
+
+def _difference(foreseen: Sequence[Microbatch], came: Sequence[Microbatch]) -> str:
+    if len(foreseen) != len(came):
+        return f"{len(foreseen)} microbatches were foreseen, {len(came)} came"
+    index = next(i for i, (said, given) in enumerate(zip(foreseen, came, strict=True)) if dict(said) != dict(given))
+    name = next(n for n in sorted({*foreseen[index], *came[index]}) if foreseen[index].get(n) != came[index].get(n))
+    said, given = foreseen[index].get(name), came[index].get(name)
+    return f"microbatch {index}: instances of {name!r} {str(said)[:100]} were foreseen, {str(given)[:100]} came"

@@ -237,6 +237,16 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path | No
         seen[target] = field
 
 
+def check_folder_writable(folder: str | Path, field: str) -> None:
+    """Makes the folder and tries to write there. Raises InputError where that fails: to be asked before the work whose results it takes."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        raise InputError(field, str(folder), f"cannot be written ({error.strerror})", "name a folder that can be written") from error
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Replaces the file as a whole: readers see the old bytes or the new ones, and an error leaves the old ones.
 

@@ -200,6 +200,11 @@ class SchedulePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of search for each plan of ``dip``."""
     profile: str | None = None
     """File of measured costs that ``dip`` plans with; absent = measured while training."""
+    evaluations: int | None = None
+    """Orders that ``dip`` tries for each plan, instead of ``plan_s`` seconds."""
+    deterministic: bool = False
+    """Of ``dip``: plans depend on batches, costs and seed alone, neither on the clock nor on measured times, so that a run's numbers can be had
+    again bit for bit; every iteration waits for its plan."""
     split_backward: bool = False
     """Of ``dip``: weight gradients are stages of their own, which fill bubbles."""
 
@@ -236,6 +241,8 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     save_interval: int = 0
     """Iterations between checkpoints; 0 = at the end alone."""
     load: str | None = None
+    load_iteration: int | None = None
+    """Whose checkpoint is loaded; None: the latest."""
     record: str | None = None
     """File for the run's figures."""
     timelines: str | None = None
@@ -255,6 +262,10 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise InputError("--" + field.replace("_", "-"), getattr(self, field), f"must be at least {least}", f"give {least} or more")
         if not self.timeout_s > 0:
             raise InputError("--timeout", self.timeout_s, "not a positive number of seconds", "give for example 600")
+        if self.load_iteration is not None and self.load is None:
+            raise InputError("--load-iteration", self.load_iteration, "given without --load", "name the folder with --load")
+        if self.schedule.evaluations is not None and self.schedule.evaluations < 1:
+            raise InputError("--evaluations", self.schedule.evaluations, "must be at least 1", "give for example 20")
         if not 0 <= self.schedule.plan_s <= 60:
             raise InputError("--plan-time", self.schedule.plan_s, "outside [0, 60] seconds", "give for example 0.1")
         if self.overlap_grad_reduce and self.schedule.name != "dip":
@@ -335,3 +346,5 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Iterations that ran under a quick plan because the searched one was not ready."""
     balance: BalanceRecord | None = None
     """Of replicas; absent where there is one, or microbatches are not dealt."""
+    waited_for_plans_s: float = 0.0
+    """In all."""

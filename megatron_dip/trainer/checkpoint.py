@@ -11,6 +11,7 @@ The distributed optimizer's state is saved ``fully_reshardable``. Without Apex a
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +23,9 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dip.models.description import unwrap
+from megatron_dip.spec.codec import write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.trainer.build import TrainingModel
 from megatron_dip.without_cuda.core import CpuDeviceMode
@@ -38,12 +39,16 @@ def save_checkpoint(
 ) -> Path:
     """Saves weights, optimizer state and ``extra`` (small, equal on all ranks); called by all ranks. Returns the iteration's folder.
 
-    The folder is named as latest only when every rank has written, so that a run that dies here leaves the checkpoint before.
+    It is written beside its place and moved there, then named as latest, when every rank has written: a run that dies here leaves what was
+    there before, and never a folder with files of two runs.
     """
     target = folder / f"iter_{iteration:07d}"
+    written = folder / f"{target.name}.unfinished"
     if dist.get_rank() == 0:
         try:
-            target.mkdir(parents=True, exist_ok=True)
+            if written.exists():  # of a run that ended here
+                shutil.rmtree(written)
+            written.mkdir(parents=True)
         except OSError as error:
             raise InputError("--save", str(folder), f"cannot be written ({error.strerror})", "name a folder that can be written") from error
     dist.barrier()
@@ -53,32 +58,58 @@ def save_checkpoint(
             chunk.start_param_sync(force_sync=True)
     state = _sharded_state(model, optimizer, is_loading=False)
     state.update(iteration=iteration, checkpoint_version=3.0, extra=extra or {})
-    dist_checkpointing.save(state, str(target), content_metadata=_content_metadata())
+    dist_checkpointing.save(state, str(written), content_metadata=_content_metadata())
     if dist.get_rank() == 0:
-        (folder / LATEST).write_text(str(iteration))
+        if target.exists():  # of a run that was taken up again before it
+            shutil.rmtree(target)
+        written.rename(target)
+        write_atomically(folder / LATEST, str(iteration).encode())
     dist.barrier()
     return target
 
 
-def load_checkpoint(folder: Path, model: TrainingModel, optimizer: MegatronOptimizer | None) -> tuple[int, dict[str, Any]]:
-    """Loads the latest checkpoint into the model and, when given, the optimizer; returns the iteration and what was saved as ``extra``.
+def complete_iterations(folder: Path) -> list[int]:
+    """Iterations whose checkpoints lie in ``folder``, in order."""
+    found = []
+    for place in folder.glob("iter_*"):
+        number = place.name.removeprefix("iter_")
+        if number.isdecimal() and (place / "metadata.json").is_file() and (place / ".metadata").is_file():
+            found.append(int(number))
+    return sorted(found)
 
-    Raises InputError where there is no checkpoint, or it holds another model.
+
+def refuse_other_runs(folder: Path, load: Path | None) -> None:
+    """Raises InputError where ``folder`` holds checkpoints of a run that this one, which loads from ``load``, does not go on with."""
+    if (load is not None and load.resolve() == folder.resolve()) or not (found := complete_iterations(folder)):
+        return
+    raise InputError(
+        "--save", str(folder), f"holds another run's checkpoints, up to iteration {found[-1]}",
+        f"name another folder, or go on with that run: --load {folder}",
+    )
+
+
+def load_checkpoint(
+    folder: Path, model: TrainingModel, optimizer: MegatronOptimizer | None, iteration: int | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Loads a checkpoint into the model and, when given, the optimizer; returns the iteration and what was saved as ``extra``.
+
+    Args:
+        iteration: None: the latest.
+
+    Raises:
+        InputError: there is no such checkpoint, it is damaged, or it holds another model.
     """
-    latest = folder / LATEST
-    try:
-        target = folder / f"iter_{int(latest.read_text()):07d}"
-    except (OSError, ValueError) as error:
-        raise InputError("--load", str(folder), f"holds no checkpoint ({LATEST}: {error})", "name the folder given to --save") from error
+    target = _checkpoint_folder(folder, iteration)
     with _reading_into_cpu_or_cuda():
         wanted = _sharded_state(model, optimizer, is_loading=True)
         try:
             state = dist_checkpointing.load(wanted, str(target))
-        except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError) as error:
+        except Exception as error:  # what damaged files raise in Megatron's and torch's readers is of any kind
             reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+            is_misfit = isinstance(error, (CheckpointingException, KeyError))
             raise InputError(
-                "--load", str(target), f"does not fit this model or this optimizer ({reason})",
-                "use the configuration that it was saved with",
+                "--load", str(target), f"cannot be loaded: {type(error).__name__}: {reason}",
+                "use the configuration that it was saved with" + ("" if is_misfit else "; if this is it, files are damaged: " + _others(target)),
             ) from error
         for index, chunk in enumerate(model.chunks):
             unwrap(chunk, MegatronModule).load_state_dict(state[f"model{index}"])
@@ -86,6 +117,29 @@ def load_checkpoint(folder: Path, model: TrainingModel, optimizer: MegatronOptim
             with mended_steps(optimizer):
                 optimizer.load_state_dict(state["optimizer"])
     return int(state["iteration"]), state["extra"]
+
+
+def _checkpoint_folder(folder: Path, iteration: int | None) -> Path:
+    """Of ``iteration``, or of the one that is named as latest. Raises InputError where it is not there."""
+    if iteration is None:
+        try:
+            iteration = int((folder / LATEST).read_text())
+        except (OSError, ValueError) as error:
+            found = complete_iterations(folder)
+            raise InputError(
+                "--load", str(folder), f"{LATEST} cannot be read ({error})" if found else f"holds no checkpoint ({LATEST}: {error})",
+                f"iterations {found} lie there: name one with --load-iteration" if found else "name the folder given to --save",
+            ) from error
+    target = folder / f"iter_{iteration:07d}"
+    if not (target / "metadata.json").is_file():
+        raise InputError("--load", str(target), "holds no complete checkpoint", _others(target))
+    return target
+
+
+def _others(target: Path) -> str:
+    """What to load instead of a folder that cannot be loaded."""
+    found = [number for number in complete_iterations(target.parent) if target.name != f"iter_{number:07d}"]
+    return f"give --load-iteration one of {found}" if found else "there is no other iteration beside it: start anew"
 
 
 def _content_metadata() -> dict[str, Any]:

@@ -28,7 +28,9 @@ from megatron_dip.iteration.forward_backward import DipForwardBackward, Iteratio
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.work import WorkEstimate
+from megatron_dip.planner.budget import SearchBudget
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.planner.service import PlanCounts
 from megatron_dip.runtime.startup import hardware_queues
 from megatron_dip.runtime.timing import StageRecord, clock_offset, gather_records
 from megatron_dip.spec.codec import load_profile, save
@@ -70,12 +72,16 @@ class DipSystem(System):
             spec, settings.parallel, Training(dtype="fp32", distributed_optimizer=settings.distributed_optimizer),
             _rough_device(settings.device),
         )
+        self._budget = SearchBudget(schedule.plan_s)
         self.forward_backward = DipForwardBackward(
             staged_model=model.staged, chunks=model.chunks, partition=self.partition,
             settings=IterationSettings(
-                metadata=model.staged.description.item_metadata, plan_function=self._plan, quick_plan_function=self._quick_plan,
+                metadata=model.staged.description.item_metadata, plan_function=self._plan,
+                quick_plan_function=None if schedule.deterministic else self._quick_plan,
                 device=device, backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
-                balance=self._work if settings.parallel.data > 1 and settings.balance != "off" else None,
+                # A deal that comes late is left out, which is the clock's decision.
+                balance=self._work if settings.parallel.data > 1 and settings.balance != "off" and not schedule.deterministic else None,
+                budget=self._budget, seed=settings.seed, iteration=lambda: self.scheduler.num_steps,
             ),
         )
         self._model_spec = describe_built_model(
@@ -104,7 +110,8 @@ class DipSystem(System):
 
     def _plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
         options = PlanOptions(
-            time_budget_s=self._schedule.plan_s, seed=self.settings.seed, strategy="none", forward_only=forward_only,
+            time_budget_s=None if self._schedule.evaluations is not None else self._budget.seconds(), evaluations=self._schedule.evaluations,
+            seed=self.settings.seed, strategy="none", forward_only=forward_only,
             split_backward=self._schedule.split_backward and not forward_only,
             hardware_queues=hardware_queues() if self.settings.device == "cuda" else None,
         )
@@ -138,7 +145,7 @@ class DipSystem(System):
         return reports
 
     def after_step(self) -> None:
-        if self._schedule.profile is None:
+        if self._schedule.profile is None and not self._schedule.deterministic:
             assert self._training_plan is not None
             self.feedback.after_iteration(self._training_plan, lambda: self._own_records)
 
@@ -175,9 +182,8 @@ class DipSystem(System):
     def last_plan(self) -> Plan | None:
         return self._training_plan
 
-    def late_plans(self) -> int:
-        counts = self.forward_backward.counts()
-        return 0 if counts is None else sum(counts.fallbacks.values())
+    def plan_counts(self) -> PlanCounts | None:
+        return self.forward_backward.counts()
 
     def balance(self) -> BalanceRecord | None:
         figures = self.forward_backward.balance_figures()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -16,6 +20,7 @@ from megatron_dip.spec.codec import encode, load_example, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.training import EvaluationFigures, ExampleConfig, IterationFigures, RunRecord, RunSettings, SchedulePlan
 from megatron_dip.trainer.build import initialize_parallel
+from megatron_dip.trainer.checkpoint import refuse_other_runs
 from megatron_dip.trainer.systems import Example, StockSystem, System
 
 
@@ -43,6 +48,38 @@ def start_rank(settings: RunSettings) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+def compare_settings(folder: Path, config: ExampleConfig, settings: RunSettings) -> None:
+    """Raises InputError on all ranks where one of them was given another example or other settings than rank 0; all must call it.
+
+    Paths may differ from machine to machine; whether there is one may not.
+    """
+    facts: dict[str, Any] = {
+        "version of megatron_dip": importlib.metadata.version("megatron_dip"),
+        "example.py": _content(folder / "example.py"),
+        **{f"config.json: {field}": value for field, value in msgspec.to_builtins(config).items()},
+        **msgspec.to_builtins(settings),
+        **{f"{field} given": getattr(settings, field) is not None for field in ("save", "load", "record", "timelines")},
+        "data": {field: value for field, value in settings.data.items() if field != "file"},
+        "schedule": {**msgspec.to_builtins(settings.schedule), "profile": _content(settings.schedule.profile)},
+    }
+    for path in ("save", "load", "record", "timelines"):
+        del facts[path]
+    digests = {name: hashlib.sha256(msgspec.json.encode(fact, order="sorted")).digest() for name, fact in facts.items()}
+    table = torch.tensor([list(digests[name]) for name in sorted(digests)], dtype=torch.uint8)
+    tables = [torch.empty_like(table) for _ in range(dist.get_world_size())]
+    dist.all_gather(tables, table)
+    for rank, other in enumerate(tables):
+        differing = [name for name, own, theirs in zip(sorted(digests), tables[0], other, strict=True) if not torch.equal(own, theirs)]
+        if differing:
+            raise InputError(
+                f"rank {rank}", differing, "were given otherwise than to rank 0", "start all ranks with the same example, options and installation"
+            )
+
+
+def _content(path: str | Path | None) -> str | None:
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def build_system(schedule: SchedulePlan, example: Example, settings: RunSettings) -> System:
     if schedule.name == "dip":
         from megatron_dip.trainer.dip_system import DipSystem
@@ -55,6 +92,7 @@ def train(folder: Path, settings: RunSettings, log: Callable[[str], None]) -> No
     """Trains an example on this rank of a run; ``log`` is called on rank 0 alone."""
     example = load_example_module(folder, load_example(folder / "config.json"), settings)
     start_rank(settings)
+    compare_settings(folder, example.config, settings)
     say = log if dist.get_rank() == 0 else lambda _: None
     system = build_system(settings.schedule, example, settings)
     for sentence in system.warnings():
@@ -80,21 +118,41 @@ class _Run:
             f"{system.label}: pipeline {sizes.pipeline} x tensor {sizes.tensor} x data {sizes.data} on {settings.device}, "
             f"{settings.iterations} iterations of {settings.num_microbatches} microbatches, seed {settings.seed}"
         )
+        load = None if settings.load is None else Path(settings.load)
+        if settings.save is not None:
+            refuse_other_runs(Path(settings.save), load)
         first = 0
-        if settings.load is not None:
-            first = system.load(Path(settings.load))
-            self.say(f"loaded {settings.load}: going on behind iteration {first}")
+        if load is not None:
+            first = system.load(load, settings.load_iteration)
+            if first >= settings.iterations:
+                raise InputError(
+                    "--iterations", settings.iterations, f"nothing is left to train: the checkpoint was saved behind iteration {first}",
+                    f"give more than {first}, or an earlier checkpoint with --load-iteration",
+                )
+            self.say(f"loaded {load}: going on behind iteration {first}, with the learning rates of {settings.iterations} iterations")
         system.start_data(first)
         for iteration in range(first, settings.iterations):
             self._step(iteration)
             done = iteration + 1
             last = done == settings.iterations
-            if last or (settings.evaluate_interval and done % settings.evaluate_interval == 0):
-                self._evaluate(done)
             if settings.save is not None and (last or (settings.save_interval and done % settings.save_interval == 0)):
                 system.save(Path(settings.save), done)
+                self._write_record()
                 self.say(f"saved iteration {done} to {settings.save}")
-        self._write()
+            if last or (settings.evaluate_interval and done % settings.evaluate_interval == 0):
+                self._evaluate(done)
+        if settings.record is not None:
+            self._write_record()
+            self.say(f"wrote {settings.record}")
+        if settings.timelines is not None:
+            system.write_timelines(Path(settings.timelines))
+            self.say(f"wrote the last iteration's timelines to {settings.timelines}")
+        counts = system.plan_counts()
+        if counts is not None:
+            self.say(
+                f"plans: {counts.taken} taken, {sum(counts.fallbacks.values())} of them quick ones in place of late or failed ones; "
+                f"{counts.waited_ns / 1e9:.1f} s of waiting for them in {self.training_s:.1f} s of training"
+            )
 
     def _step(self, iteration: int) -> None:
         began = time.perf_counter()
@@ -107,8 +165,6 @@ class _Run:
             planned_ns=None if plan is None else plan.claimed_makespan, planning_ns=None if plan is None else plan.planning_ns,
         )
         self.iterations.append(figures)
-        if not torch.isfinite(torch.tensor(step.loss)):
-            raise InputError("config.json: optimizer.lr", self.system.example.config.optimizer.lr, f"the loss became {step.loss}", "lower it")
         done = iteration + 1
         if done % self.settings.log_interval == 0 or done in (1, self.settings.iterations):
             planned = "" if plan is None else f" | plan {plan.claimed_makespan / 1e9:.2f} s, made in {plan.planning_ns / 1e6:.0f} ms"
@@ -129,15 +185,13 @@ class _Run:
         told = ", ".join(f"{right} of {asked} {what} ({100 * right / max(asked, 1):.1f} %)" for what, (right, asked) in scores.items())
         self.say(f"held out: {told} behind iteration {done}, {self.training_s:.0f} s of training")
 
-    def _write(self) -> None:
-        settings, system = self.settings, self.system
-        if settings.timelines is not None:
-            system.write_timelines(Path(settings.timelines))
-            self.say(f"wrote the last iteration's timelines to {settings.timelines}")
+    def _write_record(self) -> None:
+        settings, counts = self.settings, self.system.plan_counts()
         if settings.record is not None and dist.get_rank() == 0:
             record = RunRecord(
-                schedule=system.label, settings=settings, iterations=self.iterations, evaluations=self.evaluations,
-                late_plans=system.late_plans(), balance=system.balance(),
+                schedule=self.system.label, settings=settings, iterations=self.iterations, evaluations=self.evaluations,
+                late_plans=0 if counts is None else sum(counts.fallbacks.values()),
+                waited_for_plans_s=0.0 if counts is None else counts.waited_ns / 1e9,
+                balance=self.system.balance(),
             )
             write_atomically(settings.record, encode(record))
-            self.say(f"wrote {settings.record}")

@@ -6,13 +6,14 @@ take turns on the same batches.
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,9 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_dip.models.built_in import BuiltInConfig, ChainCost, config_of
 from megatron_dip.models.description import unwrap
+from megatron_dip.planner.service import PlanCounts
 from megatron_dip.spec.codec import save
+from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.timeline import Bar, Timeline
 from megatron_dip.spec.training import BalanceRecord, ExampleConfig, OptimizerSpec, RunSettings, SchedulePlan
@@ -91,10 +94,18 @@ class System(ABC):
         """Makes ``iteration`` the next one whose data are taken."""
 
     def _stream(self, iteration: int) -> Iterator[Any]:
-        """This replica's microbatches from an iteration on, without end."""
+        """This replica's microbatches from an iteration on, without end. Raises InputError where the data set gives another number."""
         replica, replicas = parallel_state.get_data_parallel_rank(), self.settings.parallel.data
         while True:
-            yield from self.example.dataset.microbatches(iteration, self.settings.num_microbatches)[replica::replicas]
+            items = self.example.dataset.microbatches(iteration, self.settings.num_microbatches)
+            if len(items) != self.settings.num_microbatches:
+                # Fewer would move all that follow; none at all would never end.
+                raise InputError(
+                    f"Dataset.microbatches({iteration}, {self.settings.num_microbatches})", f"{len(items)} items",
+                    f"iteration {iteration + 1} takes {self.settings.num_microbatches}",
+                    "return as many items as are asked for in every iteration, or train fewer --iterations",
+                )
+            yield from items[replica::replicas]
             iteration += 1
 
     @abstractmethod
@@ -110,7 +121,10 @@ class System(ABC):
         """The last training iteration as measured, on pipeline rank 0 of each replica (None elsewhere); all ranks must call it."""
 
     def train_step(self) -> StepFigures:
-        """One training iteration, as Megatron's train_step: gradients cleared, all microbatches, optimizer, learning rate."""
+        """One training iteration, as Megatron's train_step: gradients cleared, all microbatches, optimizer, learning rate.
+
+        Raises InputError, on all ranks and before weights change, where loss or gradient are not finite.
+        """
         self.model.zero_grad()
         self.optimizer.zero_grad()
         began = time.perf_counter()
@@ -118,11 +132,18 @@ class System(ABC):
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         pipeline_s = time.perf_counter() - began
+        loss, tokens, unsound = _reduce_report(reports, "lm loss", 0.0 if _is_finite(self.model) else 1.0)
+        loss /= max(tokens, 1.0)
+        if unsound or not math.isfinite(loss):
+            raise InputError(
+                "the gradient" if math.isfinite(loss) else "the loss", "not finite", f"in iteration {self.scheduler.num_steps + 1}, whose loss is {loss:.4f}: weights were not stepped, nothing was saved",
+                "look for values that are not finite in this iteration's data and in the loss function, or lower optimizer.lr in config.json; "
+                "--load goes on from the last checkpoint, --load-iteration from one before",
+            )
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
-        loss, tokens = _reduce_report(reports, "lm loss")
         self.after_step()
-        return StepFigures(loss=loss / max(tokens, 1.0), grad_norm=float(grad_norm or 0.0), pipeline_s=pipeline_s)
+        return StepFigures(loss=loss, grad_norm=float(grad_norm or 0.0), pipeline_s=pipeline_s)
 
     def after_step(self) -> None:  # noqa: B027  (a static schedule learns nothing)
         """What a schedule learns from the iteration that just ran."""
@@ -138,7 +159,7 @@ class System(ABC):
                 replica, replicas = parallel_state.get_data_parallel_rank(), self.settings.parallel.data
                 # Megatron's interleaved schedule takes whole rounds of the pipeline.
                 items = self.example.dataset.held_out(replicas * self.settings.parallel.pipeline)[replica::replicas]
-                right, asked = _reduce_report(self.run(module.evaluation_step, forward_only=True, items=items), "answers")
+                right, asked = _reduce_report(self.run(module.evaluation_step, forward_only=True, items=items), "answers")[:2]
                 return {"digits read right": (round(right), round(asked))}
         finally:
             self.model.train(True)
@@ -158,11 +179,12 @@ class System(ABC):
     def save(self, folder: Path, iteration: int) -> None:
         save_checkpoint(folder, self.model, self.optimizer, iteration=iteration, extra={"scheduler": self.scheduler.state_dict()})
 
-    def load(self, folder: Path) -> int:
-        """Takes weights, optimizer and learning rate from the latest checkpoint; returns the iteration behind which it was saved."""
-        iteration, extra = load_checkpoint(folder, self.model, self.optimizer)
+    def load(self, folder: Path, iteration: int | None = None) -> int:
+        """Takes weights and optimizer from a checkpoint, the latest if none is named, and the learning rate's schedule of this run's
+        iterations; returns the iteration behind which it was saved."""
+        loaded, extra = load_checkpoint(folder, self.model, self.optimizer, iteration)
         self.scheduler.load_state_dict(extra["scheduler"])
-        return iteration
+        return loaded
 
     def warnings(self) -> list[str]:
         """What to know before training starts."""
@@ -176,9 +198,9 @@ class System(ABC):
         """What dealing microbatches to replicas came to so far, as this rank knows it; None where they are not dealt."""
         return None
 
-    def late_plans(self) -> int:
-        """Iterations that ran under a quick plan because the searched one was late."""
-        return 0
+    def plan_counts(self) -> PlanCounts | None:
+        """How plans were had so far, on the ranks that plan; None elsewhere, and under Megatron's own schedules."""
+        return None
 
     def write_timelines(self, folder: Path) -> None:
         """Writes the last training iteration as planned and as measured, of replica 0; all ranks must call it."""
@@ -250,19 +272,33 @@ def _held_modules(chunk: torch.nn.Module) -> str:
     return "+".join(stage.held_modules())
 
 
-def _reduce_report(reports: Sequence[Mapping[str, torch.Tensor]], key: str) -> tuple[float, float]:
-    """Sums the pairs that the last pipeline ranks report, over all microbatches and replicas; the same on all ranks."""
-    total = torch.zeros(2, dtype=torch.float64)
+class _Sums(NamedTuple):
+    first: float
+    second: float
+    of_ranks: float
+
+
+def _reduce_report(reports: Sequence[Mapping[str, torch.Tensor]], key: str, of_rank: float = 0.0) -> _Sums:
+    """Sums the pairs that the last pipeline ranks report, over all microbatches and replicas, and one number of every rank; the same on
+    all ranks."""
+    total = torch.zeros(3, dtype=torch.float64)
+    total[2] = of_rank
     if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
         for report in reports:
-            total += report[key].detach().to("cpu", torch.float64)
+            total[:2] += report[key].detach().to("cpu", torch.float64)
     dist.all_reduce(total)
-    return float(total[0]), float(total[1])
+    return _Sums(*total.tolist())
+
+
+def _is_finite(model: TrainingModel) -> bool:
+    """Whether this rank's part of the gradient is: one pass over the buffers of Megatron's DDP."""
+    sums = [buffer.grad_data.sum(dtype=torch.float32) for chunk in model.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
 
 
 def _parameter_scheduler(optimizer: MegatronOptimizer, spec: OptimizerSpec, iterations: int) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         optimizer, init_lr=0.0, max_lr=spec.lr, min_lr=spec.min_lr, lr_warmup_steps=min(spec.warmup_iterations, max(iterations - 1, 0)),
         lr_decay_steps=iterations, lr_decay_style="cosine", start_wd=spec.weight_decay, end_wd=spec.weight_decay, wd_incr_steps=iterations,
-        wd_incr_style="constant",
+        wd_incr_style="constant", use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,6 +108,7 @@ def test_convert_starts_the_script_on_the_checkpoints_ranks(old: Path, script: P
         folder = Path(command[command.index("--ckpt-convert-save") + 1]) / "torch_dist"
         dcp.save({"weight": torch.zeros(3)}, checkpoint_id=folder / "iter_0000004", no_dist=True)
         (folder / "iter_0000004/metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+        torch.save({}, folder / "iter_0000004" / "common.pt")
         (folder / "latest_checkpointed_iteration.txt").write_text("4")
         return 0
 
@@ -194,3 +196,39 @@ def test_optimizer_state_goes_from_one_spread_of_experts_to_another_alone(before
             check_loadable(run, "any")
         run.no_load_optim = True
     check_loadable(run, "any")
+
+
+def test_optimizer_state_in_the_buffers_order_is_not_said_to_load_everywhere(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As --use-distributed-optimizer saves it by default."""
+    folder = saved / "iter_0000007"
+    dcp.save({"optimizer.distributed.dp_group_idx_0.gbuf_idx_0.x": torch.zeros(15)}, checkpoint_id=folder, no_dist=True)
+    sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
+    torch.save({"args": Namespace(dip_cut="K 1", **sizes), "optimizer": {}}, folder / "common.pt")
+    assert main(["checkpoint", "inspect", str(saved)]) == 0
+    assert "only under the cut, tensor and pipeline size it was saved with" in capsys.readouterr().out
+    args = Namespace(load=str(saved), ckpt_format="torch_dist", expert_model_parallel_size=1, **sizes)
+    check_loadable(args, "K 1")
+    with pytest.raises(InputError, match="cut K 1 then, K 2 now") as caught:
+        check_loadable(args, "K 2")
+    assert "--dist-ckpt-optim-fully-reshardable" in str(caught.value)
+    args.pipeline_model_parallel_size = 4
+    with pytest.raises(InputError, match="pipeline_model_parallel_size 2 then, 4 now"):
+        check_loadable(args, "K 1")
+    args.no_load_optim = True
+    check_loadable(args, "K 2")
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "__0_0.distcp"])
+@pytest.mark.parametrize("harm", ["missing", "cut off"])
+def test_missing_and_truncated_files_are_found(saved: Path, capsys: pytest.CaptureFixture[str], name: str, harm: str) -> None:
+    file = saved / "iter_0000007" / name
+    if harm == "missing":
+        file.unlink()
+    elif name == "common.pt":
+        pytest.skip("its content is not read")
+    else:
+        os.truncate(file, file.stat().st_size // 2)
+    assert main(["checkpoint", "inspect", str(saved)]) == EXIT_CODE
+    error = capsys.readouterr().err
+    assert name in error
+    assert ("damaged" if (name, harm) == (".metadata", "cut off") else harm) in error

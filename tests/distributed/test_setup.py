@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,3 +101,27 @@ def set_up_with_partition(rank: int, num_ranks: int, case: Case, partition: Any)
 
     initialize_parallel(case.parallel, device="cpu", seed=1, timeout_s=60)
     build_dip_model(VlmConfig(model=tiny_model(case), parallel=case.parallel), partition)
+
+
+def wait_for_another(rank: int, num_ranks: int, folder: str) -> bool:
+    """Rank 1 does not come to Megatron's collective until rank 0 has given it up."""
+    import datetime
+
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_dip.trainer.build import initialize_parallel
+
+    initialize_parallel(Parallel(pipeline=2), device="cpu", seed=1, timeout_s=3.0)
+    store = dist.FileStore(f"{folder}/store", num_ranks)
+    if rank == 1:
+        store.wait(["given up"], datetime.timedelta(seconds=45))  # Megatron's shortest limit in whole minutes is 60 s
+        return True
+    with pytest.raises(RuntimeError):
+        dist.all_reduce(torch.ones(1), group=parallel_state.get_pipeline_model_parallel_group())
+    store.set("given up", "1")
+    return True
+
+
+def test_time_limits_below_a_minute_hold_in_megatrons_groups(tmp_path: Path) -> None:
+    assert launch(wait_for_another, 2, str(tmp_path)) == [True, True]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from argparse import Namespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_dip.hooks import build
+from megatron_dip.hooks import build, megatron_lm
 from megatron_dip.hooks.megatron_lm import dip_schedule
 from megatron_dip.spec.errors import InputError
 
@@ -30,3 +33,12 @@ def test_what_megatron_asks_of_the_last_rank_alone_is_refused_at_once(monkeypatc
     with pytest.raises(InputError, match="needs all of its ranks") as error:
         dip_schedule(stock)(model=[model], num_microbatches=3, forward_only=True, collect_non_loss_data=True)
     assert error.value.remedy
+
+
+def test_the_time_limit_is_megatrons_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = ModuleType("megatron.training")
+    training.get_args = lambda: Namespace(distributed_timeout_minutes=45)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron.training", training)
+    assert megatron_lm._timeout_s() == 45 * 60
+    monkeypatch.setitem(sys.modules, "megatron.training", None)  # another training loop than Megatron's
+    assert megatron_lm._timeout_s() == 600

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,13 @@ class Planner:
         return (self.label, len(microbatches[0].get("vit", [])), forward_only)
 
 
+def wait_until_idle(service: PlanService[Any]) -> None:
+    deadline = time.monotonic() + 30
+    while service._unfinished:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_a_submitted_batch_is_planned_in_the_background_once() -> None:
     planner = Planner("slow")
     service = PlanService(planner)
@@ -66,7 +74,7 @@ def test_a_late_plan_is_replaced_counted_and_logged_once(caplog: pytest.LogCaptu
             assert service.take(batch, deadline_s=0.01)[0] == "quick"
     assert service.counts().fallbacks == {"late": 3}
     assert len(caplog.records) == 1
-    assert "not ready within 0.01 s" in caplog.text
+    assert "not ready in time (an iteration waits 0.01 s at most)" in caplog.text
     slow.gate.set()
 
 
@@ -80,7 +88,9 @@ def test_one_late_plan_does_not_make_the_next_ones_late() -> None:
         service.submit(batch)
         assert service.take(batch, deadline_s=0.01)[0] == "quick"
     service.submit(BATCHES[4])
+    slow.has_begun.clear()
     slow.gate.set()
+    assert slow.has_begun.wait(30)
     assert service.take(BATCHES[4], deadline_s=30.0)[0] == "slow"
     # What had begun was finished; what nobody waited for any more was not begun.
     assert [len(microbatches[0]["vit"]) for microbatches, _, _ in slow.calls] == [0, 4]
@@ -95,6 +105,7 @@ def test_a_batch_that_comes_again_gets_the_plan_that_was_late_the_first_time() -
     assert service.take(BATCHES[0], deadline_s=0.01)[0] == "quick"
     service.submit(BATCHES[0])
     slow.gate.set()
+    wait_until_idle(service)
     assert service.take(BATCHES[0], deadline_s=30.0)[0] == "slow"
     assert service.take(BATCHES[0], deadline_s=30.0)[0] == "slow"
     assert (len(slow.calls), len(quick.calls)) == (1, 1)
@@ -196,3 +207,84 @@ def test_closing_ends_the_threads_and_leaves_what_waits_unplanned() -> None:
     service.close()
     assert not any(thread.is_alive() for thread in service._threads)
     assert len(planner.calls) <= 1
+
+
+def test_nobody_waits_for_a_plan_that_no_thread_has_begun() -> None:
+    """The thread is held up at one batch: those behind it get quick plans at once, however long the deadline is."""
+    slow = Planner("slow")
+    slow.gate.clear()
+    service = PlanService(slow, Planner("quick"))
+    service.submit(BATCHES[0])
+    assert slow.has_begun.wait(30)
+    for batch in BATCHES[1:4]:
+        service.submit(batch)
+        assert service.take(batch, deadline_s=10_000.0)[0] == "quick"
+    assert service.counts().fallbacks == {"late": 3}
+    service.submit(BATCHES[4])
+    slow.has_begun.clear()
+    slow.gate.set()
+    assert slow.has_begun.wait(30)
+    assert service.take(BATCHES[4], deadline_s=30.0)[0] == "slow"
+    service.close()
+
+
+def test_nobody_waits_for_a_plan_that_will_not_be_ready_by_the_deadline() -> None:
+    """The last one took long, and this one has just begun."""
+    slow = Planner("slow")
+    service = PlanService(slow, Planner("quick"))
+    slow.gate.clear()
+    threading.Timer(1.0, slow.gate.set).start()
+    service.submit(BATCHES[0])
+    assert service.take(BATCHES[0], deadline_s=30.0)[0] == "slow"
+    slow.gate.clear()
+    slow.has_begun.clear()
+    service.submit(BATCHES[1])
+    assert slow.has_begun.wait(30)
+    before = service.counts().waited_ns
+    assert service.take(BATCHES[1], deadline_s=0.5)[0] == "quick"
+    assert service.counts().waited_ns - before < 0.4e9  # it would be 0.5 s
+    slow.gate.set()
+    service.close()
+
+
+@pytest.mark.parametrize("ending", [SystemExit(1), KeyboardInterrupt()])
+def test_a_plan_function_that_ends_its_thread_does_not_end_planning(ending: BaseException) -> None:
+    def plan(microbatches: Sequence[Microbatch], forward_only: bool) -> str:
+        if microbatches == BATCHES[1]:
+            raise ending
+        return "slow"
+
+    service = PlanService(plan, lambda microbatches, forward_only: "quick")
+    assert [service.take(batch, deadline_s=30.0) for batch in BATCHES[:3]] == ["slow", "quick", "slow"]
+    assert service.counts().fallbacks == {"failed": 1}
+    alone = PlanService(plan)
+    with pytest.raises(RuntimeError, match="ended its thread"):
+        alone.take(BATCHES[1])
+
+
+def test_batches_that_come_otherwise_than_foreseen_are_counted_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    planner = Planner("slow")
+    service = PlanService(planner)
+    with caplog.at_level(logging.WARNING):
+        for n in range(3):
+            service.submit([{"lm": [100 + n]}])
+            service.submit([{"lm": [100 + n]}], forward_only=True)
+            service.take([{"lm": [104 + n]}])
+            service.take([{"lm": [100 + n]}], forward_only=True)
+    assert service.counts().foreseen_otherwise == 3
+    assert [record.getMessage() for record in caplog.records if "otherwise" in record.getMessage()] == [
+        "a batch came otherwise than its items read ahead said, so it is planned anew and training may wait for it (counted, not said again): "
+        "microbatch 0: instances of 'lm' [100] were foreseen, [104] came. Instance lengths that are read from an item must be those that "
+        "forward_step gives the model."
+    ]
+
+
+def test_a_batch_that_was_foreseen_or_not_handed_in_counts_as_neither() -> None:
+    service = PlanService(Planner("slow"))
+    service.take(BATCHES[0])
+    service.submit(BATCHES[1])
+    service.submit(BATCHES[2])
+    service.take(BATCHES[1])
+    service.take(BATCHES[2])
+    service.take(BATCHES[3])
+    assert service.counts().foreseen_otherwise == 0
