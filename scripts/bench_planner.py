@@ -50,7 +50,8 @@ from typing import get_args
 from bench_planner_parts import PARTS, UNLIMITED_BYTES, Row, parts_of
 
 from megatron_dip.cost.analytic import AnalyticCost
-from megatron_dip.partition.offline import PartitionChoice, cheapest_work_ns, paper_partition
+from megatron_dip.partition.joint import PartitionChoice
+from megatron_dip.partition.offline import cheapest_work_ns, paper_partition
 from megatron_dip.partition.online import split
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.planner.partitioning import joint_partition

@@ -113,8 +113,12 @@ def run(args: argparse.Namespace) -> int:
         strategy=None if workload.training.recompute == "auto" else workload.training.recompute,
     )
     began = time.perf_counter()
+
+    def warn(sentence: str) -> None:
+        console.print(f"warning: {sentence}", soft_wrap=True, highlight=False, markup=False)
+
     with console.status("choosing the partition") as status:
-        partition, origin = _partition(args, task, workload, status.update)
+        partition, origin = _partition(args, task, workload, status.update, warn)
         partition_s = time.perf_counter() - began
         dealt = None
         if workload.parallel.data > 1:
@@ -129,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if isinstance(workload.profile, Profile):
         for sentence in outside_profile(workload.profile, task.microbatches, partition.sub_microbatch_size):
-            console.print(f"warning: {sentence}", soft_wrap=True, highlight=False, markup=False)
+            warn(sentence)
     save(args.output, plan)
     if args.save_partition is not None:
         save(args.save_partition, partition)
@@ -187,7 +191,7 @@ def parse_counts(field: str, text: str | None) -> dict[str, int]:
     return counts
 
 
-def _partition(args: argparse.Namespace, task: _Task, workload: Workload, show: Callable[[str], None]) -> tuple[Partition, str]:
+def _partition(args: argparse.Namespace, task: _Task, workload: Workload, show: Callable[[str], None], warn: Callable[[str], None]) -> tuple[Partition, str]:
     """The partition to plan on, and where it is from."""
     chunks, sizes = parse_counts("--chunks", args.chunks), parse_counts("--sub-microbatch", args.sub_microbatch)
     names = [module.name for module in task.model.modules]
@@ -215,10 +219,12 @@ def _partition(args: argparse.Namespace, task: _Task, workload: Workload, show: 
         return paper_partition(task.model, task.num_ranks, batches, task.costs), "the paper's rules"
     choice = joint_partition(
         task.model, task.num_ranks, batches, task.costs, split_backward=task.split_backward, strategy=task.strategy, chunks=chunks,
-        sizes=sizes, progress=lambda tried, best: show(f"choosing the partition: {tried} tried, best {_time(best)}"),
+        sizes=sizes, progress=lambda tried, best: show(f"choosing the partition: {tried} tried, best {best:.3f} of the free bound"),
     )
+    for sentence in choice.warnings:
+        warn(sentence)
     origin = f"joint choice, {choice.candidates} candidates on {len(batches)} batch{'es' if len(batches) > 1 else ''}"
-    return choice.partition, origin + (", cut short by its time limit" if choice.cut_short else "")
+    return choice.partition, f"{origin}, judged on {choice.judged} with drift"
 
 
 def _sample(args: argparse.Namespace, workload: Workload) -> list[list[Microbatch]]:

@@ -1,8 +1,7 @@
 """The joint choice of a partition, judged by the planner's own search.
 
-In: model, ranks, a sample of batches, costs. Out: a :class:`~megatron_dip.partition.offline.PartitionChoice`. The search behind every
-judgement is short and limited by evaluations, not by time: the same sample gives the same partition on every machine that needs no more
-than the time limit for all of them; the choice says where it was cut short.
+In: model, ranks, a sample of batches, costs. Out: a :class:`~megatron_dip.partition.joint.PartitionChoice`. The search behind every
+judgement is short and limited by evaluations, not by time: the same sample gives the same partition on every machine.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from megatron_dip.cost.interface import CostModel
-from megatron_dip.partition.offline import TIME_LIMIT_S, Batch, NothingFits, PartitionChoice, choose_partition
+from megatron_dip.partition.joint import NothingFits, PartitionChoice, choose_partition, judged_batches
+from megatron_dip.partition.offline import Batch
 from megatron_dip.partition.online import split
 from megatron_dip.schedule.backward import SplitBackward, search_forms
 from megatron_dip.schedule.graph import build_problem, static_bytes
@@ -23,10 +23,12 @@ from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
 
-_SHORT, _THOROUGH = 60, 400
-"""Schedules tried for each judged batch: enough to rank partitions, not to find the best plan."""
-_SHORT_STAGES, _THOROUGH_STAGES = 300_000, 1_500_000
-"""Stages placed for each judged batch at most, so that the choice takes no longer for large setups."""
+_SHORT, _THOROUGH = 140, 840
+"""Schedules tried for a candidate on all judged batches together: enough to rank partitions, not to find the best plan."""
+_SHORT_STAGES, _THOROUGH_STAGES = 1_000_000, 5_000_000
+"""Stages placed for a candidate on all judged batches together at most, so that the choice takes no longer for large setups."""
+_LEAST = 8
+"""Schedules tried for a candidate on one batch, however many batches there are."""
 
 
 def joint_partition(
@@ -40,18 +42,21 @@ def joint_partition(
     chunks: Mapping[str, int] | None = None,
     sizes: Mapping[str, int] | None = None,
     progress: Callable[[int, float], None] | None = None,
-    time_limit_s: float = TIME_LIMIT_S,
+    drift: bool = True,
 ) -> PartitionChoice:
-    """Chooses B, K and the layers of every chunk together; see :func:`megatron_dip.partition.offline.choose_partition`.
+    """Chooses B, K and the layers of every chunk together; see :func:`megatron_dip.partition.joint.choose_partition`.
 
     Args:
         batches: one replica's microbatches of several iterations: 256 or more for a real run.
         split_backward, strategy: as the plans will be made.
+        drift: judge batches too that differ from the sample as later ones may.
 
     Raises:
         InputError: no partition fits (with what the nearest one lacks, where, and what would help).
     """
     capacity = costs.memory_capacity_bytes()
+    given, drifted = judged_batches(model, batches, drift=drift)
+    num_judged = len(given) + len(drifted)
     lacking: list[tuple[int, int, int]] = []  # (most bytes missing on a rank, that rank, bytes it holds all the time)
 
     def evaluate(partition: Partition, batch: Batch, fine: bool) -> float:
@@ -61,7 +66,8 @@ def joint_partition(
         sub_microbatches = split(batch, model, partition, costs)
         stages = sum(2 * num_ranks * partition.num_chunks(sub.module) for sub in sub_microbatches)
         tries, most_stages = (_THOROUGH, _THOROUGH_STAGES) if fine else (_SHORT, _SHORT_STAGES)
-        options = SearchOptions(evaluations=max(1, min(tries, most_stages // stages)))
+        tried = max(_LEAST, min(tries, most_stages // stages) // num_judged)
+        options = SearchOptions(evaluations=tried if split_backward is False else max(1, tried // 2))
         try:
             solved = search_forms(
                 lambda form: build_problem(model, partition, sub_microbatches, costs, split_backward=form, only_strategy=strategy),
@@ -76,7 +82,7 @@ def joint_partition(
 
     try:
         return choose_partition(
-            model, num_ranks, batches, costs, evaluate, chunks=chunks, sizes=sizes, progress=progress, time_limit_s=time_limit_s
+            model, num_ranks, batches, costs, evaluate, chunks=chunks, sizes=sizes, progress=progress, drift=drift
         )
     except NothingFits:
         missing, rank, held = min(lacking)

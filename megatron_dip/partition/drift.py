@@ -1,0 +1,48 @@
+"""Batches that differ from a sample as a run's later batches may: the same microbatches with more, fewer or no instances of a modality.
+
+In: batches of a sample. Out: for each module that feeds another and has work in the sample, five batches: its instances scaled by 0, 1/4,
+1/2 and 2, and two-humped, microbatches by turns without any and with twice as many. No microbatch gets more instances than the sample's
+fullest one has, so that what fits into memory there fits here. Not modelled: lengths that change, and modalities that change together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_dip.partition.offline import Batch, largest_count
+from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.workload import Microbatch
+
+SCALES = (0.0, 0.25, 0.5, 2.0)
+_DOUBLE = 2.0
+
+
+def drifted_batches(model: ModelSpec, batches: Sequence[Batch]) -> list[Batch]:
+    """The drifts of every module but the last one in topological order, each made of another batch of the sample in turn."""
+    *feeding, _ = model.topological()
+    found: list[Batch] = []
+    for module in feeding:
+        most = largest_count(module, batches)
+        if not most:
+            continue
+        for scale in SCALES:
+            batch = batches[len(found) % len(batches)]
+            found.append(_drifted(module, batch, [scale] * len(batch), most))
+        batch = batches[len(found) % len(batches)]
+        found.append(_drifted(module, batch, [_DOUBLE * (index % 2) for index in range(len(batch))], most))
+    # Without its only module a batch has nothing to run.
+    return [batch for batch in found if any(lengths for microbatch in batch for lengths in microbatch.values())]
+
+
+def _drifted(module: str, batch: Batch, scales: Sequence[float], most: int) -> list[Microbatch]:
+    """Instances are left out, or repeated, evenly over a microbatch; what rounding leaves over is carried to the next microbatch."""
+    result: list[Microbatch] = []
+    owed = 0.0
+    for microbatch, scale in zip(batch, scales, strict=True):
+        lengths = microbatch.get(module, [])
+        owed += scale * len(lengths)
+        count = min(int(owed + 0.5), most) if lengths else 0
+        owed = max(-0.5, min(owed - count, 0.5))
+        kept = [lengths[index * len(lengths) // count] for index in range(count)]
+        result.append({**{name: list(own) for name, own in microbatch.items() if name != module}, **({module: kept} if kept else {})})
+    return result

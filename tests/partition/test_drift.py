@@ -1,0 +1,86 @@
+"""Drifted batches are what they say, and a cut chosen with them is robust; a module that the sample lacks is cut evenly."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+
+from megatron_dip.partition.drift import drifted_batches
+from megatron_dip.partition.joint import choose_partition, judged_batches
+from megatron_dip.partition.offline import largest_count
+from megatron_dip.planner.partitioning import joint_partition
+from tests.strategies import Case, arrangements, vlm_case
+
+
+@given(case=arrangements())
+def test_drifts_change_one_module_and_never_exceed_the_fullest_microbatch(case: Case) -> None:
+    batches = [case.microbatches, case.microbatches[::-1]]
+    for batch in drifted_batches(case.model, batches):
+        assert len(batch) == len(case.microbatches)
+        # Every module but one is as in one of the sample's batches.
+        changed = min(
+            (
+                [name for name in (module.name for module in case.model.modules) if any(
+                    mine.get(name, []) != list(theirs.get(name, [])) for mine, theirs in zip(batch, other, strict=True)
+                )] for other in batches
+            ), key=len,
+        )
+        assert len(changed) <= 1
+        for module in case.model.modules:
+            assert largest_count(module.name, [batch]) <= largest_count(module.name, batches)
+
+
+def test_scales_are_kept_over_a_batch() -> None:
+    case = vlm_case(num_microbatches=8)
+    batch = [{"vit": [4] * 8, "lm": [16]} for _ in range(8)]
+    most = [{"vit": [4] * 32, "lm": [16]}] * 8
+    none, quarter, half, double, humps = drifted_batches(case.model, [batch, batch, batch, [*batch[:7], most[0]], batch])
+    assert all("vit" not in microbatch for microbatch in none)
+    assert [len(microbatch["vit"]) for microbatch in quarter] == [2] * 8
+    assert [len(microbatch["vit"]) for microbatch in half] == [4] * 8
+    assert [len(microbatch["vit"]) for microbatch in double] == [16] * 7 + [32]
+    assert [len(microbatch.get("vit", [])) for microbatch in humps] == [0, 16] * 4
+    assert all(microbatch["lm"] == [16] for microbatch in none)
+    # A quarter of two images a microbatch: one in every second, not none in all.
+    few = [{"vit": [4] * 2, "lm": [16]} for _ in range(8)]
+    assert sum(len(microbatch.get("vit", [])) for microbatch in drifted_batches(case.model, [few])[1]) == 4
+
+
+def test_every_judged_batch_counts_by_its_own_free_bound() -> None:
+    case = vlm_case(num_microbatches=8)
+    heavy = [{"vit": [4] * 12, "lm": [64]}] * 8
+    asked: list[int] = []
+
+    def evaluate(partition, batch, thorough):
+        # Heavy batches like K = 1, all others K = 2: by seconds the heavy ones would decide.
+        asked.append(len(batch))
+        images = sum(len(microbatch.get("vit", [])) for microbatch in batch)
+        wanted = 1 if images > 60 else 2
+        return (1.0 + 0.2 * abs(len(partition.chunks["vit"]) - wanted)) * (1e9 if images > 60 else 1e5)
+
+    given_batches, drifted = judged_batches(case.model, [heavy])
+    assert (len(given_batches), len(drifted)) == (1, 5)
+    choice = choose_partition(case.model, 2, [heavy], case.costs(), evaluate)
+    assert choice.judged == 6
+    assert len(asked) == 6 * choice.candidates
+
+
+def test_a_module_without_work_in_the_sample_is_cut_evenly_with_a_warning() -> None:
+    case = vlm_case(num_microbatches=6)
+    text = [{"lm": list(microbatch["lm"])} for microbatch in case.microbatches]
+    choice = joint_partition(case.model, 2, [text], case.costs())
+    layers = [layers for row in choice.partition.chunks["vit"] for layers in row]
+    assert max(layers) - min(layers) <= 1
+    assert choice.partition.sub_microbatch_size["vit"] > 1
+    assert len(choice.warnings) == 1
+    assert "vit" in choice.warnings[0]
+    assert joint_partition(case.model, 2, [case.microbatches], case.costs()).warnings == ()
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_given_choices_hold_for_unseen_modules_too(chunks: int) -> None:
+    case = vlm_case(num_microbatches=4)
+    text = [{"lm": list(microbatch["lm"])} for microbatch in case.microbatches]
+    choice = joint_partition(case.model, 2, [text], case.costs(), chunks={"vit": chunks}, sizes={"vit": 3})
+    assert len(choice.partition.chunks["vit"]) == chunks
+    assert choice.partition.sub_microbatch_size["vit"] == 3
