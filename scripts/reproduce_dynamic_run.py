@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--microbatches", type=int, default=32)
     parser.add_argument("--time-budget", type=float, default=1.0)
+    parser.add_argument("--evaluations", type=int, help="schedules to try for each iteration instead of seconds: the same figures everywhere")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="without suffix: .json and .md are added")
     args = parser.parse_args()
@@ -57,9 +58,10 @@ def main() -> int:
     choice = joint_partition(setup.model, setup.pipeline, sample, costs)
     chosen_s = time.time() - began
     rows: list[dict[str, Any]] = []
+    budget = PlanOptions(time_budget_s=None if args.evaluations else args.time_budget, evaluations=args.evaluations, seed=args.seed)
     for iteration in range(1, args.iterations + 1):
         batch = make_workload(SETUP, seed=args.seed, num_microbatches=args.microbatches, data="dynamic", iteration=iteration).microbatches
-        plan = plan_iteration(setup.model, choice.partition, batch, costs, PlanOptions(time_budget_s=args.time_budget, seed=args.seed))
+        plan = plan_iteration(setup.model, choice.partition, batch, costs, budget)
         row: dict[str, Any] = {
             "iteration": iteration, "bounds": dynamic_bounds(iteration), "images": sum(len(microbatch.get("vit", ())) for microbatch in batch),
             "dip_ns": plan.claimed_makespan, "bound_ns": plan.lower_bound, "bubbles": plan.bubble_fraction, "planning_s": plan.planning_ns / 1e9,

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_dip.cost.device import load_device
+from megatron_dip.partition.joint import ChoiceLimits
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.simulator.estimate import Candidate, estimate
 from megatron_dip.simulator.step import SimulateOptions, make_costs
@@ -98,7 +99,7 @@ def _choose(workload: Workload) -> Partition:
     costs = make_costs(workload, SimulateOptions())
     return joint_partition(
         workload.model_spec, workload.parallel.pipeline, [workload.replica_microbatches(0)], costs,
-        split_backward=workload.training.split_backward, time_limit_s=12.0,
+        split_backward=workload.training.split_backward, limits=ChoiceLimits(short=24, thorough=4), drift=False,
     ).partition
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from megatron_dip.cli.simulate_command import deal_words
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.coverage import outside_profile
+from megatron_dip.cost.fixed import FixedStrategyCost
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.partition.offline import cheapest_work_ns, paper_partition
@@ -302,14 +303,16 @@ def _print_ranks(out: Console, plan: Plan) -> None:
 
 def _baseline_table(plan: Plan, task: _Task) -> Table:
     table = Table("baseline", "time", "speed-up of the plan", "memory", "its best setting", box=SIMPLE)
+    # They obey a fixed memory strategy as the plan does.
+    costs = task.costs if task.strategy is None else FixedStrategyCost(task.costs, task.strategy)
     for name in BASELINES:
-        result = run_baseline(name, task.model, task.num_ranks, task.microbatches, task.costs)
+        result = run_baseline(name, task.model, task.num_ranks, task.microbatches, costs)
         if result is None:
             table.add_row(name, "-", "-", "-", "does not run with these layers and ranks")
             continue
         peak = _bytes(max(result.peak_bytes)) + ("" if result.fits else ", does not fit")
         ratio = result.makespan_ns / plan.claimed_makespan if plan.claimed_makespan else 1.0
-        table.add_row(name, _time(result.makespan_ns), f"{ratio:.3f}", peak, f"{result.setting}; recompute {_levels(result.strategies)}")
+        table.add_row(name, _time(result.makespan_ns), f"{ratio:.3f}", peak, f"{result.setting}; recompute {task.strategy or _levels(result.strategies)}")
     return table
 
 

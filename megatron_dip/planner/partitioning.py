@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from megatron_dip.cost.interface import CostModel
-from megatron_dip.partition.joint import NothingFits, PartitionChoice, choose_partition, judged_batches
+from megatron_dip.partition.joint import ChoiceLimits, NothingFits, PartitionChoice, choose_partition, judged_batches
 from megatron_dip.partition.offline import Batch
 from megatron_dip.partition.online import split
 from megatron_dip.schedule.backward import SplitBackward, search_forms
@@ -43,6 +43,7 @@ def joint_partition(
     sizes: Mapping[str, int] | None = None,
     progress: Callable[[int, float], None] | None = None,
     drift: bool = True,
+    limits: ChoiceLimits | None = None,
 ) -> PartitionChoice:
     """Chooses B, K and the layers of every chunk together; see :func:`megatron_dip.partition.joint.choose_partition`.
 
@@ -50,6 +51,7 @@ def joint_partition(
         batches: one replica's microbatches of several iterations: 256 or more for a real run.
         split_backward, strategy: as the plans will be made.
         drift: judge batches too that differ from the sample as later ones may.
+        limits: partitions to evaluate.
 
     Raises:
         InputError: no partition fits (with what the nearest one lacks, where, and what would help).
@@ -82,7 +84,7 @@ def joint_partition(
 
     try:
         return choose_partition(
-            model, num_ranks, batches, costs, evaluate, chunks=chunks, sizes=sizes, progress=progress, drift=drift
+            model, num_ranks, batches, costs, evaluate, chunks=chunks, sizes=sizes, progress=progress, drift=drift, limits=limits,
         )
     except NothingFits:
         missing, rank, held = min(lacking)

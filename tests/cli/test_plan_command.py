@@ -14,8 +14,11 @@ import msgspec
 import pytest
 
 from megatron_dip.cli.main import main
+from megatron_dip.cost.fixed import FixedStrategyCost
+from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.schedule.checker import check_plan
 from megatron_dip.schedule.grid import parse_grid, plan_cells
+from megatron_dip.simulator.baselines import BASELINES, run_baseline
 from megatron_dip.spec.codec import load_partition, load_plan, load_workload, save
 from megatron_dip.spec.workload import Parallel, Training, Workload
 from tests.strategies import vlm_case
@@ -209,3 +212,22 @@ def test_workloads_are_written_and_read_back(tmp_path: Path, capsys: pytest.Capt
     assert main(["workload", "vlm-xxl"]) == 2
     assert main(["workload", "vlm-s", "--iterations", "3"]) == 2
     assert main(["workload", "vlm-s", "--tensor", "0"]) == 2
+
+
+def test_baselines_obey_a_fixed_strategy(workload: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of the table of baselines, as (name, time): under full recomputation every one of them takes longer."""
+
+    def table() -> dict[str, str]:
+        assert plan(workload, "--chunks", "vit=1,lm=1", "--sub-microbatch", "vit=2,lm=1") == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return {words[0]: " ".join(words[1:3]) for words in lines if words and words[0] in BASELINES}
+
+    free = table()
+    change(workload, training={"recompute": "full"})
+    full = table()
+    made, costs = load_workload(workload), FixedStrategyCost(ProfileCost(vlm_case().profile), "full")
+    for name in free:
+        found = run_baseline(name, made.model_spec, 2, made.microbatches, costs)
+        assert found is not None
+        assert full[name] != free[name]
+        assert full[name] == f"{found.makespan_ns / 1e3:.4f} µs"
