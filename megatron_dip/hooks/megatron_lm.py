@@ -103,6 +103,7 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
             time_budget_s=None if options.evaluations is not None else budget.seconds(), evaluations=options.evaluations,
             threads=options.planner_threads // side_by_side, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
             may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues,
+            lower_peaks=not forward_only,
         ))
 
     def quick_plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:

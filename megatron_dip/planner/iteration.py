@@ -75,6 +75,8 @@ class PlanOptions:
 
     may_exceed_memory: bool = False
     """Where not even the leanest plan fits: make that one, with a warning, since costs are estimates. False: an InputError."""
+    lower_peaks: bool = False
+    """Of equally fast schedules take one that keeps fewer activations; costs up to 0.45 of the budget more."""
     memory_field: str = "memory_capacity_bytes"
     """How messages name the limit on memory."""
 
@@ -133,8 +135,12 @@ def plan_iteration(
     if costs.counts_all_memory():
         inputs = captured_inputs(model, microbatches, costs, partition.num_ranks)
 
-    def solve(limit: NDArray[np.int64]) -> _Lowered:
-        solved = search_forms(build, limit, search_options, False if options.forward_only else options.split_backward)
+    def solve(limit: NDArray[np.int64], share: float = 1.0) -> _Lowered:
+        spent = replace(
+            search_options, time_budget_s=None if budget is None else share * budget,
+            evaluations=None if options.evaluations is None else max(1, round(share * options.evaluations)),
+        )
+        solved = search_forms(build, limit, spent, False if options.forward_only else options.split_backward)
         if options.memory == "exact":
             solved = replace(solved, result=with_exact_memory(solved.problem, limit, solved.result))
         if options.hardware_queues == 1:
@@ -146,6 +152,8 @@ def plan_iteration(
     if inputs is not None and capacity is not None:
         room = recomputing_room(build(False)) + inputs.sum(axis=0)
     lowered = _fit(solve, limit, room, initial, capacity, options)
+    if options.lower_peaks:
+        lowered = _with_lower_peaks(solve, lowered, limit - room)
     with no_collections():
         plan = _make_plan(lowered, partition, capacity, initial, options.seed)
         check_plan(plan, microbatches)
@@ -193,6 +201,33 @@ def _lower(solved: Solved, inputs: NDArray[np.int64] | None) -> _Lowered:
     if inputs is not None:
         schedule = with_all_memory(solved.problem, schedule, tasks, solved.result.choice, program, inputs)
     return _Lowered(solved, schedule, tasks, program)
+
+
+_PEAK_SHARES = (0.4, 0.6, 0.8)
+"""Of the activations' peaks, as limits under which a schedule is looked for that is as fast."""
+_PEAK_SEARCH_SHARE = 0.15
+"""Of the budget, for each of these; on top of it."""
+_AS_FAST = 1.002
+"""Makespans that differ by less than this count as equal."""
+
+
+def _with_lower_peaks(solve: Callable[[NDArray[np.int64], float], _Lowered], found: _Lowered, limit: NDArray[np.int64]) -> _Lowered:
+    """The schedule, or one that is as fast and keeps fewer activations: the search admits microbatches as long as memory lasts, which
+    without a limit holds more of them in flight than a fast schedule needs.
+
+    Args:
+        limit: [P] as the schedule was searched under.
+    """
+    peaks = np.array(found.solved.result.schedule.peak_memory([0] * len(limit)), dtype=np.int64)
+    for share in _PEAK_SHARES:
+        lower = np.minimum(limit, (share * peaks).astype(np.int64))
+        try:
+            leaner = solve(lower, _PEAK_SEARCH_SHARE)
+        except DoesNotFit as error:  # at least one microbatch at a time, on every rank
+            leaner = solve(lower + np.maximum(error.missing, 0), _PEAK_SEARCH_SHARE)
+        if leaner.schedule.makespan_ns <= _AS_FAST * found.schedule.makespan_ns:
+            return leaner
+    return found
 
 
 _FITTINGS = 4

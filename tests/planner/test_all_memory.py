@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dip.cost.interface import CostModel
+from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.wrapped import WrappedCost
+from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
 from megatron_dip.planner.all_memory import captured_inputs, recomputing_room, with_all_memory
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
@@ -24,8 +26,11 @@ from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.result import Schedule
 from megatron_dip.schedule.search import SearchOptions, search
 from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.profile import ModuleProfile, Strategy
 from megatron_dip.spec.tasks import BACKWARD, FORWARD
-from tests.strategies import Case, cases, vlm_case
+from megatron_dip.spec.workload import Microbatch
+from tests.strategies import Case, cases, grid, module, profile, vlm_case
 
 
 class AllMemory(WrappedCost):
@@ -132,3 +137,18 @@ def test_a_batch_over_the_estimate_runs_the_leanest_plan_with_a_warning(caplog: 
     assert "microbatch 3, the largest there, needs" in message
     with pytest.raises(InputError, match=r"--dip-memory-limit = 100: .* microbatch 3, .* Remedy: raise --dip-memory-limit"):
         plan_iteration(case.model, case.partition, case.microbatches, costs, PlanOptions(evaluations=5, memory_field="--dip-memory-limit"))
+
+
+@pytest.mark.parametrize(("chunks", "share"), [(1, 0.5), (2, 1.0)])
+def test_of_equally_fast_plans_the_one_with_lower_peaks_is_taken(chunks: int, share: float) -> None:
+    """A uniform language model, for which with one chunk a rank 1F1B's microbatches in flight are enough."""
+    model = ModelSpec(modules=[module("lm", 8, role="backbone")])
+    layer = grid(1000.0, 1000.0, 1000.0, activation_bytes=100.0, boundary_bytes=1.0)
+    costs = ProfileCost(profile({"lm": ModuleProfile(num_layers=8, layer=layer, strategies={"none": Strategy()})}))
+    partition = even_partition(model, 2, {"lm": chunks}, {})
+    batch: list[Microbatch] = [{"lm": [1]} for _ in range(16)]
+    free, lower = (
+        plan_iteration(model, partition, batch, costs, PlanOptions(evaluations=100, lower_peaks=wanted)) for wanted in (False, True)
+    )
+    assert lower.claimed_makespan <= 1.002 * free.claimed_makespan
+    assert max(lower.peak_memory) <= share * max(free.peak_memory)
