@@ -421,7 +421,8 @@ class TextToVideoDescription:
         return {module: len(lengths) for module, lengths in self.metadata(batch).items()}
 
     def without_stem_inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        return batch
+        read = {name: batch[name].to("meta") for name in ("x", "crossattn_emb") if batch.get(name) is not None}
+        return {**batch, **read}
 
     def conditions(self, batch: Mapping[str, Any]) -> list[str]:
         return [name for name in ("grid_sizes", "text_lengths") if batch.get(name) is not None]
