@@ -84,8 +84,14 @@ class ModuleWork:
     """Sub-microbatches"""
 
 
-def module_work(model: ModelSpec, module: str, size: int, microbatches: Sequence[Microbatch], costs: CostModel) -> ModuleWork:
-    """Work of a module in parts of equal count (what the sub-microbatches of equal cost come to, near enough to rank by)."""
+def module_work(
+    model: ModelSpec, module: str, size: int, microbatches: Sequence[Microbatch], costs: CostModel, *, rounded_down: bool = False,
+) -> ModuleWork:
+    """Work of a module in parts of equal count (what the sub-microbatches of equal cost come to, near enough to rank by).
+
+    Args:
+        rounded_down: every part's times to whole ns, which no stage's rounded sum of them can be below.
+    """
     parts = model.trainable_parts(module)
     # For each way in which a microbatch's other modules need gradients: the module as if it were one stage.
     whole = {
@@ -114,7 +120,9 @@ def module_work(model: ModelSpec, module: str, size: int, microbatches: Sequence
                 "first": (backward.first, backward.weight_first), "last": (backward.last, backward.weight_last),
                 "layer": (backward.layers / layers, backward.weight_layers / layers),
             }[part]
-            result += count * (cost.forward_ns + passed * cost.backward_input_ns + trained * cost.backward_weight_ns)
+            times = (cost.forward_ns, cost.backward_input_ns, cost.backward_weight_ns)
+            forward, inputs, weights = (math.floor(time) for time in times) if rounded_down else times
+            result += count * (forward + passed * inputs + trained * weights)
         return result
 
     return ModuleWork(total("layer"), total("first"), total("last"), shapes.total())
@@ -128,7 +136,8 @@ def cheapest_work_ns(model: ModelSpec, microbatches: Sequence[Microbatch], costs
     for module in model.modules:
         most = largest_count(module.name, [microbatches])
         if most:
-            works = [module_work(model, module.name, size, microbatches, costs) for size in {*range(1, min(most, 8) + 1), *sizes_up_to(most)}]
+            sizes = {*range(1, min(most, 8) + 1), *sizes_up_to(most)}
+            works = [module_work(model, module.name, size, microbatches, costs, rounded_down=True) for size in sizes]
             total += min(module.num_layers * work.layer + work.first + work.last for work in works)
     return math.floor(total)
 

@@ -33,6 +33,7 @@ from megatron_dip.schedule.graph import StageProblem, build_problem, static_byte
 from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.result import Schedule, time_order
 from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions, SearchResult
+from megatron_dip.schedule.warm import load_kernels
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.long import LongList
 from megatron_dip.spec.model import ModelSpec
@@ -107,6 +108,7 @@ def plan_iteration(
         InputError: no microbatch has any work, an impossible budget, or memory that cannot suffice (with what would help).
     """
     options.validate()
+    load_kernels()
     began = time.perf_counter_ns()
     with no_collections():
         sub_microbatches = split(microbatches, model, partition, costs)

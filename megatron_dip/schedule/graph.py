@@ -237,7 +237,8 @@ def build_problem(
     inner = np.flatnonzero(position > 0)
     edges.add(pair_forward[inner], pair_forward[inner - 1], lag[inner - 1], data=True)
     inner = np.flatnonzero((position < last_position) & with_b)
-    edges.add(pair_backward[inner], pair_backward[inner + 1], lag[inner + 1], data=True)
+    # A gradient is as large as the message that it answers.
+    edges.add(pair_backward[inner], pair_backward[inner + 1], lag[inner], data=True)
     first_pair = forward_first[:-1] * num_ranks
     last_pair = forward_first[1:] * num_ranks - 1
     by_place: dict[tuple[int, str], list[int]] = {}
@@ -252,7 +253,7 @@ def build_problem(
                 edges.add(first_pair[taker], last_pair[giver], lag[last_pair[giver]], data=True)
                 if gives_back:
                     taken, given = pair_backward[first_pair[taker]], pair_backward[last_pair[giver]]
-                    edges.add(given, taken, lag[first_pair[taker]], data=True)
+                    edges.add(given, taken, lag[last_pair[giver]], data=True)
                 if holds:
                     size = units[giver].output_bytes
                     # Rank 0 of the giver's last segment starts soonest of what is on rank 0 and belongs to the giver.

@@ -193,5 +193,5 @@ def test_a_sample_that_never_fits_says_what_is_missing() -> None:
 def test_no_partition_has_less_work_than_the_cheapest(case: Case) -> None:
     costs = case.costs()
     graph = build_task_graph(case.model, case.partition, split(case.microbatches, case.model, case.partition, costs), costs)
-    # Times are linear in the tokens here, so that every size costs the same but for the rounding of stages.
-    assert cheapest_work_ns(case.model, case.microbatches, costs) <= int(graph.duration_ns.sum()) + graph.num_tasks
+    # Times are linear in the tokens here, so that every size costs the same; stages are rounded, the bound is rounded down.
+    assert cheapest_work_ns(case.model, case.microbatches, costs) <= int(graph.duration_ns.sum())

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.interface import Part, PartCost
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
@@ -20,8 +21,10 @@ from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.search import SearchOptions, search
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import BuiltModelSpec, ModelSpec, ModuleSpec, TrainableParts
+from megatron_dip.spec.named import named_setup
 from megatron_dip.spec.profile import Offload, Strategy
 from megatron_dip.spec.tasks import BACKWARD, FORWARD, WEIGHT, TaskGraph
+from megatron_dip.workloads.generators import default_parallel, make_workload
 from tests import naive
 from tests.strategies import cases, module
 
@@ -304,3 +307,25 @@ def test_candidates_lie_on_the_exact_front(num_layers, raw):
     assert len(times) == min(len(front), 10) or (len(front) > 10 and 2 <= len(times) <= 12)
     assert times == sorted(times)
     assert all(len(found.strategy_list(index)) == num_layers for index in range(len(times)))
+
+
+def test_a_gradient_is_as_large_as_the_message_that_it_answers() -> None:
+    """A projector's output is smaller than a layer's: the last stage's gradient goes back with the layer's bytes all the same."""
+    setup, workload = named_setup("vlm-s"), make_workload("vlm-s", num_microbatches=2)
+    costs = AnalyticCost(setup.model, default_parallel(setup), workload.training, setup.device, microbatches=workload.microbatches)
+    cut = even_partition(setup.model, 4, {}, {"vit": 4, "lm": 1})
+    problem = build_problem(setup.model, cut, split(workload.microbatches, setup.model, cut, costs), costs)
+    graph = problem.fastest
+    backward_of = dict(zip(problem.pair_forward.tolist(), problem.pair_backward.tolist(), strict=True))
+    lags = {
+        (task, int(graph.dep_task[edge])): int(graph.dep_lag_ns[edge])
+        for task in range(graph.num_tasks) for edge in range(graph.dep_offset[task], graph.dep_offset[task + 1]) if graph.dep_is_data[edge]
+    }
+    answered = 0
+    for (taker, giver), lag in lags.items():
+        back = (backward_of.get(giver, -1), backward_of.get(taker, -1))
+        if taker < problem.num_pairs and min(back) >= 0:
+            assert lags[back] == lag
+            answered += 1
+    assert answered > 10
+    assert len(set(lags.values())) >= 3
