@@ -172,3 +172,28 @@ def test_a_replica_killed_in_an_exchange_ends_the_other_within_the_time_limit() 
     assert results[1].exit_code == 17
     assert results[0].error_message is not None
     assert "lost another rank" in results[0].error_message
+
+
+def _with_own_look_ahead(rank: int, num_ranks: int) -> None:
+    from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
+    from tests.distributed import dip_runs
+    from tests.distributed.test_forward_backward import _model
+    from tests.distributed.tiny_vlm import Case
+
+    case = Case(parallel=Parallel(pipeline=1, data=2), chunks=(1, 1), num_layers=(4, 4))
+    model = _model(case)
+    partition = dip_runs.even_cut(case)
+    DipForwardBackward(
+        staged_model=model.staged, chunks=model.chunks, partition=partition,
+        settings=IterationSettings(
+            metadata=lambda item: {}, plan_function=dip_runs.PlanMaker(case, partition), device=torch.device("cpu"), look_ahead=1 + rank,
+            timeout_s=30.0,
+        ),
+    )
+
+
+def test_replicas_with_different_flags_are_told_so_on_all_ranks() -> None:
+    for result in launch_all(_with_own_look_ahead, 2, timeout_s=200):
+        assert result.error_message is not None
+        assert "InputError" in result.error_message, result.error
+        assert "--dip-look-ahead" in result.error_message
