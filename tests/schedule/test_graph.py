@@ -103,7 +103,7 @@ def test_counts_times_edges_of_a_small_vlm():
     assert graph.duration_ns[last] == 50 + 100
     # The gradient for the encoder comes from the backbone's first stage on rank 0, by its message's size.
     edges = naive.edges(graph, find(graph, BACKWARD, "vit", 1))
-    assert sorted(edges) == sorted([(find(graph, BACKWARD, "lm", 0), 10), (second, 0)])
+    assert sorted(edges) == sorted([(find(graph, BACKWARD, "lm", 0), 9), (second, 0)])
     assert graph.dep_is_data.sum() == len(graph.dep_is_data) - problem.num_pairs
 
 
