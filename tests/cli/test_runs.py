@@ -186,3 +186,47 @@ def forward_step(data_iterator, model):
     result = train(folder, "--iterations", "50", "--timeout", "300")
     assert result.returncode in (1, 7)
     assert time.monotonic() - began < 300
+
+
+FAILING = """
+import os
+from functools import partial
+import torch
+
+HERE = os.environ["RANK"] == "1"
+
+class Dataset(tiny.Dataset):
+    def microbatches(self, iteration, num_microbatches):
+        if HERE and iteration == 1 and {where!r} == "data":
+            raise OSError("the reader of rank 1 broke")
+        return super().microbatches(iteration, num_microbatches)
+
+calls = 0
+
+def loss_func(mask, output):
+    if HERE and calls > 4 and {where!r} == "loss":
+        raise ArithmeticError("the loss of rank 1 broke")
+    return tiny.digits.loss_func(mask, output)
+
+def forward_step(data_iterator, model):
+    global calls
+    calls += 1
+    if HERE and calls > 4 and {where!r} == "memory":
+        raise torch.OutOfMemoryError("rank 1 tried to allocate 2 GiB")
+    output, loss = tiny.forward_step(data_iterator, model)
+    return output, partial(loss_func, loss.args[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("data", "the reader of rank 1 broke"), ("loss", "the loss of rank 1 broke"), ("memory", "OutOfMemoryError: rank 1 tried to allocate 2 GiB")],
+)
+def test_an_error_on_a_tensor_rank_that_is_not_the_first_ends_all_ranks_with_it(tmp_path: Path, where: str, said: str) -> None:
+    """Long before the time limit, which is longer than the test may run."""
+    folder = write_example(tmp_path, FAILING.format(where=where))
+    result = train(folder, "--pipeline", "1", "--tensor", "2", "--iterations", "50", "--timeout", "3600")
+    assert result.returncode == 1, result.stderr
+    assert said in result.stderr
+    assert "iteration    1/50" in result.stdout
+    assert "iteration    3/50" not in result.stdout
