@@ -32,7 +32,7 @@ from megatron_dip.schedule.exact_memory import load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.result import Schedule, time_order
-from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions, SearchResult
+from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions
 from megatron_dip.schedule.warm import load_kernels
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.long import LongList
@@ -137,6 +137,9 @@ def plan_iteration(
     if costs.counts_all_memory():
         inputs = captured_inputs(model, microbatches, costs, partition.num_ranks)
 
+    def fits(lowered: _Lowered) -> bool:
+        return capacity is None or max(lowered.schedule.peak_memory(initial)) <= capacity
+
     def solve(limit: NDArray[np.int64], share: float = 1.0) -> _Lowered:
         spent = replace(
             search_options, time_budget_s=None if budget is None else share * budget,
@@ -145,10 +148,11 @@ def plan_iteration(
         solved = search_forms(build, limit, spent, False if options.forward_only else options.split_backward)
         if options.memory == "exact":
             solved = replace(solved, result=with_exact_memory(solved.problem, limit, solved.result))
-        if options.hardware_queues == 1:
-            solved = replace(solved, result=_best_on_one_queue(solved))
         with no_collections():
-            return _lower(solved, inputs)
+            lowered = _lower(solved, inputs)
+            if options.hardware_queues == 1:
+                lowered = _best_on_one_queue(lowered, lambda other: _lower(other, inputs), fits)
+        return lowered
 
     room = np.zeros(partition.num_ranks, dtype=np.int64)
     if inputs is not None and capacity is not None:
@@ -174,21 +178,19 @@ class _Lowered:
     program: Program
 
 
-def _best_on_one_queue(solved: Solved) -> SearchResult:
-    """The found schedule that ends first on a device with one hardware queue; of equal ones the faster without that limit."""
-
-    def ends_ns(schedule: Schedule) -> int:
-        present, _ = solved.problem.present(schedule)
-        return one_queue_ns(present.graph, present.order)
-
-    best, best_ns = solved.result, ends_ns(solved.result.schedule)
-    for other in solved.result.others:
+def _best_on_one_queue(lowered: _Lowered, lower_too: Callable[[Solved], _Lowered], fits: Callable[[_Lowered], bool]) -> _Lowered:
+    """Of the schedules that the search found and that fit, the one that ends first on a device with one hardware queue."""
+    solved = lowered.solved
+    best, best_ns = lowered, one_queue_ns(lowered.schedule.graph, lowered.schedule.order)
+    for other in solved.result.others if fits(lowered) else ():
         if other.makespan_ns >= best_ns:
             continue  # no device is faster than one without limits
         schedule = time_order(solved.problem.graph(other.choice), other.orders)
         assert schedule is not None
-        if (ns := ends_ns(schedule)) < best_ns:
-            best, best_ns = replace(solved.result, schedule=schedule, choice=other.choice), ns
+        candidate = lower_too(replace(solved, result=replace(solved.result, schedule=schedule, choice=other.choice)))
+        ends_ns = one_queue_ns(candidate.schedule.graph, candidate.schedule.order)
+        if ends_ns < best_ns and fits(candidate):
+            best, best_ns = candidate, ends_ns
     return best
 
 
