@@ -19,6 +19,8 @@ _GIB = 1 << 30
 
 MAX_LOOK_AHEAD = 16
 
+CostSource = Literal["auto", "learned", "given"]
+
 BalanceMode = Literal["auto", "off", "exchange"]
 
 
@@ -30,6 +32,8 @@ class DipOptions:
     """Measured costs (``megatron-dip/profile/1``); None = analytic costs of ``device``."""
     device: str | None
     """Named device of the analytic costs; None = the one training runs on."""
+    learns_costs: bool
+    """Whether costs follow measured times; without it plans of equal batches stay equal."""
     partition: Path | None
     """A whole cut (``megatron-dip/partition/1``); replaces ``chunks`` and ``sub_microbatch_size``."""
     chunks: Mapping[str, int]
@@ -60,6 +64,10 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="Measured stage costs (megatron-dip/profile/1, see `megatron-dip profile`). Default: analytic costs of --dip-device.")
     group.add_argument("--dip-device", type=str, default=None, metavar="NAME",
                        help="Device of the analytic costs, such as h100, or a JSON file. Default: the device that training runs on.")
+    group.add_argument("--dip-costs", choices=get_args(CostSource), default="auto",
+                       help="Whether plans' costs follow the measured times of stages (learned; kept beside the checkpoints and taken up on "
+                       "resuming) or stay as they are given. auto: learned, but given with --dip-profile, with --dip-evaluations, whose plans "
+                       "repeat, and where replicas share experts.")
     group.add_argument("--dip-partition", type=Path, default=None, metavar="FILE",
                        help="How every module is cut (megatron-dip/partition/1); instead of --dip-chunks and --dip-sub-microbatch-size.")
     group.add_argument("--dip-chunks", nargs="+", default=None, metavar="MODULE=K",
@@ -219,6 +227,7 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
     return DipOptions(
         profile=args.dip_profile,
         device=args.dip_device,
+        learns_costs=_learns_costs(args),
         partition=args.dip_partition,
         chunks=_by_module("--dip-chunks", args.dip_chunks),
         sub_microbatch_size=_by_module("--dip-sub-microbatch-size", args.dip_sub_microbatch_size),
@@ -233,6 +242,18 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         seed=args.dip_seed,
         log_interval=args.dip_log_interval,
     )
+
+
+def _learns_costs(args: argparse.Namespace) -> bool:
+    shares_experts = _above(1)(getattr(args, "expert_model_parallel_size", None))
+    if args.dip_costs == "auto":
+        return args.dip_profile is None and args.dip_evaluations is None and not shares_experts
+    if args.dip_costs == "learned" and shares_experts:
+        raise InputError(
+            "--dip-costs", "learned", "replicas that share experts must plan alike, and each measures its own stages",
+            "leave it out, or use --expert-model-parallel-size 1",
+        )
+    return bool(args.dip_costs == "learned")
 
 
 def default_planner_threads() -> int:

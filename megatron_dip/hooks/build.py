@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dip.checkouts.checkpoint_files import CUT_ATTRIBUTE, check_loadable
 from megatron_dip.hooks.arguments import DipOptions, options_from_args
 from megatron_dip.hooks.costs import make_costs
+from megatron_dip.iteration.feedback import CostFeedback
 from megatron_dip.iteration.forward_backward import DipForwardBackward
 from megatron_dip.models.description import LANGUAGE, ModelDescription, unwrap
 from megatron_dip.models.layout import check_enough_layers, chunk_order
@@ -50,6 +51,8 @@ class BuiltModel:
     """Megatron's namespace."""
     keys: tuple[ChunkKey, ...]
     forward_backward: DipForwardBackward | None = None
+    feedback: CostFeedback | None = None
+    """Of measured stages; None: costs stay as they are given."""
     iterations: int = 0
     """Trained since the start of this process."""
     last_plan: Plan | None = None

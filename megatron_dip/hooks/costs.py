@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from megatron_dip.cost.analytic import AnalyticCost
@@ -21,7 +25,10 @@ from megatron_dip.spec.codec import load_profile
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.profile import Profile
 from megatron_dip.spec.workload import Parallel, Training
+
+logger = logging.getLogger(__name__)
 
 
 def make_costs(spec: ModelSpec, args: Any, options: DipOptions, kernels: Kernels | None = None) -> CostModel:
@@ -68,6 +75,33 @@ def run_costs(built: TrainedModel, partition: Partition, args: Any, options: Dip
         held = weights.frozen_bytes + round(weights.trained_parameters * trained)
         of_chunks[shape] = max(of_chunks.get(shape, 0), held)
     return RunCosts(make_costs(built.spec, args, options, built_kernels(chunks)), built.spec, of_chunks)
+
+
+def costs_file(folder: str | None, spec: ModelSpec, args: Any, options: DipOptions) -> Path | None:
+    """Where a run that saves its checkpoints in ``folder`` keeps measured costs: one file for each model, sharding, number format and device,
+    whatever the partition. None without a folder."""
+    if folder is None:
+        return None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    same = [
+        spec, args.tensor_model_parallel_size, args.context_parallel_size, bool(args.sequence_parallel), bool(args.bf16), bool(args.fp16),
+        str(getattr(args, "fp8", None)), options.device, device,
+    ]
+    return Path(folder) / "dip" / f"costs_{hashlib.sha256(msgspec.json.encode(same)).hexdigest()[:16]}.json"
+
+
+def kept_costs(file: Path | None) -> Profile | None:
+    """What an earlier run measured; None where there is nothing to be had."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        profile = load_profile(file)
+        profile.validate(str(file))
+    except InputError as error:
+        logger.warning("costs of the run that is resumed are not taken up, and measured anew: %s", error)
+        return None
+    logger.warning("plans begin with the costs that were measured before: %s", file)
+    return profile
 
 
 def detect_device() -> str:

@@ -17,11 +17,13 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.module import MegatronModule
 from numpy.typing import NDArray
 
+from megatron_dip.cost.interface import CostModel
 from megatron_dip.hooks.build import BuiltModel, build_chunks, built_model
-from megatron_dip.hooks.costs import run_costs
+from megatron_dip.hooks.costs import costs_file, kept_costs, run_costs
 from megatron_dip.hooks.data import build_data_iterators, upcoming_microbatches
 from megatron_dip.hooks.report import report, running_iteration
 from megatron_dip.iteration.built_model import describe_built_model
+from megatron_dip.iteration.feedback import CostFeedback, measure_p2p
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 from megatron_dip.models.capture import CapturedCall
 from megatron_dip.models.deferral import check_split
@@ -73,6 +75,10 @@ def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         losses = built.forward_backward(**arguments)
         if not arguments["forward_only"]:
             built.iterations += 1
+            if built.feedback is not None:
+                plan = built.forward_backward.plan
+                assert plan is not None, "an iteration ran without a plan"
+                built.feedback.after_iteration(plan, built.forward_backward.records)
             report(built, built.forward_backward)
         return losses
 
@@ -99,7 +105,7 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
     budget = SearchBudget(options.time_budget_s, side_by_side)
 
     def plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
-        return plan_iteration(model, built.partition, microbatches, costs, PlanOptions(
+        return plan_iteration(model, built.partition, microbatches, current_costs(), PlanOptions(
             time_budget_s=None if options.evaluations is not None else budget.seconds(), evaluations=options.evaluations,
             threads=options.planner_threads // side_by_side, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
             may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues,
@@ -107,10 +113,13 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         ))
 
     def quick_plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
-        return plan_iteration(model, built.partition, microbatches, costs, PlanOptions(
+        return plan_iteration(model, built.partition, microbatches, current_costs(), PlanOptions(
             evaluations=_QUICK_EVALUATIONS, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
             may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues,
         ))
+
+    def current_costs() -> CostModel:
+        return costs if built.feedback is None else built.feedback.current_costs()
 
     def call_metadata(call: CapturedCall) -> Microbatch:
         return description.metadata(description.bind(call.args, call.kwargs))
@@ -128,7 +137,7 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         joined = (LANGUAGE, torch.distributed.get_process_group_ranks(parallel_state.get_expert_tensor_and_model_parallel_group()))
 
     def work(microbatches: Sequence[Microbatch]) -> NDArray[np.int64]:
-        return WorkEstimate(model, built.partition, costs).of(microbatches)
+        return WorkEstimate(model, built.partition, current_costs()).of(microbatches)
 
     on_cpu = torch.cuda.current_device() == torch.device("cpu")
     settings = IterationSettings(
@@ -146,4 +155,15 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
     forward_backward = DipForwardBackward(staged_model=staged, chunks=chunks, partition=built.partition, settings=settings)
     trained = describe_built_model(description.model_spec, built.partition, built.keys, chunks, forward_backward.groups)
     model, costs = trained.spec, run_costs(trained, built.partition, built.args, options, chunks)
+    if options.learns_costs:
+        args, is_planner = built.args, forward_backward.is_planner
+        built.feedback = CostFeedback(
+            groups=forward_backward.groups, partition=built.partition, model=model, costs=costs,
+            # What gloo takes on the host says nothing about NCCL.
+            p2p=measure_p2p(forward_backward.groups) if on_cpu else None,
+            profile=kept_costs(costs_file(getattr(args, "load", None), description.model_spec, args, options)) if is_planner else None,
+            forget=forward_backward.forget_plans, is_planner=is_planner, read_every_iteration=on_cpu,
+            state_file=costs_file(getattr(args, "save", None), description.model_spec, args, options)
+            if is_planner and parallel_state.get_data_parallel_rank() == 0 else None,
+        )
     return forward_backward
