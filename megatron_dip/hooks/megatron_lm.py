@@ -145,6 +145,7 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         plan_function=plan, quick_plan_function=None if options.evaluations is not None else quick_plan,
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
         backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, budget=budget,
+        unseen_deadline_s=0.0 if options.look_ahead else None,
         timeout_s=_timeout_s(), seed=int(getattr(built.args, "seed", 0)), iteration=lambda: running_iteration(built), num_outputs=description.num_outputs,
         planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming, joined=joined,
         # Replicas that share experts run one joint plan, place by place.

@@ -35,6 +35,7 @@ from megatron_dip.iteration.agreement import Agreement, first_line
 from megatron_dip.iteration.balance import BalanceFigures, Estimate, ReplicaBalance
 from megatron_dip.iteration.capture_batch import BatchCapture, CapturedBatch, is_replaying
 from megatron_dip.iteration.data_parallel import AT_START, finish_param_sync, grad_sync_points, no_sync, start_param_sync
+from megatron_dip.iteration.foreseen_metadata import ForeseenMetadata
 from megatron_dip.iteration.linked_replicas import LinkedReplicas, link_replicas
 from megatron_dip.iteration.lookahead import find_lookahead
 from megatron_dip.iteration.loss import IterationLoss, set_auxiliary_loss_scale
@@ -72,10 +73,10 @@ class IterationSettings:
     """How the iterations of a run are read, planned and run."""
 
     metadata: Callable[[Any], Microbatch]
-    """Instance lengths of one item of the data iterator."""
+    """Instance lengths of one item of the data iterator, by its form."""
     call_metadata: Callable[[CapturedCall], Microbatch] | None = None
     """Instance lengths of a captured microbatch ({}: this rank was not given its data), for scripts whose forward_step alone knows what an item
-    means; ``metadata`` then only serves to plan ahead."""
+    means; it is run on items read ahead as well, and ``metadata`` serves where that cannot be."""
     call_conditions: Callable[[CapturedCall], Sequence[str]] | None = None
     """Names of what a captured microbatch gives to every layer (masks, bounds of packed sequences), which all ranks must have been given alike."""
     plan_function: PlanFunction
@@ -92,6 +93,8 @@ class IterationSettings:
     """What the plan function searches by; told the length of each training iteration."""
     plan_deadline_s: float = 1.0
     """How long an iteration may wait for its plan."""
+    unseen_deadline_s: float | None = None
+    """How long, where its batch was not read ahead; None: as long."""
     planner_threads: int = 1
     """Batches planned side by side."""
     look_ahead: int = 1
@@ -152,7 +155,11 @@ class DipForwardBackward:
             call_conditions=settings.call_conditions if self.groups.num_ranks > 1 else None, num_outputs=settings.num_outputs,
         )
         self._agreement = Agreement(self.groups, partition)
-        self._foresight = Foresight(settings.metadata, settings.look_ahead, settings.upcoming)
+        alone = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size() == 1
+        self._foresight = Foresight(
+            ForeseenMetadata(self._chunks[0], settings.metadata, settings.call_metadata, settings.num_outputs, records=alone),
+            settings.look_ahead, settings.upcoming,
+        )
         if self.groups.peers is not None:
             _check_alike({"--dip-balance": settings.balance is not None, "--dip-look-ahead": settings.look_ahead})
         link: LinkedReplicas | None = None
@@ -167,6 +174,7 @@ class DipForwardBackward:
             self._plans = PlanSource(
                 settings.plan_function, settings.quick_plan_function, pack_plan if len(self.groups.control_ranks) > 1 else _unpacked,
                 deadline_s=settings.plan_deadline_s, num_threads=settings.planner_threads, look_ahead=settings.look_ahead, link=link,
+                unseen_deadline_s=settings.unseen_deadline_s,
             )
         self._balance: ReplicaBalance | None = None
         if settings.balance is not None and settings.look_ahead > 0 and self.groups.peers is not None:
@@ -362,7 +370,7 @@ class DipForwardBackward:
         batch.calls[:] = [replace(call, args=(), kwargs={}) for call in batch.calls]
         self.plan = shared.plan
         if not batch.is_replay:
-            self._foresight.look(lookahead, num_microbatches, forward_only, self._plans, balance)
+            self._foresight.look(forward_step, lookahead, num_microbatches, forward_only, self._plans, balance)
         return batch, shared.plan
 
 

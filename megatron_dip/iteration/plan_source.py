@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_dip.iteration.balance import ReplicaBalance
 from megatron_dip.iteration.capture_batch import CapturedBatch
+from megatron_dip.iteration.foreseen_metadata import ForeseenMetadata
 from megatron_dip.iteration.linked_replicas import LinkedReplicas
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.planner.linked import own_part, union_of
@@ -43,39 +45,34 @@ class Foresight:
     """Reads the batches of the next iterations, on every rank alike, since data sets may draw random numbers.
 
     Args:
-        metadata: instance lengths of one item of the data iterator.
+        metadata: instance lengths of one item of the data iterator, given the user's forward_step; or why they are not known.
         look_ahead: how many of the next iterations' batches are looked at.
         upcoming: tells how many microbatches these have; None: as many as the one that runs.
     """
 
-    def __init__(self, metadata: Callable[[Any], Microbatch], look_ahead: int, upcoming: UpcomingFunction | None) -> None:
+    def __init__(self, metadata: ForeseenMetadata, look_ahead: int, upcoming: UpcomingFunction | None) -> None:
         self._metadata = metadata
         self._look_ahead = look_ahead
         self._upcoming = upcoming
 
     def look(
-        self, lookahead: LookaheadIterator | None, num_microbatches: int, forward_only: bool, source: PlanSource | None,
-        balance: ReplicaBalance | None,
+        self, forward_step: Callable[..., Any], lookahead: LookaheadIterator | None, num_microbatches: int, forward_only: bool,
+        source: PlanSource | None, balance: ReplicaBalance | None,
     ) -> None:
         """Reads ahead; ``source``, on the planner rank, gets what was seen; with ``balance`` once it is dealt."""
         if lookahead is None or self._look_ahead == 0:
             return
+        describe = partial(self._metadata, forward_step)
         sizes = [num_microbatches] * self._look_ahead if forward_only or self._upcoming is None else self._upcoming(self._look_ahead)
         if balance is not None and balance.is_on:
-            error = balance.offer(lookahead, sizes, self._describe)
+            error = balance.offer(lookahead, sizes, describe)
             if error is not None and source is not None:
                 source.count_unseen(lookahead, error)
             return
         if source is None:
             lookahead.peek(sum(sizes))
             return
-        source.submit(list(lookahead.look_ahead(sizes, self._describe)), lookahead, forward_only)
-
-    def _describe(self, item: Any) -> Microbatch | Exception:
-        try:
-            return self._metadata(item)
-        except Exception as error:
-            return error
+        source.submit(list(lookahead.look_ahead(sizes, describe)), lookahead, forward_only)
 
 
 class PlanSource:
@@ -87,14 +84,16 @@ class PlanSource:
         pack: makes a plan ready for sending, on the planner's thread.
         deadline_s: how long an iteration may wait for its plan.
         num_threads: batches planned side by side.
+        unseen_deadline_s: the same for a batch that was not handed in ahead; None: no other.
         look_ahead: how many batches are handed in ahead at most.
         link: to the replicas that share experts with this one; None: there are none.
     """
 
     def __init__(
         self, plan_function: PlanFunction, quick_plan_function: PlanFunction | None, pack: PackFunction, *, deadline_s: float, num_threads: int,
-        look_ahead: int, link: LinkedReplicas | None,
+        look_ahead: int, link: LinkedReplicas | None, unseen_deadline_s: float | None = None,
     ) -> None:
+        self._unseen_deadline_s = unseen_deadline_s
         self._link = link
         self._deadline_s = deadline_s
         quick = None if quick_plan_function is None else _then(pack, self._own_part(quick_plan_function))
@@ -155,7 +154,7 @@ class PlanSource:
             if batch.is_replay and last is not None and (last.microbatches, last.forward_only) == (joint, forward_only):
                 packed = last.plan  # the same plan, or its numbers would differ from those that are checked
             else:
-                packed = self._service.take(joint, forward_only=forward_only, deadline_s=self._deadline_s)
+                packed = self._service.take(joint, forward_only=forward_only, deadline_s=self._deadline_s, unseen_deadline_s=self._unseen_deadline_s)
         finally:
             difference = None if self._link is None else self._link.compare(None if packed is None else packed.plan)
         if difference is not None:

@@ -29,6 +29,7 @@ P = TypeVar("P")
 
 LATE = "late"
 FAILED = "failed"
+UNSEEN = "unseen"
 KEPT_PLANS = 4
 MAX_WAITING = 8
 """Batches handed in and not taken, unless more are foreseen; beyond these the oldest is given up: its iteration will not come as foreseen."""
@@ -59,7 +60,7 @@ class PlanCounts:
     waited_ns: int
     """Time that training waited for plans, in all."""
     fallbacks: dict[str, int]
-    """Cause (``late``, ``failed``) -> quick plans used instead."""
+    """Cause (``late``, ``failed``, ``unseen``) -> quick plans used instead."""
     unseen: int
     """Batches whose metadata could not be read ahead, so that planning them began when they were needed."""
     foreseen_otherwise: int
@@ -124,15 +125,22 @@ class PlanService(Generic[P]):
         with self._lock:
             self._request(microbatches, forward_only)
 
-    def take(self, microbatches: Sequence[Microbatch], *, forward_only: bool = False, deadline_s: float = 1.0) -> P:
-        """The batch's plan, after at most ``deadline_s`` seconds (a batch that was not submitted is planned now, to the same deadline).
+    def take(
+        self, microbatches: Sequence[Microbatch], *, forward_only: bool = False, deadline_s: float = 1.0, unseen_deadline_s: float | None = None
+    ) -> P:
+        """The batch's plan, after at most ``deadline_s`` seconds; a batch that was not submitted is planned now, to ``unseen_deadline_s``
+        (None: to the same deadline). A quick plan then stands for it, which is no failure and no warning.
 
         Raises InputError where the batch or its setting cannot be planned, and the plan function's error where there is no quick one.
         """
         with self._lock:
             self._drop_other_foresight(microbatches, forward_only)
+            waiting = len(self._waiting)
             request = self._request(microbatches, forward_only)
+            was_submitted = len(self._waiting) == waiting or request.done.is_set()
             del self._waiting[request.key]
+            if not was_submitted and unseen_deadline_s is not None:
+                deadline_s = unseen_deadline_s
             is_worth_waiting = self._is_worth_waiting(request, deadline_s)
         ahead = request.done.is_set()
         start = time.perf_counter_ns()
@@ -149,7 +157,10 @@ class PlanService(Generic[P]):
             if error is not None and self._quick_function is None:
                 raise error if isinstance(error, Exception) else RuntimeError(f"the plan function ended its thread: {error!r}") from error
             assert self._quick_function is not None
-            self._count_fallback(FAILED if error is not None else LATE, error, deadline_s)
+            if error is None and not was_submitted and unseen_deadline_s is not None:
+                self._fallbacks[UNSEEN] += 1
+            else:
+                self._count_fallback(FAILED if error is not None else LATE, error, deadline_s)
             plan = self._quick_function(microbatches, forward_only)
         self._waited_ns += time.perf_counter_ns() - start
         self._taken += 1

@@ -288,3 +288,18 @@ def test_a_batch_that_was_foreseen_or_not_handed_in_counts_as_neither() -> None:
     service.take(BATCHES[2])
     service.take(BATCHES[3])
     assert service.counts().foreseen_otherwise == 0
+def test_a_batch_that_nobody_foresaw_is_not_waited_for() -> None:
+    started = threading.Event()
+
+    def searched(microbatches: Sequence[Microbatch], forward_only: bool) -> str:
+        started.wait(60)
+        return "searched"
+
+    service: PlanService[str] = PlanService(searched, lambda microbatches, forward_only: "quick")
+    assert service.take([{"lm": [1]}], deadline_s=30, unseen_deadline_s=0.0) == "quick"
+    assert service.counts().fallbacks == {"unseen": 1}
+    service.submit([{"lm": [2]}])
+    started.set()
+    assert service.take([{"lm": [2]}], deadline_s=30, unseen_deadline_s=0.0) == "searched"
+    assert service.counts().fallbacks == {"unseen": 1}
+    service.close()
