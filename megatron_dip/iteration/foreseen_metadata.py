@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_dip.iteration.randomness import drawing
 from megatron_dip.models.capture import CapturedCall, capture
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.workload import Microbatch
@@ -65,7 +62,7 @@ class ForeseenMetadata:
     def _recorded(self, forward_step: Callable[..., Any], item: Any) -> Microbatch:
         assert self._call_metadata is not None
         try:
-            with kept_random_state(), torch.no_grad():
+            with drawing(0), torch.no_grad():
                 found = self._call_metadata(capture(forward_step, iter([copy.deepcopy(item)]), self._chunk, self._num_outputs))
         except Exception as error:
             try:
@@ -87,24 +84,6 @@ def script_function(forward_step: Callable[..., Any], name: str) -> Callable[...
             return None
     found = function.__globals__.get(name)
     return found if callable(found) else None
-
-
-@contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Puts every generator that a forward_step may draw from back as it was: Python's, numpy's, torch's, Megatron's."""
-    python, array, host = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - scripts draw from the global one
-    device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() and torch.cuda.is_available() else None
-    tracker = get_cuda_rng_tracker()
-    tracked = tracker.get_states()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)  # noqa: NPY002
-        torch.set_rng_state(host)
-        if device is not None:
-            torch.cuda.set_rng_state(device)
-        tracker.set_states(tracked)
 
 
 def _checked(said: Any) -> Microbatch:

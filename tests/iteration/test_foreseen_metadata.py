@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_dip.iteration.capture_batch import BatchCapture
 from megatron_dip.iteration.foreseen_metadata import HOOK, ForeseenMetadata, script_function
+from megatron_dip.iteration.randomness import DrawPlace
 from megatron_dip.models.capture import CapturedCall
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.workload import Microbatch
@@ -55,7 +56,7 @@ def test_any_number_of_images_is_seen_ahead_as_the_batch_says_it(counts: list[in
     items = [item_of(count) for count in counts]
     look = foreseen()
     ahead = [look(forward_step, item) for item in items]
-    batch = capture(forward_step, iter(items), len(items))
+    batch = capture(forward_step, iter(items), len(items), DrawPlace(seed=0, iteration=0, evaluation=0, replica=0))
     assert batch.error is None
     assert ahead == batch.microbatches
 
