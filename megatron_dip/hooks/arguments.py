@@ -173,6 +173,12 @@ def validate_dip_args(args: argparse.Namespace) -> None:
         value = getattr(args, refusal.attribute, None)
         if refusal.unwanted(value):
             raise InputError(refusal.flag, value, refusal.problem, refusal.remedy)
+    modules = set(getattr(args, "recompute_modules", None) or ["core_attn"])
+    if getattr(args, "recompute_granularity", None) == "selective" and modules != {"core_attn"}:
+        raise InputError(
+            "--recompute-modules", sorted(modules), "of selective recomputation DIP runs, and plans for, that of core attention alone",
+            "leave it out or give core_attn; --dip-memory-limit makes plans recompute whole layers",
+        )
     if getattr(args, "recompute_granularity", None) == "full":
         raise InputError(
             "--recompute-granularity", "full", "DIP chooses for every stage how much to recompute",

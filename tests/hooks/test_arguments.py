@@ -93,6 +93,11 @@ def test_megatrons_defaults_are_not_refused() -> None:
                 assert not refusal.unwanted(value), name
 
 
+def test_selective_recompute_is_of_core_attention() -> None:
+    with pytest.raises(InputError, match=r"--recompute-modules = \['core_attn', 'mlp'\]: .* Remedy: leave it out or give core_attn"):
+        validate_dip_args(parse(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]))
+
+
 def test_full_recompute_is_the_planners_choice() -> None:
     with pytest.raises(InputError, match="--dip-memory-limit"):
         validate_dip_args(parse(recompute_granularity="full"))
