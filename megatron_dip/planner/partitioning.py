@@ -6,6 +6,7 @@ judgement is short and limited by evaluations, not by time: the same sample give
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,6 +16,7 @@ from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.joint import ChoiceLimits, NothingFits, PartitionChoice, choose_partition, judged_batches
 from megatron_dip.partition.offline import Batch
 from megatron_dip.partition.online import split
+from megatron_dip.planner.all_memory import captured_inputs, recomputing_room
 from megatron_dip.schedule.backward import SplitBackward, search_forms
 from megatron_dip.schedule.graph import build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
@@ -27,6 +29,8 @@ _SHORT, _THOROUGH = 140, 840
 """Schedules tried for a candidate on all judged batches together: enough to rank partitions, not to find the best plan."""
 _SHORT_STAGES, _THOROUGH_STAGES = 1_000_000, 5_000_000
 """Stages placed for a candidate on all judged batches together at most, so that the choice takes no longer for large setups."""
+_MESSAGES_PART = 40
+"""One part in so many of what live stages may hold is left for messages and for fuller microbatches than the sample's."""
 _LEAST = 8
 """Schedules tried for a candidate on one batch, however many batches there are."""
 
@@ -61,11 +65,18 @@ def joint_partition(
     num_judged = len(given) + len(drifted)
     lacking: list[tuple[int, int, int]] = []  # (most bytes missing on a rank, that rank, bytes it holds all the time)
 
+    # What plans count besides is known only once they are lowered: the choice keeps room for it, unless nothing fits so.
+    keeps_room = capacity is not None and costs.counts_all_memory()
+
     def evaluate(partition: Partition, batch: Batch, fine: bool) -> float:
         limit = np.full(num_ranks, UNLIMITED, dtype=np.int64)
+        sub_microbatches = split(batch, model, partition, costs)
         if capacity is not None:
             limit = capacity - np.array(static_bytes(model, partition, costs), dtype=np.int64)
-        sub_microbatches = split(batch, model, partition, costs)
+        if keeps_room:
+            problem = build_problem(model, partition, sub_microbatches, costs, only_strategy=strategy)
+            limit -= recomputing_room(problem) + captured_inputs(model, batch, costs, num_ranks).sum(axis=0)
+            limit -= np.maximum(limit, 0) // _MESSAGES_PART
         stages = sum(2 * num_ranks * partition.num_chunks(sub.module) for sub in sub_microbatches)
         tries, most_stages = (_THOROUGH, _THOROUGH_STAGES) if fine else (_SHORT, _SHORT_STAGES)
         tried = max(_LEAST, min(tries, most_stages // stages) // num_judged)
@@ -82,10 +93,17 @@ def joint_partition(
             lacking.append((int(error.missing[rank]), rank, capacity - int(limit[rank])))
             return math.inf
 
-    try:
+    def choose() -> PartitionChoice:
         return choose_partition(
             model, num_ranks, batches, costs, evaluate, chunks=chunks, sizes=sizes, progress=progress, drift=drift, limits=limits,
         )
+
+    try:
+        if keeps_room:
+            with contextlib.suppress(NothingFits):
+                return choose()
+            keeps_room = False
+        return choose()
     except NothingFits:
         missing, rank, held = min(lacking)
         raise InputError(
