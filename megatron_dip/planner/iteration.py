@@ -234,7 +234,7 @@ def _with_lower_peaks(solve: Callable[[NDArray[np.int64], float], _Lowered], fou
     return found
 
 
-_FITTINGS = 4
+_FITTINGS = 6
 """Searches at most until what a schedule's programs hold fits beside its activations."""
 
 
@@ -250,7 +250,7 @@ def _fit(
     """
     if capacity is None:
         return solve(limit)
-    for _ in range(_FITTINGS):
+    for number in range(_FITTINGS):
         try:
             lowered = solve(limit - room)
         except DoesNotFit as error:
@@ -261,7 +261,8 @@ def _fit(
         over = np.array(lowered.schedule.peak_memory(initial)) - capacity
         if (over <= 0).all():
             return lowered
-        room = room + np.maximum(over, 0)
+        # Another room gives another schedule, which may hold somewhat more than this one: from try to try with more to spare.
+        room = room + np.maximum(over, 0) * (1 << number)
     too_much = _memory_error(DoesNotFit(over, np.full(len(over), -1)), capacity, initial, options)
     if not options.may_exceed_memory:
         raise too_much
