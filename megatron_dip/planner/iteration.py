@@ -234,6 +234,8 @@ def _with_lower_peaks(solve: Callable[[NDArray[np.int64], float], _Lowered], fou
     return found
 
 
+_FITTING_PART = 200
+"""From the second try on at least one part in so many of a rank's bytes is kept free more, times the try."""
 _FITTINGS = 6
 """Searches at most until what a schedule's programs hold fits beside its activations."""
 
@@ -262,7 +264,7 @@ def _fit(
         if (over <= 0).all():
             return lowered
         # Another room gives another schedule, which may hold somewhat more than this one: from try to try with more to spare.
-        room = room + np.maximum(over, 0) * (1 << number)
+        room = room + np.where(over > 0, np.maximum(over, number * limit // _FITTING_PART), 0)
     too_much = _memory_error(DoesNotFit(over, np.full(len(over), -1)), capacity, initial, options)
     if not options.may_exceed_memory:
         raise too_much
