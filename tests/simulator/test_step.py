@@ -331,7 +331,8 @@ def test_dip_is_simulated_as_it_is_planned(split_backward: bool) -> None:
     result = simulate(given, "dip", partition=partition(), options=QUICK, costs=costs)
     assert result.bubble_fraction == pytest.approx(plan.bubble_fraction)
     assert sum(parts(result)[part] for part in ("compute", "tensor_parallel", "p2p", "bubble")) == pytest.approx(plan.claimed_makespan / 1e9)
-    assert all(peak >= planned for peak, planned in zip(result.peak_memory_bytes, plan.peak_memory, strict=True))
+    # The plan counts every message and captured input, the simulator two messages and the working set of its largest part.
+    assert result.peak_memory_bytes == pytest.approx(plan.peak_memory, rel=0.02)
 
 
 @given(
