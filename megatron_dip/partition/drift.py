@@ -31,7 +31,18 @@ def drifted_batches(model: ModelSpec, batches: Sequence[Batch]) -> list[Batch]:
         batch = batches[len(found) % len(batches)]
         found.append(_drifted(module, batch, [_DOUBLE * (index % 2) for index in range(len(batch))], most))
     # Without its only module a batch has nothing to run.
-    return [batch for batch in found if any(lengths for microbatch in batch for lengths in microbatch.values())]
+    trainable = [[_without_loose_ends(model, microbatch) for microbatch in batch] for batch in found]
+    return [batch for batch in trainable if any(lengths for microbatch in batch for lengths in microbatch.values())]
+
+
+def _without_loose_ends(model: ModelSpec, microbatch: Microbatch) -> Microbatch:
+    """The microbatch without encoders' instances that feed nothing any more: no workload may hold them."""
+    kept = dict(microbatch)
+    for name in reversed(model.topological()):
+        consumers = model.consumers_of(name)
+        if model.module(name).role == "encoder" and consumers and not any(kept.get(consumer) for consumer in consumers):
+            kept.pop(name, None)
+    return kept
 
 
 def _drifted(module: str, batch: Batch, scales: Sequence[float], most: int) -> list[Microbatch]:

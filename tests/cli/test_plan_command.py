@@ -109,7 +109,7 @@ def test_the_recompute_setting_is_kept_and_auto_is_free(workload: Path) -> None:
 
 def test_a_replica_gets_its_own_microbatches(workload: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(workload, parallel={"pipeline": 2, "data": 2})
-    assert plan(workload, "--replica", "1") == 0
+    assert plan(workload, "--replica", "1", "--balance", "off") == 0
     made = load_plan(workload.parent / "plan.json")
     check_plan(made, load_workload(workload).replica_microbatches(1))
     assert "replica 1 of 2" in capsys.readouterr().out
