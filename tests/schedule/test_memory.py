@@ -330,7 +330,7 @@ def test_the_exact_choice_improves_a_lean_schedule():
     """Every pair at its leanest, though there is room: the exact choice takes it back."""
     problem, orders = scheduled(vlm_case(num_microbatches=6, num_ranks=2), False)
     schedule = time_order(problem.graph(problem.leanest()), orders)
-    lean = SearchResult(schedule=schedule, choice=problem.leanest(), evaluations=1)
+    lean = SearchResult(schedule=schedule, choice=problem.leanest(), evaluations=1, priorities=np.arange(1), others=())
     limit = np.full(2, 10**6)
     assert with_exact_memory(problem, limit, lean).choice.tolist() == [0] * problem.num_pairs
     assert with_exact_memory(problem, np.full(2, UNLIMITED), lean) is lean
