@@ -63,6 +63,24 @@ def input_bytes(module: ModuleSpec, lengths: Sequence[int], *, at_first: bool) -
     return 4 * STEM_INPUT[module.kind] * sum(lengths) if at_first else 0
 
 
+KEPT_STEM_BYTES = 64 * 2**20
+"""Of stem inputs (images, latents) that a rank keeps from the iteration's start on; microbatches beyond are read again when their stem runs."""
+
+
+class StemBudget:
+    """Which microbatches' stem inputs stay on the device: the first ones, in their order, as far as :data:`KEPT_STEM_BYTES` go."""
+
+    def __init__(self) -> None:
+        self._kept = 0
+
+    def keeps(self, size: int) -> bool:
+        """Whether the next microbatch's stay, of ``size`` bytes."""
+        if self._kept + size > KEPT_STEM_BYTES:
+            return False
+        self._kept += size
+        return True
+
+
 def bytes_per_parameter(training: Training, *, trainable: bool, replicas: int) -> float:
     """Parameter, gradient and optimizer bytes; ``replicas`` = data- times context-parallel ranks."""
     width = 4 if training.dtype == "fp32" else 2

@@ -2,7 +2,7 @@
 
 One call is one iteration of one replica:
 
-1. every rank pulls its microbatches and runs the user's forward_step once for each, which only records (``models.capture``);
+1. every rank pulls its microbatches and runs the user's forward_step for each, which only records (``models.capture``);
 2. the planner rank (first pipeline, tensor and context rank of the replica) takes the batch's plan from its background service and
    broadcasts it; every rank then compares plan, batch, cut and health with every other, and replicas tell each other whether they
    can go on, so that a difference or a bad batch is one clear error on all ranks and not a hang;
@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -153,6 +153,7 @@ class DipForwardBackward:
         self._capture = BatchCapture(
             chunk=self._chunks[0], metadata=settings.metadata, call_metadata=settings.call_metadata,
             call_conditions=settings.call_conditions if self.groups.num_ranks > 1 else None, num_outputs=settings.num_outputs,
+            bind=staged_model.bind,
         )
         self._agreement = Agreement(self.groups, partition)
         alone = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size() == 1
@@ -248,6 +249,7 @@ class DipForwardBackward:
             self._loss_is_sum,
         )
         batch.calls.clear()  # each is let go when its last stage has run
+        batch.inputs.clear()
         set_auxiliary_loss_scale(config, num_microbatches, pg_collection.cp.size(), self._device)
         if not (first_val_step is False and forward_only):
             for chunk in chunks:
@@ -358,7 +360,7 @@ class DipForwardBackward:
         try:
             if error is None and shared.plan is not None:
                 try:
-                    self._staged_model.begin_iteration(shared.plan, batch.calls, forward_only=forward_only)
+                    self._staged_model.begin_iteration(shared.plan, batch.inputs, batch.recapture, forward_only=forward_only)
                 except Exception as caught:
                     misfit = caught
             self._agreement.compare(shared.digest, batch.microbatches, batch.conditions, error, misfit)
@@ -366,8 +368,6 @@ class DipForwardBackward:
             self._staged_model.end_iteration()
             raise
         assert shared.plan is not None
-        # The model has taken the arguments; what it does not need of them goes.
-        batch.calls[:] = [replace(call, args=(), kwargs={}) for call in batch.calls]
         self.plan = shared.plan
         if not batch.is_replay:
             self._foresight.look(forward_step, lookahead, num_microbatches, forward_only, self._plans, balance)

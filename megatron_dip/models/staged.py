@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_block import TransformerBlock
 
+from megatron_dip.cost.memory import StemBudget
 from megatron_dip.models.description import ModelDescription
 from megatron_dip.models.trained import transformer_blocks
-from megatron_dip.runtime.interface import ChunkKey, ForwardOutput, OutputPart, PayloadSpec
+from megatron_dip.runtime.interface import BoundCall, ChunkKey, ForwardOutput, OutputPart, PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan, PlanStage
 
@@ -24,6 +26,15 @@ class ModelCall(Protocol):
 
     @property
     def kwargs(self) -> Mapping[str, Any]: ...
+
+
+def _tensor_bytes(value: Any) -> int:
+    """Of the tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return 0 if value.is_meta else value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_tensor_bytes, value.values()))
+    return sum(map(_tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 class DescribedStagedModel:
@@ -41,35 +52,80 @@ class DescribedStagedModel:
             key: [RecomputedBlock(block, chunk) for block in transformer_blocks(chunk)] for key, chunk in self.chunks.items()
         }
         self._stages: list[PlanStage] = []
-        self._batches: list[Any] = []
+        self._batches: list[BoundCall | None] = []
+        self._recapture: Callable[[int], ModelCall] | None = None
+        self._stem_modules = {module.name for module in description.model_spec.modules if module.kind != "lm"}
+        """Those whose first chunk reads more than tokens."""
+        self._stem_budget = StemBudget()
+        self._stems_left: Counter[int] = Counter()
+        """Microbatch -> its stem stages that have not run, on the rank that has the stems."""
         self._first_instance: dict[tuple[str, int, int], int] = {}
         self._num_parts: dict[tuple[str, int], int] = {}
         """(module, microbatch) -> its sub-microbatches."""
 
-    def begin_iteration(self, plan: Plan, microbatches: Sequence[ModelCall], *, forward_only: bool) -> None:
-        """Binds the calls; raises InputError where a microbatch does not hold the instances that the plan was made for."""
+    def bind(self, call: ModelCall) -> BoundCall:
+        whole = self.description.bind(call.args, call.kwargs)
+        lean = self.description.without_stem_inputs(whole)
+        has_stems = parallel_state.get_pipeline_model_parallel_rank() == 0
+        keeps = has_stems and self._stem_budget.keeps(_tensor_bytes(whole) - _tensor_bytes(lean))
+        return BoundCall(whole if keeps else lean, has_stems and not keeps, self.description.num_instances(whole))
+
+    def begin_iteration(
+        self, plan: Plan, microbatches: Sequence[BoundCall], recapture: Callable[[int], ModelCall], *, forward_only: bool
+    ) -> None:
+        """Raises InputError where a microbatch does not hold the instances that the plan was made for."""
         self._stages = plan.stages
-        self._batches = [self.description.bind(call.args, call.kwargs) for call in microbatches]
+        self._batches = list(microbatches)
+        self._recapture = recapture
         counts = part_sizes(plan)
         self._num_parts = {key: len(parts) for key, parts in counts.items()}
         self._first_instance = first_instances(counts)
-        for index, batch in enumerate(self._batches):
-            for module, found in self.description.num_instances(batch).items():
+        for index, bound in enumerate(microbatches):
+            for module, found in bound.num_instances.items():
                 planned = sum(counts.get((module, index), {}).values())
                 if planned != found:
                     raise InputError(
                         f"microbatch {index}", found, f"forward_step gives the model this many instances of {module}, the data iterator's item "
                         f"tells {planned}", "give the model what the item holds",
                     )
+        self._stems_left = Counter(stage.microbatch for stage in plan.stages if self._is_stem(stage))
 
-        if parallel_state.get_pipeline_model_parallel_rank() > 0:
-            self._batches = [self.description.without_stem_inputs(batch) for batch in self._batches]
+    def _is_stem(self, stage: PlanStage) -> bool:
+        return stage.kind == "fw" and stage.vp_stage == stage.rank == 0 and stage.module in self._stem_modules
 
     def release(self, microbatch: int) -> None:
         self._batches[microbatch] = None
 
     def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
-        return self.description.boundary(producer, consumer, self._batches[producer.microbatch], self._first(producer))
+        return self.description.boundary(producer, consumer, self._batch(producer.microbatch), self._first(producer))
+
+    def _batch(self, microbatch: int) -> Any:
+        bound = self._batches[microbatch]
+        assert bound is not None, f"microbatch {microbatch} was let go"
+        return bound.batch
+
+    def _with_stem_inputs(self, microbatch: int) -> None:
+        """Reads a microbatch's stem inputs once more where they were not kept."""
+        bound = self._batches[microbatch]
+        assert bound is not None
+        assert self._recapture is not None
+        if not bound.reads_again:
+            return
+        call = self._recapture(microbatch)
+        again = BoundCall(self.description.bind(call.args, call.kwargs), False, bound.num_instances)
+        if self.description.num_instances(again.batch) != bound.num_instances:
+            raise InputError(
+                f"microbatch {microbatch}", self.description.num_instances(again.batch),
+                f"forward_step gave the model {bound.num_instances} instances at the first reading of the same item", "let it change no item in place",
+            )
+        self._batches[microbatch] = again
+
+    def _without_stem_inputs(self, microbatch: int) -> None:
+        """Lets stem inputs go behind a microbatch's last stem stage."""
+        self._stems_left[microbatch] -= 1
+        bound = self._batches[microbatch]
+        if not self._stems_left[microbatch] and bound is not None:
+            self._batches[microbatch] = BoundCall(self.description.without_stem_inputs(bound.batch), False, bound.num_instances)
 
     def _first(self, stage: PlanStage) -> int:
         return self._first_instance[stage.module, stage.microbatch, stage.sub_microbatch]
@@ -82,8 +138,13 @@ class DescribedStagedModel:
         key = (stage.module, stage.vp_stage)
         for block in self._recomputed[key]:
             block.set_strategies(stage.strategy, passes_on=any(payload.requires_grad for payload in inputs.values()))
-        batch, first = self._batches[stage.microbatch], self._first(stage)
+        is_stem = self._is_stem(stage)
+        if is_stem:
+            self._with_stem_inputs(stage.microbatch)
+        batch, first = self._batch(stage.microbatch), self._first(stage)
         output = self.description.run_chunk(self.chunks[key], stage, batch, first, by_module)
+        if is_stem:
+            self._without_stem_inputs(stage.microbatch)
         if not consumers:
             return ForwardOutput(payloads={}, result=self._result(stage, output, batch, first))
         return ForwardOutput(payloads={consumer.id: output for consumer in consumers})
@@ -102,6 +163,8 @@ class DescribedStagedModel:
 
     def end_iteration(self) -> None:
         self._stages, self._batches, self._first_instance, self._num_parts = [], [], {}, {}
+        self._recapture = None
+        self._stem_budget = StemBudget()
 
 
 def part_sizes(plan: Plan) -> dict[tuple[str, int], dict[int, int]]:

@@ -6,7 +6,9 @@ In: a schedule and its program. Out: the same task graph with these bytes counte
 - a receive's buffer lives from its post until the stage that takes it: until the stage's start where it is kept as an activation, until
   its end else (a gradient, or an input of a stage without a backward). What modules hand to others is counted from its making on
   already (:mod:`megatron_dip.schedule.graph`);
-- the inputs of all microbatches are there from the first stage on, and go with a microbatch's last forward on the rank;
+- the inputs of all microbatches are there from the first stage on, and go with a microbatch's last forward on the rank; what stems read
+  (images, on rank 0) goes with the last stem stage and is there from the first one on, or from the start within a small budget
+  (:class:`megatron_dip.cost.memory.StemBudget`);
 - a backward that recomputes needs one whole layer's activation for its time.
 
 Not counted: what operators need for themselves, the allocator's unused blocks, the libraries' own buffers.
@@ -15,13 +17,14 @@ Not counted: what operators need for themselves, the allocator's unused blocks, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dip.cost.interface import CostModel
+from megatron_dip.cost.memory import StemBudget
 from megatron_dip.program.program import IRECV, ISEND, WAIT_SEND, Program
 from megatron_dip.schedule.graph import StageProblem
 from megatron_dip.schedule.result import Schedule
@@ -40,14 +43,14 @@ def recomputing_room(problem: StageProblem) -> NDArray[np.int64]:
 
 def with_all_memory(
     problem: StageProblem, schedule: Schedule, tasks: NDArray[np.int64], choice: NDArray[np.int32], program: Program,
-    inputs: NDArray[np.int64],
+    inputs: CapturedInputs,
 ) -> Schedule:
     """The schedule with everything that its rank programs hold.
 
     Args:
         schedule, tasks: without absent tasks, from :meth:`StageProblem.present`.
         choice: [Q] candidate of each pair.
-        inputs: [microbatches, P] bytes of captured inputs.
+        inputs: what microbatches bring.
     """
     graph = schedule.graph
     pair = problem.pair_of_task[tasks]
@@ -73,12 +76,27 @@ def with_all_memory(
         if not len(row):
             continue
         forwards = row[graph.kind[row] == FORWARD]
-        last = np.full(len(inputs), -1, dtype=np.int64)
-        last[graph.microbatch[forwards]] = forwards  # the last one stays
-        held = inputs[:, rank] * (last >= 0)
+        _, last = _first_and_last(forwards, graph.microbatch, len(inputs.held))
+        held = inputs.held[:, rank] * (last >= 0)
         start[row[0]] += held.sum()
         np.subtract.at(end, last[last >= 0], held[last >= 0])
+        if rank == 0:
+            stems = forwards[(graph.vp_stage[forwards] == 0) & np.isin(graph.module[forwards], [
+                graph.module_names.index(name) for name in inputs.stem_modules if name in graph.module_names
+            ])]
+            first, last = _first_and_last(stems, graph.microbatch, len(inputs.held))
+            there = last >= 0
+            np.add.at(start, np.where(inputs.is_late, first, row[0])[there], inputs.stem[there])
+            np.subtract.at(end, last[there], inputs.stem[there])
     return replace(schedule, graph=replace(graph, mem_start_bytes=start, mem_end_bytes=end))
+
+
+def _first_and_last(stages: NDArray[np.int64], microbatch: NDArray[np.int32], num_microbatches: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each microbatch's first and last one of ``stages``, which stand in their order; -1: none."""
+    first, last = np.full(num_microbatches, -1, dtype=np.int64), np.full(num_microbatches, -1, dtype=np.int64)
+    last[microbatch[stages]] = stages  # the last one stays
+    first[microbatch[stages[::-1]]] = stages[::-1]
+    return first, last
 
 
 @numba.njit(nogil=True, cache=True)
@@ -101,13 +119,40 @@ def _add_messages(action_offset, op, stage, message, producer, sent_bytes, recei
                 posted += received_bytes[number]
 
 
-def captured_inputs(model: ModelSpec, microbatches: Sequence[Microbatch], costs: CostModel, num_ranks: int) -> NDArray[np.int64]:
-    """[microbatches, P] bytes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedInputs:
+    """Bytes that microbatches bring."""
+
+    held: NDArray[np.int64]
+    """[microbatches, P] from the iteration's start until the microbatch's last forward on the rank"""
+    stem: NDArray[np.int64]
+    """[microbatches] beside them on rank 0, until the microbatch's last stem stage"""
+    is_late: NDArray[np.bool_]
+    """[microbatches] whether ``stem`` is there from the first stem stage on, and not from the start"""
+    stem_modules: tuple[str, ...]
+    """Modules whose first chunk reads them."""
+
+    def room(self) -> NDArray[np.int64]:
+        """[P] bytes to keep free for them at least: all that is there from the start, and one microbatch that is late."""
+        room = self.held.sum(axis=0)
+        room[0] += self.stem[~self.is_late].sum() + self.stem[self.is_late].max(initial=0)
+        return room
+
+
+def captured_inputs(model: ModelSpec, microbatches: Sequence[Microbatch], costs: CostModel, num_ranks: int) -> CapturedInputs:
     held = np.zeros((len(microbatches), num_ranks), dtype=np.int64)
+    stem = np.zeros(len(microbatches), dtype=np.int64)
+    stem_modules = set()
     for index, microbatch in enumerate(microbatches):
         for module in model.modules:
             lengths = microbatch.get(module.name, ())
             if lengths:
-                held[index, 0] += costs.input_bytes(module.name, lengths, at_first=True)
-                held[index, 1:] += costs.input_bytes(module.name, lengths, at_first=False)
-    return held
+                everywhere = costs.input_bytes(module.name, lengths, at_first=False)
+                of_stem = costs.input_bytes(module.name, lengths, at_first=True) - everywhere
+                held[index] += everywhere
+                stem[index] += of_stem
+                if of_stem:
+                    stem_modules.add(module.name)
+    budget = StemBudget()
+    is_late = np.array([not budget.keeps(int(size)) for size in stem], dtype=np.bool_)
+    return CapturedInputs(held=held, stem=stem, is_late=is_late, stem_modules=tuple(sorted(stem_modules)))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.online import split
-from megatron_dip.planner.all_memory import captured_inputs, recomputing_room, with_all_memory
+from megatron_dip.planner.all_memory import CapturedInputs, captured_inputs, recomputing_room, with_all_memory
 from megatron_dip.planner.courtesy import no_collections
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
@@ -156,7 +156,7 @@ def plan_iteration(
 
     room = np.zeros(partition.num_ranks, dtype=np.int64)
     if inputs is not None and capacity is not None:
-        room = recomputing_room(build(False)) + inputs.sum(axis=0)
+        room = recomputing_room(build(False)) + inputs.room()
     lowered = _fit(solve, limit, room, initial, capacity, options)
     if options.lower_peaks:
         lowered = _with_lower_peaks(solve, lowered, limit - room)
@@ -194,9 +194,9 @@ def _best_on_one_queue(lowered: _Lowered, lower_too: Callable[[Solved], _Lowered
     return best
 
 
-def _lower(solved: Solved, inputs: NDArray[np.int64] | None) -> _Lowered:
+def _lower(solved: Solved, inputs: CapturedInputs | None) -> _Lowered:
     """Args:
-    inputs: [microbatches, P] bytes of captured inputs where all memory counts.
+    inputs: what microbatches bring, where all memory counts.
     """
     schedule, tasks = solved.problem.present(solved.result.schedule)
     program = lower(schedule.graph, schedule.order)

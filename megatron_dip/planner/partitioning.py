@@ -75,7 +75,7 @@ def joint_partition(
             limit = capacity - np.array(static_bytes(model, partition, costs), dtype=np.int64)
         if keeps_room:
             problem = build_problem(model, partition, sub_microbatches, costs, only_strategy=strategy)
-            limit -= recomputing_room(problem) + captured_inputs(model, batch, costs, num_ranks).sum(axis=0)
+            limit -= recomputing_room(problem) + captured_inputs(model, batch, costs, num_ranks).room()
             limit -= np.maximum(limit, 0) // _MESSAGES_PART
         stages = sum(2 * num_ranks * partition.num_chunks(sub.module) for sub in sub_microbatches)
         tries, most_stages = (_THOROUGH, _THOROUGH_STAGES) if fine else (_SHORT, _SHORT_STAGES)

@@ -11,7 +11,7 @@ ranks can be measured with the real executor and real messages on a machine that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +30,18 @@ class PayloadSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class BoundCall:
+    """What a rank holds of a microbatch."""
+
+    batch: Any
+    """The model's own form of it."""
+    reads_again: bool
+    """Whether inputs of this rank's stems are left out, for which the call is to be captured once more."""
+    num_instances: dict[str, int]
+    """Module -> its instances."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +73,19 @@ class StagedModel(Protocol):
         """This rank's chunks in the canonical order, which is that of the chunk list handed to Megatron (``model``)."""
         ...
 
-    def begin_iteration(self, plan: Plan, microbatches: Sequence[Any], *, forward_only: bool) -> None:
-        """Takes the iteration's plan and, for each microbatch, what the capture of the user's forward_step produced.
+    def bind(self, call: Any) -> BoundCall:
+        """What this rank's chunks need of a microbatch, of which the capture of the user's forward_step produced ``call``.
+
+        Called for the next iteration's microbatches in their order. Stem inputs beyond a budget are left out of it; a stage that needs
+        them asks for the call once more.
+        """
+        ...
+
+    def begin_iteration(self, plan: Plan, microbatches: Sequence[BoundCall], recapture: Callable[[int], Any], *, forward_only: bool) -> None:
+        """Takes the iteration's plan and what :meth:`bind` gave for each microbatch.
+
+        Args:
+            recapture: the call of a microbatch that reads again; to be asked for once.
 
         Raises InputError where they do not fit together. :meth:`end_iteration` follows in any case.
         """

@@ -23,6 +23,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dip.models.description import unwrap
 from megatron_dip.spec.codec import write_atomically
@@ -104,9 +105,9 @@ def load_checkpoint(
         wanted = _sharded_state(model, optimizer, is_loading=True)
         try:
             state = dist_checkpointing.load(wanted, str(target))
-        except Exception as error:  # what damaged files raise in Megatron's and torch's readers is of any kind
+        except (Exception, CheckpointException) as error:  # what damaged files raise in the readers is of any kind; torch's is no Exception
             reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            is_misfit = isinstance(error, (CheckpointingException, KeyError))
+            is_misfit = isinstance(error, (CheckpointingException, CheckpointException, KeyError))
             raise InputError(
                 "--load", str(target), f"cannot be loaded: {type(error).__name__}: {reason}",
                 "use the configuration that it was saved with" + ("" if is_misfit else "; if this is it, files are damaged: " + _others(target)),

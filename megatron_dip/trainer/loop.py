@@ -64,7 +64,7 @@ def compare_settings(folder: Path, config: ExampleConfig, settings: RunSettings)
     }
     for path in ("save", "load", "record", "timelines"):
         del facts[path]
-    digests = {name: hashlib.sha256(msgspec.json.encode(fact, order="sorted")).digest() for name, fact in facts.items()}
+    digests = {name: hashlib.sha256(msgspec.json.encode(msgspec.to_builtins(fact, str_keys=True), order="sorted")).digest() for name, fact in facts.items()}
     table = torch.tensor([list(digests[name]) for name in sorted(digests)], dtype=torch.uint8)
     tables = [torch.empty_like(table) for _ in range(dist.get_world_size())]
     dist.all_gather(tables, table)

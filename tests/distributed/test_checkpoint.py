@@ -140,4 +140,6 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     launch(save_only, 1, case, tmp_path)
     (other,) = launch_all(load_wrong, 1, replace(case, num_layers=(8, 10)), tmp_path)
     assert other.error_message is not None
-    assert "does not fit this model" in other.error_message
+    assert "InputError" in other.error_message
+    assert "cannot be loaded: " in other.error_message
+    assert "use the configuration that it was saved with" in other.error_message

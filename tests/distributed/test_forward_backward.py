@@ -354,7 +354,10 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
 
 
 class _Unreadable(dict[str, torch.Tensor]):
-    """An item that only forward_step understands."""
+    """An item that only forward_step understands, and that cannot be copied for a reading ahead."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("holds an open file")
 
 
 def _cannot_look_ahead(rank: int, num_ranks: int) -> tuple[int, int] | None:
@@ -386,6 +389,57 @@ def _cannot_look_ahead(rank: int, num_ranks: int) -> tuple[int, int] | None:
 
 def test_items_that_cannot_be_read_ahead_train_and_are_counted() -> None:
     assert launch(_cannot_look_ahead, 2) == [(3, 2), None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What a rank did with microbatches whose images forward_step adds noise to."""
+
+    losses: list[float]
+    gradients: float
+    readings: dict[int, int]
+    """Microbatch -> how often forward_step read it."""
+    most_held: int
+    """Microbatches whose images were there at a time."""
+
+
+def _read_images(rank: int, num_ranks: int, kept_bytes: int) -> _Read:
+    from megatron_dip.cost import memory
+
+    memory.KEPT_STEM_BYTES = kept_bytes
+    readings: dict[int, int] = {}
+    held: list[int] = []
+    model = _model()
+    dip = dip_runs.dip_of(CASE, model)
+    run_chunk = model.staged.description.run_chunk
+
+    def counted(*args: Any) -> Any:
+        held.append(sum(bound is not None and bound.batch["images"] is not None and bound.batch["images"].nbytes > 0
+                        and not bound.batch["images"].is_meta for bound in model.staged._batches))
+        return run_chunk(*args)
+
+    def step(data_iterator: Iterator[Item], model: Any) -> Any:
+        item = next(data_iterator)
+        number = item.pop("number")  # as scripts take things out of their items
+        readings[number] = readings.get(number, 0) + 1
+        images = item["images"]
+        return forward_step(iter([{**item, "images": images if images is None else images + torch.randn_like(images)}]), model)
+
+    model.staged.description.run_chunk = counted
+    model.zero_grad()
+    items = [{**item, "number": number} for number, item in enumerate(_items(0, (3, 0, 2, 1)))]
+    return _Read(_losses(_call(model, dip, iter(items), 4, step)), _gradient_sum(model), readings, max(held))
+
+
+def test_images_beyond_the_budget_are_read_again_when_their_stem_runs() -> None:
+    kept = launch(_read_images, 2, 2**30)
+    late = launch(_read_images, 2, 0)
+    assert [read.losses for read in late] == [read.losses for read in kept]
+    assert [read.gradients for read in late] == [read.gradients for read in kept]
+    assert [read.readings for read in kept] == [{0: 1, 1: 1, 2: 1, 3: 1}] * 2
+    assert [read.readings for read in late] == [{0: 2, 1: 1, 2: 2, 3: 2}, {0: 1, 1: 1, 2: 1, 3: 1}]
+    assert [read.most_held for read in kept] == [3, 0]
+    assert [read.most_held for read in late] == [1, 0]
 
 
 def _mean_loss(mask: torch.Tensor, output: torch.Tensor, non_loss_data: bool = False) -> Any:

@@ -17,6 +17,7 @@ from megatron_dip.iteration.capture_batch import BatchCapture
 from megatron_dip.iteration.foreseen_metadata import HOOK, ForeseenMetadata, script_function
 from megatron_dip.iteration.randomness import DrawPlace
 from megatron_dip.models.capture import CapturedCall
+from megatron_dip.runtime.interface import BoundCall
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.workload import Microbatch
 
@@ -52,7 +53,10 @@ def foreseen(records: bool = True, call_metadata: Any = by_call, item_metadata: 
 
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=6))
 def test_any_number_of_images_is_seen_ahead_as_the_batch_says_it(counts: list[int]) -> None:
-    capture = BatchCapture(chunk=CHUNK, metadata=by_form, call_metadata=by_call, call_conditions=None, num_outputs=None)
+    capture = BatchCapture(
+        chunk=CHUNK, metadata=by_form, call_metadata=by_call, call_conditions=None, num_outputs=None,
+        bind=lambda call: BoundCall(call, reads_again=False, num_instances={}),
+    )
     items = [item_of(count) for count in counts]
     look = foreseen()
     ahead = [look(forward_step, item) for item in items]

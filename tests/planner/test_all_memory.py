@@ -16,7 +16,7 @@ from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
-from megatron_dip.planner.all_memory import captured_inputs, recomputing_room, with_all_memory
+from megatron_dip.planner.all_memory import CapturedInputs, captured_inputs, recomputing_room, with_all_memory
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.program.lower import lower
 from megatron_dip.program.program import IRECV, WAIT_SEND, Program
@@ -43,7 +43,7 @@ class AllMemory(WrappedCost):
         return (12 if at_first else 5) * sum(lengths)
 
 
-def peaks(problem: StageProblem, schedule: Schedule, tasks: np.ndarray, choice: np.ndarray, program: Program, inputs: np.ndarray) -> list[int]:
+def peaks(problem: StageProblem, schedule: Schedule, tasks: np.ndarray, choice: np.ndarray, program: Program, inputs: CapturedInputs) -> list[int]:
     """Twin of :func:`with_all_memory`: every buffer is added to all instants, two for each stage, at which it is there."""
     graph, found = schedule.graph, []
     pair = problem.pair_of_task[tasks]
@@ -81,17 +81,23 @@ def peaks(problem: StageProblem, schedule: Schedule, tasks: np.ndarray, choice: 
             if message in posted and not (forward and graph.module[giver] != graph.module[taker]):
                 until = 2 * at[taker] if forward and int(pair[taker]) in has_backward else 2 * at[taker] + 1
                 live(2 * posted[message], until, size)
-        for microbatch in range(len(inputs)):
+        for microbatch in range(len(inputs.held)):
             of_it = [at[task] for task in at if graph.kind[task] == FORWARD and graph.microbatch[task] == microbatch]
             if of_it:
-                live(0, 2 * max(of_it) + 1, int(inputs[microbatch, rank]))
+                live(0, 2 * max(of_it) + 1, int(inputs.held[microbatch, rank]))
+            stems = [
+                at[task] for task in at if graph.kind[task] == FORWARD and graph.microbatch[task] == microbatch
+                and graph.vp_stage[task] == rank == 0 and graph.module_names[graph.module[task]] in inputs.stem_modules
+            ]
+            if stems:
+                live(2 * min(stems) if inputs.is_late[microbatch] else 0, 2 * max(stems) + 1, int(inputs.stem[microbatch]))
         found.append(max(0, int(use.max(initial=0))))
     return found
 
 
 @settings(max_examples=60)
-@given(cases(), st.booleans(), st.integers(0, 3))
-def test_buffers_are_counted_where_programs_hold_them(case: Case, split_backward: bool, level: int) -> None:
+@given(cases(), st.booleans(), st.integers(0, 3), st.integers(-1, 3))
+def test_buffers_are_counted_where_programs_hold_them(case: Case, split_backward: bool, level: int, late_from: int) -> None:
     costs: CostModel = AllMemory(case.costs())
     subs = split(case.microbatches, case.model, case.partition, costs)
     problem = build_problem(case.model, case.partition, subs, costs, split_backward=split_backward)
@@ -100,6 +106,7 @@ def test_buffers_are_counted_where_programs_hold_them(case: Case, split_backward
     schedule, tasks = problem.present(replace(result.schedule, graph=problem.graph(choice)))
     program = lower(schedule.graph, schedule.order)
     inputs = captured_inputs(case.model, case.microbatches, costs, case.partition.num_ranks)
+    inputs = replace(inputs, is_late=np.array([late_from >= 0 and index >= late_from for index in range(len(inputs.stem))]))
     counted = with_all_memory(problem, schedule, tasks, choice, program, inputs)
     assert counted.peak_memory([0] * case.partition.num_ranks) == peaks(problem, schedule, tasks, choice, program, inputs)
     left = np.zeros(case.partition.num_ranks, dtype=np.int64)

@@ -8,7 +8,6 @@ sub-microbatches, so a message in a wrong shape or order is seen.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -49,12 +48,6 @@ class ToyStagedModel:
         self.chunks = {(module, k): make_chunk(module, k, rank, plan.ranks).to(self.device) for module, k in self.chunk_keys}
         self._last = {module: (len(table) - 1, plan.ranks - 1) for module, table in plan.chunks.items()}
         self._backbone = list(plan.chunks)[-1]
-
-    def begin_iteration(self, plan: Plan, microbatches: Sequence[Any], *, forward_only: bool) -> None:
-        pass
-
-    def end_iteration(self) -> None:
-        pass
 
     def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
         return PayloadSpec((rows(producer.module, producer.microbatch, producer.sub_microbatch), WIDTH), torch.float32)
