@@ -8,4 +8,4 @@ cd "$(dirname "$0")/.."
 ruff check .
 mypy
 lint-imports
-python -m pytest -p no:cacheprovider "$@"
+python -m pytest -p no:cacheprovider -n 2 --dist loadfile "$@"

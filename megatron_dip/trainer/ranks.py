@@ -107,18 +107,15 @@ def _run(work: Callable[[], object], needed: Sequence[str]) -> int:
         for module in needed:
             importlib.import_module(module)
     except ImportError as error:
-        print(
-            f"megatron-dip: error: {name}: {error.name} = cannot be imported ({error}): training needs it. "
-            "Remedy: pip install 'megatron-dip[train]'.", file=sys.stderr,
-        )
+        _say(f"{name}: {error.name} = cannot be imported ({error}): training needs it. Remedy: pip install 'megatron-dip[train]'.")
         return EXIT_CODE
     try:
         work()
     except InputError as error:
-        print(f"megatron-dip: error: {name}: {error}", file=sys.stderr)
+        _say(f"{name}: {error}")
         return EXIT_CODE
     except Exception:
-        print(f"megatron-dip: error: {name}:\n{traceback.format_exc()}", file=sys.stderr)
+        _say(f"{name}:\n{traceback.format_exc()}")
         return 1
     except SystemExit as ending:
         if isinstance(ending.code, str):
@@ -127,6 +124,11 @@ def _run(work: Callable[[], object], needed: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def _say(error: str) -> None:
+    """In one piece: ranks that fail together write to the same terminal."""
+    sys.stderr.write(f"megatron-dip: error: {error}\n")
 
 
 def _tell(guard: subprocess.Popen[str], session: int) -> None:
@@ -156,10 +158,9 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     if code == EXIT_CODE:
         return code  # the rank has said what is wrong
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    print(
-        f"megatron-dip: error: rank {number} {how}; the other ranks were ended. Remedy: see its output above; "
-        "a run with --save goes on from its last checkpoint with --load.",
-        file=sys.stderr,
+    _say(
+        f"rank {number} {how}; the other ranks were ended. Remedy: see its output above; a run with --save goes on from its last checkpoint "
+        "with --load."
     )
     return 1 if code < 0 else code
 

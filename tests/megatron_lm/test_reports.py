@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_dip.spec.codec import load_plan
-from tests.megatron_lm.runs import DIP, GPT, NO_EVALUATION, P2, VARYING, VLM, finished, fresh, start, words
+from tests.megatron_lm.runs import DIP, GPT, NO_EVALUATION, P2, SCRIPTS, VARYING, VLM, finished, fresh, start, words
 
 CUT = ["--dip-chunks", "vit=2", "lm=2"]
 
@@ -103,3 +103,59 @@ def test_selective_recomputation_happens_or_is_refused(modules: list[str], check
         return
     stock = finished(start(checkout, checkout / script, arguments, patched=False), 2)
     np.testing.assert_allclose(finished(run, 2).losses, stock.losses, rtol=1e-5)
+
+
+EXTERNAL = ["--dataloader-type", "external"]
+
+
+def test_a_loader_that_ends(patched_tree: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Energon#146, torchrec#1778: the end of the data hung, or cut the last batches."""
+    arguments = [
+        *VLM, *NO_EVALUATION, *EXTERNAL, *DIP, *P2, *CUT, "--dip-look-ahead", "3", "--load", str(checkpoint), "--finetune", "--save", str(tmp_path),
+        "--save-interval", "4",
+    ]
+    finished(start(patched_tree, VARYING, [*arguments, "--train-iters", "4"], ranks=2, environment={"SAMPLES": "32"}), 4)
+    short = start(patched_tree, VARYING, [*arguments, "--train-iters", "5"], ranks=2, environment={"SAMPLES": "32"})
+    assert short.exit_code
+    assert len(short.losses) == 4
+    assert "ended before it gave this many microbatches" in short.output
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "4"
+    resumed = [*VLM, *NO_EVALUATION, *DIP, *P2, *CUT, "--load", str(tmp_path), "--train-iters", "5"]
+    finished(start(patched_tree, VARYING, resumed, ranks=2), 1)
+
+
+def test_a_loader_that_ends_in_one_replica_first(patched_tree: Path, checkpoint: Path) -> None:
+    arguments = [*VLM, *NO_EVALUATION, *EXTERNAL, *DIP, *P2, *CUT, *fresh(checkpoint, 4)]
+    run = start(patched_tree, VARYING, arguments, ranks=4, environment={"SAMPLES": "16,15"})
+    assert run.exit_code
+    assert len(run.losses) == 3
+    assert "ended before it gave this many microbatches" in run.output
+
+
+def test_a_rotary_base_is_taken_or_left_as_the_release_does(trees: tuple[Path, Path], tmp_path: Path) -> None:
+    """Megatron-LM#6585: pretrain_vlm.py ignores the flag up to 0.19."""
+    flags = words("--position-embedding-type rope --rotary-base 500000")
+    save = ["--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1"]
+    finished(start(trees[0], VARYING, [*VLM, *NO_EVALUATION, *flags, *save], patched=False), 1)
+    _compare(trees, tmp_path, flags, ranks=2, dip=[*P2, *CUT])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_microbatches_shorter_than_the_longest(ranks: int, trees: tuple[Path, Path], tmp_path: Path) -> None:
+    """Megatron-LM#6081, #1066: stock schedules receive into buffers of --seq-length."""
+    script = SCRIPTS / "pretrain_gpt_varying.py"
+    save = ["--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1"]
+    finished(start(trees[0], script, [*GPT, *NO_EVALUATION, *save], patched=False), 1)
+    arguments = [*GPT, *NO_EVALUATION, *fresh(tmp_path, 3)]
+    stock = finished(start(trees[0], script, arguments, patched=False), 3)
+    run = finished(start(trees[1], script, [*arguments, *DIP, "--pipeline-model-parallel-size", str(ranks)], ranks=ranks), 3)
+    np.testing.assert_allclose(run.losses, stock.losses, rtol=1e-5)
+
+
+def test_samples_of_a_microbatch_with_other_numbers_of_images(trees: tuple[Path, Path], checkpoint: Path) -> None:
+    """huggingface-llama-recipes#37, TRL#5785. Parts of two images straddle the samples."""
+    flags = [*EXTERNAL, "--micro-batch-size", "2"]
+    _compare(
+        trees, checkpoint, flags, ranks=2, dip=[*P2, *CUT, "--dip-sub-microbatch-size", "vit=2"],
+        environment={"SAMPLES": "24", "IMAGES_AT": "pairs"},
+    )

@@ -5,8 +5,9 @@ stay the script's own, but that the provider is told of the old checkpoint forma
 
 By the environment: SIGTERM_AT_SAMPLE sends this process a SIGTERM when that sample is read; STARTED_EARLIER_MINUTES lets the training
 loop think so; NODE_NAME gives this machine another name; UNSUPERVISED_EVERY leaves every n-th sample without a token to learn;
-TEXT_LENGTHS=vary gives texts of 4 to 24 tokens; IMAGES_AT=even or one gives images to samples of even numbers alone, or 40 to the first; NOISE
-draws noise on images and weights of tokens in forward_step; RERUN_EVERY_ITERATION sets the mode that 0.16.1's --rerun-mode cannot name.
+TEXT_LENGTHS=vary gives texts of 4 to 24 tokens; IMAGES_AT=even or one gives images to samples of even numbers alone, or 40 to the first, and
+pairs gives the two samples of a microbatch different numbers; SAMPLES, with --dataloader-type external, is how many samples each replica's loader
+gives before it ends (one number, or one a replica with commas); NOISE draws noise on images and weights of tokens in forward_step; RERUN_EVERY_ITERATION sets the mode that 0.16.1's --rerun-mode cannot name.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.datasets.gpt_dataset import MockGPTDataset
 from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 from megatron.training import get_args, initialize, training
@@ -31,6 +34,7 @@ definitions, main_block = (checkout / "pretrain_vlm.py").read_text().split(MAIN)
 script: dict[str, Any] = {"__name__": "__main__", "__file__": str(checkout / "pretrain_vlm.py")}
 exec(compile(definitions, script["__file__"], "exec", dont_inherit=True), script)
 stock_get_batch, stock_model_provider = script["get_batch"], script["model_provider"]
+stock_datasets_provider = script["train_valid_test_datasets_provider"]
 
 
 def count_images(index: int) -> int:
@@ -39,6 +43,8 @@ def count_images(index: int) -> int:
         return 0 if index % 2 else 1 + index % 3
     if where == "one":
         return 40 if index == 0 else 0
+    if where == "pairs":
+        return (3, 1, 0, 2, 4, 0)[index % 6]
     return IMAGE_COUNTS[index % len(IMAGE_COUNTS)]
 
 
@@ -80,6 +86,30 @@ def get_batch(data_iterator: Any) -> tuple[Any, ...]:
     return tuple(batch)
 
 
+def datasets_provider(sizes: Any, *arguments: Any, **others: Any) -> tuple[Any, Any, Any]:
+    """The script's data sets; or an iterator over microbatches that ends, as external loaders give them."""
+    train, validation, test = stock_datasets_provider(sizes, *arguments, **others)
+    if "SAMPLES" not in os.environ:
+        return train, validation, test
+    numbers = [int(number) for number in os.environ["SAMPLES"].split(",")]
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return microbatches(train, replica, replicas, numbers[replica % len(numbers)]), None, None
+
+
+def microbatches(dataset: Any, replica: int, replicas: int, samples: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Of --micro-batch-size samples, texts padded to the longest and images one behind the other."""
+    size = get_args().micro_batch_size
+    for first in range(0, samples, size):
+        rows = [dataset[(first + place) * replicas + replica] for place in range(size)]
+        longest = max(len(row["tokens"]) for row in rows)
+        texts = {
+            name: torch.stack([torch.nn.functional.pad(row[name], (0, longest - len(row[name]))) for row in rows])
+            for name in ("tokens", "labels", "loss_mask", "position_ids")
+        }
+        images = [row["image"] for row in rows if row["image"].numel() > 1]
+        yield {**texts, "image": torch.cat(images)[None] if images else torch.zeros(1, 1, 1, 1)}
+
+
 def model_provider(**arguments: Any) -> torch.nn.Module:
     args = get_args()
     given, args.ckpt_format = args.ckpt_format, "torch"
@@ -104,7 +134,10 @@ def pretend() -> None:
 
 
 pretend()
-script.update(get_batch=get_batch, model_provider=model_provider, MockMultimodalDataset=VaryingImages)
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # as the script's main block says of its own
+script.update(
+    get_batch=get_batch, model_provider=model_provider, MockMultimodalDataset=VaryingImages, train_valid_test_datasets_provider=datasets_provider
+)
 
 if __name__ == "__main__":
     assert os.environ["WORLD_SIZE"], "start it with one process a rank"
