@@ -442,6 +442,33 @@ def test_images_beyond_the_budget_are_read_again_when_their_stem_runs() -> None:
     assert [read.most_held for read in late] == [1, 0]
 
 
+def _with_dropout(rank: int, num_ranks: int, rate: float) -> list[list[float]]:
+    """Losses and gradients of the same batch, twice from the same random states."""
+    from megatron.core import tensor_parallel
+
+    model = _model()
+    for chunk in model.chunks:
+        for layer in chunk.modules():
+            if hasattr(layer, "hidden_dropout"):
+                layer.hidden_dropout = rate
+    seen = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        tensor_parallel.model_parallel_cuda_manual_seed(3)
+        model.zero_grad()
+        dip = dip_runs.dip_of(CASE, model)
+        losses = _losses(_call(model, dip, iter(_items(0, (3, 0, 2, 1))), 4))
+        seen.append([*losses, _gradient_sum(model)])
+    return seen
+
+
+def test_dropout_is_the_same_under_the_same_plan() -> None:
+    dropped, kept = launch(_with_dropout, 2, 0.3), launch(_with_dropout, 2, 0.0)
+    for (first, again), (without, _) in zip(dropped, kept, strict=True):
+        assert first == again
+        assert first != without
+
+
 def _mean_loss(mask: torch.Tensor, output: torch.Tensor, non_loss_data: bool = False) -> Any:
     if non_loss_data:
         return output.shape

@@ -157,6 +157,22 @@ def test_a_machine_that_slows_is_followed_before_the_next_fit() -> None:
     assert ratios[-1] == pytest.approx(1.0, abs=0.03)
 
 
+def test_a_new_fit_holds_the_speed_that_it_was_measured_at() -> None:
+    """What stages took beyond the fit before is no part of the next one."""
+    slow = SlowedCost(Machine(analytic()), 1.5)
+    loop, of_slow = feedback(), feedback()
+    train(loop, Machine(analytic()), 6)
+    train(of_slow, slow, 6)
+    for _ in range(SPEED_ITERATIONS):
+        plan = planned(loop.current_costs())
+        loop.follow(plan, 0, executed(plan, slow)[0])
+    assert loop.factor > 1.4
+    assert of_slow.profile is not None
+    loop.use_profile(of_slow.profile)
+    plan = planned(loop.current_costs())
+    assert plan.claimed_makespan == pytest.approx(makespan(executed(plan, slow)), rel=0.04)
+
+
 def test_recomputed_layers_are_not_learned_as_slow_ones() -> None:
     truth = Machine(analytic())
     loop = feedback()

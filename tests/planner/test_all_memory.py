@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
 from megatron_dip.planner.all_memory import CapturedInputs, captured_inputs, recomputing_room, with_all_memory
-from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.planner.iteration import PlanOptions, _fit, plan_iteration
 from megatron_dip.program.lower import lower
 from megatron_dip.program.program import IRECV, WAIT_SEND, Program
 from megatron_dip.schedule.checker import check_plan
@@ -128,6 +130,23 @@ def test_plans_keep_a_limit_with_all_that_they_hold_or_say_so(case: Case, tenths
     for peak, capacity in zip(plan.peak_memory, plan.memory_capacity, strict=True):
         assert peak <= capacity
         assert capacity == limit or capacity == peak > limit
+
+
+@pytest.mark.parametrize("beside", [(1_000, 1_040, 1_060, 1_070), (3_000, 3_600, 4_200, 5_000, 5_500)])
+def test_what_programs_hold_is_fitted_beside_other_schedules_too(beside: tuple[int, ...]) -> None:
+    """A smaller limit gives another schedule, whose messages take more: one more try with as much room as was missing is not enough."""
+    capacity, tried = 100_000, []
+
+    def solve(limit: np.ndarray) -> Any:
+        peak = int(limit[0]) + beside[len(tried)]
+        tried.append(peak)
+        return SimpleNamespace(schedule=SimpleNamespace(peak_memory=lambda initial: [peak]))
+
+    nothing = np.zeros(1, dtype=np.int64)
+    _fit(solve, np.array([capacity]), nothing, [0], capacity, PlanOptions())
+    assert tried[0] > capacity
+    assert tried[1] > capacity
+    assert tried[-1] <= capacity
 
 
 def test_a_batch_over_the_estimate_runs_the_leanest_plan_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
