@@ -17,6 +17,7 @@ scaled as there. Not done: what needs a static order of the schedule (see ``_REF
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from megatron_dip.iteration.agreement import Agreement, first_line
 from megatron_dip.iteration.balance import BalanceFigures, Estimate, ReplicaBalance
 from megatron_dip.iteration.capture_batch import BatchCapture, CapturedBatch, is_replaying
 from megatron_dip.iteration.data_parallel import AT_START, finish_param_sync, grad_sync_points, no_sync, start_param_sync
-from megatron_dip.iteration.foreseen_metadata import ForeseenMetadata
+from megatron_dip.iteration.foreseen_metadata import ForeseenMetadata, JointRecording
 from megatron_dip.iteration.linked_replicas import LinkedReplicas, link_replicas
 from megatron_dip.iteration.lookahead import find_lookahead
 from megatron_dip.iteration.loss import IterationLoss, set_auxiliary_loss_scale
@@ -156,10 +157,10 @@ class DipForwardBackward:
             bind=staged_model.bind,
         )
         self._agreement = Agreement(self.groups, partition)
-        alone = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size() == 1
+        joint = _joint_recording(self.groups, settings.timeout_s)
         self._foresight = Foresight(
-            ForeseenMetadata(self._chunks[0], settings.metadata, settings.call_metadata, settings.num_outputs, records=alone),
-            settings.look_ahead, settings.upcoming,
+            ForeseenMetadata(self._chunks[0], settings.metadata, settings.call_metadata, settings.num_outputs, joint),
+            settings.look_ahead, settings.upcoming, joint,
         )
         if self.groups.peers is not None:
             _check_alike({"--dip-balance": settings.balance is not None, "--dip-look-ahead": settings.look_ahead})
@@ -369,8 +370,7 @@ class DipForwardBackward:
             raise
         assert shared.plan is not None
         self.plan = shared.plan
-        if not batch.is_replay:
-            self._foresight.look(forward_step, lookahead, num_microbatches, forward_only, self._plans, balance)
+        self._foresight.look(forward_step, None if batch.is_replay else lookahead, num_microbatches, forward_only, self._plans, balance)
         return batch, shared.plan
 
 
@@ -449,6 +449,20 @@ def _check_alike(flags: dict[str, Any]) -> None:
     for flag in flags:
         if len({str(of_rank[flag]) for of_rank in every}) > 1:
             raise InputError(flag, [of_rank[flag] for of_rank in every], "differs between ranks, in their order", "give all ranks the same flags")
+
+
+def _joint_recording(groups: PipelineGroups, timeout_s: float) -> JointRecording | None:
+    """For the tensor- and context-parallel ranks of the first pipeline rank, where these are several; collective over the job."""
+    own = dist.get_process_group_ranks(parallel_state.get_tensor_and_context_parallel_group())
+    every: list[list[int]] = [own] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    joint = None
+    for ranks in dict.fromkeys(map(tuple, every)):
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_s), backend="gloo")
+            if dist.get_rank() in ranks and groups.rank == 0:
+                joint = JointRecording(group, groups.control_ranks[0])
+    return joint
 
 
 def _unpacked(plan: Plan) -> PackedPlan:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from megatron_dip.iteration.balance import ReplicaBalance
 from megatron_dip.iteration.capture_batch import CapturedBatch
-from megatron_dip.iteration.foreseen_metadata import ForeseenMetadata
+from megatron_dip.iteration.foreseen_metadata import ForeseenMetadata, JointRecording
 from megatron_dip.iteration.linked_replicas import LinkedReplicas
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.planner.linked import own_part, union_of
@@ -48,10 +47,14 @@ class Foresight:
         metadata: instance lengths of one item of the data iterator, given the user's forward_step; or why they are not known.
         look_ahead: how many of the next iterations' batches are looked at.
         upcoming: tells how many microbatches these have; None: as many as the one that runs.
+        joint: the ranks that run forward_step ahead together, where this is one of them.
     """
 
-    def __init__(self, metadata: ForeseenMetadata, look_ahead: int, upcoming: UpcomingFunction | None) -> None:
+    def __init__(
+        self, metadata: ForeseenMetadata, look_ahead: int, upcoming: UpcomingFunction | None, joint: JointRecording | None = None
+    ) -> None:
         self._metadata = metadata
+        self._joint = joint
         self._look_ahead = look_ahead
         self._upcoming = upcoming
 
@@ -59,10 +62,31 @@ class Foresight:
         self, forward_step: Callable[..., Any], lookahead: LookaheadIterator | None, num_microbatches: int, forward_only: bool,
         source: PlanSource | None, balance: ReplicaBalance | None,
     ) -> None:
-        """Reads ahead; ``source``, on the planner rank, gets what was seen; with ``balance`` once it is dealt."""
-        if lookahead is None or self._look_ahead == 0:
+        """Reads ahead; ``source``, on the planner rank, gets what was seen; with ``balance`` once it is dealt.
+
+        To be called on all ranks that run forward_step ahead together, in every iteration (``lookahead`` None: where nothing is read).
+        """
+        if lookahead is not None and self._look_ahead > 0:
+            self._look(forward_step, lookahead, num_microbatches, forward_only, source, balance)
+        if self._joint is None:
             return
-        describe = partial(self._metadata, forward_step)
+        if source is not None:
+            self._joint.end()
+            return
+
+        def record(place: int) -> None:
+            self._metadata.record(forward_step, None if lookahead is None else lookahead.peek(place + 1)[place])
+
+        self._joint.follow(record)
+
+    def _look(
+        self, forward_step: Callable[..., Any], lookahead: LookaheadIterator, num_microbatches: int, forward_only: bool,
+        source: PlanSource | None, balance: ReplicaBalance | None,
+    ) -> None:
+        def describe(item: Any) -> Microbatch | Exception:
+            place = next(place for place, other in enumerate(lookahead.peek(sum(sizes))) if other is item)
+            return self._metadata(forward_step, item, place)
+
         sizes = [num_microbatches] * self._look_ahead if forward_only or self._upcoming is None else self._upcoming(self._look_ahead)
         if balance is not None and balance.is_on:
             error = balance.offer(lookahead, sizes, describe)

@@ -84,8 +84,11 @@ def dip_of(case: Case, model: Any, **options: Any) -> Any:
         made = DipForwardBackward(
             staged_model=model.staged, chunks=model.chunks, partition=partition,
             settings=IterationSettings(
-                metadata=model.staged.description.item_metadata, device=torch.device("cpu"),
-                **{"plan_function": PlanMaker(case, partition), "timeout_s": 30.0, **options},
+                device=torch.device("cpu"),
+                **{
+                    "metadata": model.staged.description.item_metadata, "plan_function": PlanMaker(case, partition), "timeout_s": 30.0,
+                    **options,
+                },
             ),
         )
         _MADE[id(model)] = (model, made)

@@ -391,6 +391,78 @@ def test_items_that_cannot_be_read_ahead_train_and_are_counted() -> None:
     assert launch(_cannot_look_ahead, 2) == [(3, 2), None]
 
 
+def _broadcasting_step(data_iterator: Iterator[Item] | None, model: Any) -> Any:
+    """As Megatron's scripts: the first tensor rank reads and gives the others what it read."""
+    from megatron.core import parallel_state
+
+    given = [None if data_iterator is None else next(data_iterator)]
+    torch.distributed.broadcast_object_list(
+        given, parallel_state.get_tensor_model_parallel_src_rank(), group=parallel_state.get_tensor_model_parallel_group()
+    )
+    return forward_step(iter(given), model)
+
+
+def _look_ahead_together(rank: int, num_ranks: int, fails_at: int | None) -> tuple[list[list[float]], Any]:
+    from megatron.core import parallel_state
+
+    from megatron_dip.iteration.lookahead import LookaheadIterator
+
+    case = dataclasses.replace(CASE, parallel=Parallel(pipeline=2, tensor=2))
+    model = _model(case)
+    description = model.staged.description
+    dip = dip_runs.dip_of(
+        case, model, metadata=_unknown_form, call_metadata=lambda call: description.metadata(description.bind(call.args, call.kwargs)), look_ahead=2,
+        plan_deadline_s=30.0,
+    )
+    items = _items(0, (2, 0, 1, 1, 3, 0, 0, 1))
+    reads = parallel_state.get_tensor_model_parallel_rank() == 0
+    data = LookaheadIterator(items) if reads else None
+    seen = []
+    calls: list[int] = []
+
+    def step(data_iterator: Iterator[Item] | None, model: Any) -> Any:
+        calls.append(rank)
+        if len(calls) == fails_at and rank == 0:
+            raise OSError("the store is away")
+        return _broadcasting_step(data_iterator, model)
+
+    for _ in range(4):
+        model.zero_grad()
+        seen.append(_losses(_call(model, dip, data, 2, step)))
+    counts = dip.counts()
+    return seen, None if counts is None else (counts.taken, counts.unseen)
+
+
+def _unknown_form(item: Any) -> Any:
+    raise KeyError("images")
+
+
+def test_tensor_ranks_run_forward_step_ahead_together() -> None:
+    results = launch(_look_ahead_together, 4, None)
+    assert [counts for _, counts in results] == [(4, 0), None, None, None]
+    alone = launch(_train_alone, 1)
+    for losses, _ in results[2:]:
+        np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+
+
+def _train_alone(rank: int, num_ranks: int) -> list[list[float]]:
+    case = dataclasses.replace(CASE, parallel=Parallel())
+    model = _model(case)
+    dip = dip_runs.dip_of(case, model)
+    data = iter(_items(0, (2, 0, 1, 1, 3, 0, 0, 1)))
+    seen = []
+    for _ in range(4):
+        model.zero_grad()
+        seen.append(_losses(_call(model, dip, data, 2)))
+    return seen
+
+
+def test_a_reading_ahead_that_fails_beside_others_ends_the_run() -> None:
+    results = launch_all(_look_ahead_together, 4, 3, timeout_s=120)  # behind the two microbatches of the first iteration
+    assert all(result.error_message for result in results)
+    assert "the store is away" in (results[0].error_message or "")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Read:
     """What a rank did with microbatches whose images forward_step adds noise to."""

@@ -47,8 +47,8 @@ def item_of(images: int) -> dict[str, Any]:
     return {"padded": torch.zeros(4, 2), "count": torch.tensor(images)}
 
 
-def foreseen(records: bool = True, call_metadata: Any = by_call, item_metadata: Any = by_form) -> ForeseenMetadata:
-    return ForeseenMetadata(CHUNK, item_metadata, call_metadata, None, records=records)
+def foreseen(call_metadata: Any = by_call, item_metadata: Any = by_form) -> ForeseenMetadata:
+    return ForeseenMetadata(CHUNK, item_metadata, call_metadata, None)
 
 
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=6))
@@ -59,7 +59,7 @@ def test_any_number_of_images_is_seen_ahead_as_the_batch_says_it(counts: list[in
     )
     items = [item_of(count) for count in counts]
     look = foreseen()
-    ahead = [look(forward_step, item) for item in items]
+    ahead = [look(forward_step, item, place) for place, item in enumerate(items)]
     batch = capture(forward_step, iter(items), len(items), DrawPlace(seed=0, iteration=0, evaluation=0, replica=0))
     assert batch.error is None
     assert ahead == batch.microbatches
@@ -79,7 +79,7 @@ def test_an_item_and_the_random_numbers_stay_as_they_were() -> None:
     start()
     expected = drawn()
     start()
-    assert foreseen()(forward_step, item) == {"vit": [4, 4, 4], "lm": [22]}
+    assert foreseen()(forward_step, item, 0) == {"vit": [4, 4, 4], "lm": [22]}
     assert drawn() == expected
     assert set(item) == {"padded", "count"}
     assert int(item["count"]) == 3
@@ -89,9 +89,9 @@ def test_a_scripts_own_word_counts_first() -> None:
     script: dict[str, Any] = {HOOK: lambda item: {"lm": [7], "vit": []}}
     own = types.FunctionType(forward_step.__code__, script)
     for step in (own, functools.partial(own), functools.wraps(own)(functools.partial(own))):
-        assert foreseen(records=False)(step, item_of(1)) == {"lm": [7]}
+        assert foreseen()(step, item_of(1), 0) == {"lm": [7]}
     script[HOOK] = lambda item: {"lm": 7}
-    said = foreseen()(own, item_of(1))
+    said = foreseen()(own, item_of(1), 0)
     assert isinstance(said, InputError)
     assert HOOK in str(said)
     assert script_function(forward_step, HOOK) is None
@@ -102,12 +102,11 @@ def test_where_forward_step_cannot_run_ahead_the_items_form_serves() -> None:
         raise OSError("the store is away")
 
     form: Any = lambda item: {"lm": [5]}  # noqa: E731
-    assert foreseen(item_metadata=form)(fails, item_of(1)) == {"lm": [5]}
-    assert foreseen(records=False, item_metadata=form)(forward_step, item_of(1)) == {"lm": [5]}
+    assert foreseen(item_metadata=form)(fails, item_of(1), 0) == {"lm": [5]}
     with pytest.raises(OSError, match="away"):
-        raise foreseen()(fails, item_of(1))  # type: ignore[misc]
+        raise foreseen()(fails, item_of(1), 0)  # type: ignore[misc]
 
 
 def test_a_rank_without_data_learns_by_the_items_form() -> None:
     form: Any = lambda item: {"lm": [5]}  # noqa: E731
-    assert foreseen(call_metadata=lambda call: {}, item_metadata=form)(forward_step, item_of(1)) == {"lm": [5]}
+    assert foreseen(call_metadata=lambda call: {}, item_metadata=form)(forward_step, item_of(1), 0) == {"lm": [5]}
