@@ -35,7 +35,7 @@ from megatron_dip.workloads.samples import STATISTICS, draw_samples, pack_sample
 SUMMARY = "what DIP would gain on a model, beside other ways to train it"
 
 _NAMES = {"dip": "DIP", "megatron": "Megatron, best of 1F1B and interleaved", "encoder-dp": "encoders data-parallel (three-phase)", "fsdp2": "FSDP2"}
-_MEASURED_ERROR = "5 % mean, 8 % at most on published runs of text models (docs/results/simulator.md); no multimodal run was published in a form to compare"
+_MEASURED_ERROR = "3 to 5 % mean, 11 % at most on published runs of text models (docs/results/simulator_validation.md); no multimodal run was published in a form to compare"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,9 @@ from typing import Literal
 from megatron_dip.cost.device import DeviceDescription
 from megatron_dip.spec.workload import Parallel
 
+_RING_CHUNK_BYTES = 2**20
+"""What a rank passes on at a time: a ring is full once each rank has one such piece."""
+
 CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 
 
@@ -66,6 +69,8 @@ def collective_seconds(kind: CollectiveKind, size_bytes: float, group: Group, de
     latency = efficiency.collective_latency_us * 1e-6 * passes / 2.0
     if group.within_node(device):
         bandwidth = nvlink
+        filled = min(1.0, size_bytes / group.size / _RING_CHUNK_BYTES)
+        latency += passes * (group.size - 1) * efficiency.ring_hop_us * 1e-6 * filled
     else:
         per_node = group.per_node(device)
         bandwidth = device.network_gbs * 1e9 * efficiency.network * per_node

@@ -69,6 +69,9 @@ class DeviceEfficiency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """Of the time that a collective runs beside a kernel, the share that the kernel loses to it."""
     collective_latency_us: float = 20.0
     """Time of a small all-reduce within a node; all-gather and reduce-scatter take half."""
+    ring_hop_us: float = 0.0
+    """What each further rank adds to a large all-gather or reduce-scatter within a node before the ring is full, beyond its bytes; of an
+    all-reduce each pass adds it."""
 
 
 class DeviceDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -104,7 +107,7 @@ class DeviceDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         for field in ("training", "memory", "all_reduce", "gather", "network"):
             _check_share(f"{at}.{field}", getattr(efficiency, field), low=1e-3, high=1.5)
         _check_share(f"{at}.overlap_loss", efficiency.overlap_loss, low=0.0, high=1.0)
-        for field in ("kernel_overhead_us", "collective_latency_us"):
+        for field in ("kernel_overhead_us", "collective_latency_us", "ring_hop_us"):
             _check_latency(f"{at}.{field}", getattr(efficiency, field))
         gemm, attention = efficiency.gemm, efficiency.attention
         _check_axis(f"{at}.gemm.rows", gemm.rows)

@@ -49,6 +49,9 @@ class Kernels:
     """Dropout on attention and residuals (GPT of 2020 to 2022)."""
     overlap_tensor_parallel: bool = True
     """Backward collectives run beside products."""
+    split_tensor_parallel: bool = False
+    """Under sequence parallel, a layer's collectives travel in as many pieces as there are ranks, beside the product that needs or makes them:
+    Megatron's ``--tp-comm-overlap``. One piece is exposed."""
     scatter_gather: bool = False
     """Pipeline messages are split over the tensor-parallel ranks where activations are not (Narayanan et al. 2021, section 4.1)."""
 
@@ -107,6 +110,14 @@ def build_part(
     else:
         builder.regression_head(STEM_INPUT[module.kind])
     return PartGraphs(builder.forward.graph(), builder.backward_graph(), boundary)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Split:
+    """Seconds of a collective."""
+
+    alone: float
+    beside: float
 
 
 class _PartBuilder:
@@ -187,7 +198,8 @@ class _PartBuilder:
 
         def back(gradient: str) -> str:
             # A dense gradient: written, then added to the fp32 main gradient.
-            self._backward(Operator(name=f"{name}.wgrad", kind="elementwise", inputs=(gradient,), weight_gradient=True, backward=True,
+            dense = self._make_backward(rows * self.width)
+            self._backward(Operator(name=f"{name}.wgrad", kind="elementwise", inputs=(gradient,), outputs=(dense,), weight_gradient=True, backward=True,
                                     memory_bytes=2.0 * self.full_bytes + rows * (2.0 * self.width + 8.0)))
             return gradient
 
@@ -233,7 +245,7 @@ class _PartBuilder:
         columns = vocabulary / self.tensor
         numbers = self.tokens * columns
         self.norm("final_norm")
-        self.column_linear("logits", self.hidden, columns)
+        self.column_linear("logits", self.hidden, columns, splits=False)
         # Vocabulary-parallel cross entropy on fp32 logits: cast, maximum, difference, exponential, sum and quotient, one pass each.
         name = self._name("loss")
         probabilities = self._make("probabilities", 4.0 * numbers, saved=True)
@@ -294,17 +306,24 @@ class _PartBuilder:
         if masked:
             self.forward.tensor(f"{label}_mask", numbers, saved=True)
 
-    def column_linear(self, label: str, inner: float, columns: float) -> None:
-        """A product whose columns are split: the stream is gathered first; in the backward its gradient is summed."""
+    def column_linear(self, label: str, inner: float, columns: float, *, splits: bool = True) -> None:
+        """A product whose columns are split: the stream is gathered first; in the backward its gradient is summed.
+
+        ``splits``: whether the implementation can send the stream in pieces beside the product (not that of the logits).
+        """
         shard = self.x
-        self._enter_collective(label)
-        self._product(label, self.x, self.tokens, inner, columns, self.tokens * columns * self.width, gathered_from=shard)
+        beside = self._enter_collective(label, splits=splits)
+        self._product(label, self.x, self.tokens, inner, columns, self.tokens * columns * self.width, gathered_from=shard, beside_forward=beside)
 
     def row_linear(self, label: str, inner: float, columns: float) -> None:
         """A product whose inner size is split: partial sums are reduced afterwards."""
         self.forward.save(self.x)
-        self._product(label, self.x, self.tokens, inner, columns, self.tokens * columns * self.width)
-        self._exit_collective(label)
+        kind: CollectiveKind = "reduce_scatter" if self.sharding.sequence_parallel else "all_reduce"
+        beside = self._split(self._collective_seconds(kind, self.full_bytes, self.sharding.groups.tensor)).beside
+        gather = self._collective_seconds("all_gather", self.full_bytes, self.sharding.groups.tensor)
+        self._product(label, self.x, self.tokens, inner, columns, self.tokens * columns * self.width, beside_forward=beside,
+                      beside_input_gradient=self._split(gather).beside)
+        self._exit_collective(label, splits=True)
 
     def side_linear(self, label: str, rows: float, inner: float, columns: float) -> None:
         """A product beside the main path, of an input that other layers share."""
@@ -418,11 +437,12 @@ class _PartBuilder:
 
     def _product(
         self, label: str, source: str, rows: float, inner: float, columns: float, out_bytes: float, *, input_gradient: bool = True,
-        gathered_from: str | None = None,
+        gathered_from: str | None = None, beside_forward: float = 0.0, beside_input_gradient: float = 0.0,
     ) -> None:
         """A matrix product [rows, inner] x [inner, columns] with its two backward products.
 
         ``gathered_from``: the stream before the gather; then the backward gathers it again and sums the input's gradient.
+        ``beside_forward`` and ``beside_input_gradient``: seconds of the pieces of a collective that travel beside the product.
         """
         name = self._name(label)
         out = self._make(label, out_bytes)
@@ -430,7 +450,7 @@ class _PartBuilder:
         moved = self.width * (rows * inner + inner * columns + rows * columns)
         narrow = min(inner, columns)
         self._forward(Operator(name=name, kind="gemm", inputs=(source,), outputs=(out,), flops=flops, memory_bytes=moved, rows=rows,
-                               inner=narrow))
+                               inner=narrow, traffic_seconds=beside_forward, beside_seconds=beside_forward))
         module_trains = self.module.trainable
 
         def back(gradient: str) -> str:
@@ -449,7 +469,8 @@ class _PartBuilder:
             if input_gradient:
                 waits = (gradient,) if overlap or taken == "saved" else (gradient, taken)
                 self._backward(Operator(name=f"{name}.dgrad", kind="gemm", inputs=waits, outputs=(made,), flops=flops, memory_bytes=moved,
-                                        rows=rows, inner=narrow, backward=True, beside_seconds=gather_seconds if overlap else 0.0))
+                                        rows=rows, inner=narrow, backward=True, traffic_seconds=beside_input_gradient,
+                                        beside_seconds=beside_input_gradient + (gather_seconds if overlap else 0.0)))
             summed = made
             if needs_sum:
                 kind: CollectiveKind = "reduce_scatter" if self.sharding.sequence_parallel else "all_reduce"
@@ -470,18 +491,26 @@ class _PartBuilder:
         self._steps.append(back)
         self.x = out
 
-    def _enter_collective(self, label: str) -> None:
-        """All-gather of the stream under sequence parallel; its gradient is summed by the product that follows."""
+    def _enter_collective(self, label: str, *, splits: bool = False) -> float:
+        """All-gather of the stream under sequence parallel; its gradient is summed by the product that follows.
+
+        Returns the seconds of its pieces that travel beside that product.
+        """
         if self.tensor == 1 or not self.sharding.sequence_parallel:
-            return
+            return 0.0
+        seconds = self._collective_seconds("all_gather", self.full_bytes, self.sharding.groups.tensor)
+        split = self._split(seconds) if splits else _Split(alone=seconds, beside=0.0)
         source, out = self.x, self._make(f"{label}_gathered", self.full_bytes)
         self._forward(Operator(name=self._name(f"{label}.gather"), kind="collective", lane=self.tensor_lane, cause="tensor_parallel",
-                               inputs=(source,), outputs=(out,),
-                               traffic_seconds=self._collective_seconds("all_gather", self.full_bytes, self.sharding.groups.tensor)))
+                               inputs=(source,), outputs=(out,), traffic_seconds=split.alone))
         self.x = out
+        return split.beside
 
-    def _exit_collective(self, label: str, size: float | None = None) -> None:
-        """Reduce-scatter (sequence parallel; its gradient is gathered) or all-reduce (its gradient needs nothing)."""
+    def _exit_collective(self, label: str, size: float | None = None, *, splits: bool = False) -> None:
+        """Reduce-scatter (sequence parallel; its gradient is gathered) or all-reduce (its gradient needs nothing).
+
+        ``splits``: the product before it carries the pieces that travel beside it.
+        """
         if self.tensor == 1:
             return
         size = self.full_bytes if size is None else size
@@ -490,8 +519,13 @@ class _PartBuilder:
         out = self._make(f"{label}_summed", size / self.tensor if sequence else size)
         group = self.sharding.groups.tensor
         kind: CollectiveKind = "reduce_scatter" if sequence else "all_reduce"
+
+        def exposed(of: CollectiveKind) -> float:
+            seconds = self._collective_seconds(of, size, group)
+            return self._split(seconds).alone if splits else seconds
+
         self._forward(Operator(name=self._name(f"{label}.sum"), kind="collective", lane=self.tensor_lane, cause="tensor_parallel", inputs=(source,),
-                               outputs=(out,), traffic_seconds=self._collective_seconds(kind, size, group)))
+                               outputs=(out,), traffic_seconds=exposed(kind)))
         self.x = out
 
         def back(gradient: str) -> str:
@@ -499,13 +533,18 @@ class _PartBuilder:
                 return gradient
             made = self._make_backward(size)
             self._backward(Operator(name=self._name(f"{label}.gather_gradient"), kind="collective", lane=self.tensor_lane, cause="tensor_parallel",
-                                    inputs=(gradient,), outputs=(made,), backward=True,
-                                    traffic_seconds=self._collective_seconds("all_gather", size, group)))
+                                    inputs=(gradient,), outputs=(made,), backward=True, traffic_seconds=exposed("all_gather")))
             return made
 
         self._steps.append(back)
 
     # Plumbing.
+
+    def _split(self, seconds: float) -> _Split:
+        """What of a layer's collective stands alone, and what runs beside its product."""
+        if not (self.sharding.kernels.split_tensor_parallel and self.sharding.sequence_parallel and self.tensor > 1):
+            return _Split(alone=seconds, beside=0.0)
+        return _Split(alone=seconds / self.tensor, beside=seconds * (self.tensor - 1) / self.tensor)
 
     def backward_graph(self) -> OperatorGraph:
         gradient = self.backward.tensor("output_gradient", self.stream_bytes)

@@ -34,6 +34,11 @@ def optimizer_seconds(parameters: float, training: Training, replicas: int, devi
     return time_graph(optimizer_graph(parameters, training, replicas), device, rules).total_ns / 1e9 if parameters else 0.0
 
 
+def bucket_parameters(replicas: int) -> float:
+    """Parameters whose gradients travel together (Megatron-LM's default of ``--ddp-bucket-size``)."""
+    return max(40e6, 1e6 * replicas)
+
+
 def gradient_seconds(parameters: float, training: Training, group: Group, device: DeviceDescription) -> float:
     """Sum of fp32 gradients over the replicas: reduce-scatter under the distributed optimizer, else all-reduce."""
     kind: CollectiveKind = "reduce_scatter" if training.distributed_optimizer else "all_reduce"

@@ -6,8 +6,8 @@ uses; :mod:`megatron_dip.cost.step` adds optimizer and data-parallel collectives
 simulator.
 
 How the parts come together: ``iteration = parameter gather that nothing hides + makespan + gradient sync that nothing hides +
-optimizer``. A chunk's gradients travel once its last backward is done and before the next chunk's; its parameters arrive in the order
-in which chunks are first used. The global gradient norm makes all ranks wait for the slowest. Of the data-parallel replicas those with
+optimizer``. A chunk's gradients travel by Megatron's buckets while its last backward makes them; its parameters arrive by buckets before
+and within its first forward. The global gradient norm makes all ranks wait for the slowest. Of the data-parallel replicas those with
 the most work are simulated, and the slowest sets the pace.
 
 Peak memory of a rank: what it holds all the time, live activations (and encoder outputs kept for the backbone), the largest transient
@@ -19,6 +19,7 @@ Not modelled: data loading, logging, checkpoints, and contention between pipelin
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from megatron_dip.cost.memory import bytes_per_parameter
 from megatron_dip.cost.modules import Kernels
 from megatron_dip.cost.operators import Cause, LatencyRules
 from megatron_dip.cost.profile import ProfileCost
-from megatron_dip.cost.step import gradient_seconds, optimizer_seconds, parameter_seconds
+from megatron_dip.cost.step import bucket_parameters, gradient_seconds, optimizer_seconds, parameter_seconds
 from megatron_dip.partition.deal import Deal
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
@@ -486,6 +487,30 @@ def _chunks(workload: Workload, pipeline: _Pipeline, counting: AnalyticCost) -> 
     return found
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class _Bucket:
+    """Parameters whose gradients, or whose new values, travel together."""
+
+    instant: float
+    """Seconds into the pipeline at which the gradients are there, or the values are needed."""
+    seconds: float
+
+
+def _first_and_last_pass(schedule: Schedule, chunk: _Chunk) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Seconds of (start, end) of a chunk's first forward and of its last backward; zeros where it runs neither."""
+    graph = schedule.graph
+    tasks = (graph.rank == chunk.rank) & (graph.vp_stage == chunk.vp_stage)
+    forwards, backwards = np.flatnonzero(tasks & (graph.kind == FORWARD)), np.flatnonzero(tasks & (graph.kind != FORWARD))
+    first = last = (0.0, 0.0)
+    if len(forwards):
+        task = forwards[np.argmin(schedule.start_ns[forwards])]
+        first = (int(schedule.start_ns[task]) / 1e9, int(schedule.end_ns[task]) / 1e9)
+    if len(backwards):
+        task = backwards[np.argmax(schedule.end_ns[backwards])]
+        last = (int(schedule.start_ns[task]) / 1e9, int(schedule.end_ns[task]) / 1e9)
+    return first, last
+
+
 def _data_parallel_seconds(
     workload: Workload, schedule: Schedule, chunks: Sequence[_Chunk], counting: AnalyticCost, options: SimulateOptions
 ) -> tuple[float, float]:
@@ -493,31 +518,32 @@ def _data_parallel_seconds(
     group, device, training = counting.groups.data, counting.device, workload.training
     if group.size == 1:
         return 0.0, 0.0
-    graph, end, start = schedule.graph, schedule.end_ns, schedule.start_ns
     before = after = 0.0
-    for rank in range(graph.num_ranks):
-        own = graph.rank == rank
-        gradients: list[tuple[float, float]] = []
-        parameters: list[tuple[float, float]] = []
+    for rank in range(schedule.graph.num_ranks):
+        gradients: list[_Bucket] = []
+        parameters: list[_Bucket] = []
         for chunk in chunks:
             if chunk.rank != rank or not chunk.parameters:
                 continue
-            tasks = own & (graph.vp_stage == chunk.vp_stage)
-            forwards, backwards = tasks & (graph.kind == FORWARD), tasks & (graph.kind != FORWARD)
-            ready = int(end[backwards].max()) / 1e9 if backwards.any() else 0.0
-            needed = int(start[forwards].min()) / 1e9 if forwards.any() else 0.0
+            first, last = _first_and_last_pass(schedule, chunk)
             if not options.overlap_data_parallel:
-                ready, needed = schedule.makespan_ns / 1e9, 0.0
-            gradients.append((ready, gradient_seconds(chunk.parameters, training, group, device)))
-            parameters.append((needed, parameter_seconds(chunk.parameters, training, group, device)))
+                first, last = (0.0, 0.0), (schedule.makespan_ns / 1e9,) * 2
+            # A pass goes through the buckets one after another, as many parameters in each.
+            count = max(1, math.ceil(chunk.parameters / bucket_parameters(group.size)))
+            share = chunk.parameters / count
+            for index in range(count):
+                ready = last[0] + (last[1] - last[0]) * (index + 1) / count
+                needed = first[0] + (first[1] - first[0]) * index / count
+                gradients.append(_Bucket(ready, gradient_seconds(share, training, group, device)))
+                parameters.append(_Bucket(needed, parameter_seconds(share, training, group, device)))
         clock = 0.0
-        for ready, seconds in sorted(gradients):
-            clock = max(clock, ready) + seconds
+        for bucket in sorted(gradients):
+            clock = max(clock, bucket.instant) + bucket.seconds
         after = max(after, clock - schedule.makespan_ns / 1e9)
         clock = 0.0
-        for needed, seconds in sorted(parameters):
-            clock += seconds
-            before = max(before, clock - needed)
+        for bucket in sorted(parameters):
+            clock += bucket.seconds
+            before = max(before, clock - bucket.instant)
     return max(0.0, before), max(0.0, after)
 
 

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.cost.collectives import Group, collective_seconds
+from megatron_dip.cost.device import load_device
 from megatron_dip.cost.fixed import FixedStrategyCost
 from megatron_dip.cost.modules import Kernels
 from megatron_dip.cost.operators import LatencyRules
@@ -171,3 +173,28 @@ def test_an_audio_module_can_be_costed() -> None:
     cost = AnalyticCost(model, PARALLEL, Training(), "h800")
     assert cost.part("audio", "first", [1500]).forward_ns > 0
     assert cost.part("audio", "last", [1500]).boundary_bytes == pytest.approx(1500 * 4096 * 2 / 4)
+
+
+def test_collectives_in_pieces_beside_products_hide_all_but_one_piece() -> None:
+    """Under sequence parallel; what has no product to hide behind (the embedding's, the logits') stays."""
+    given = {"model": vlm(), "parallel": PARALLEL, "training": Training(), "device": "h100"}
+    whole, pieces = AnalyticCost(**given), AnalyticCost(**given, kernels=Kernels(split_tensor_parallel=True))  # type: ignore[arg-type]
+    before, after = (costs.detail("lm", "layer", [8192]) for costs in (whole, pieces))
+    gap = whole.device.efficiency.kernel_overhead_us * 1e3
+    collectives = 4
+    alone = before.forward_exposed_ns["tensor_parallel"] - collectives * gap
+    assert after.forward_exposed_ns["tensor_parallel"] == pytest.approx(alone / PARALLEL.tensor + collectives * gap)
+    assert after.cost.forward_ns < before.cost.forward_ns
+    assert after.cost.backward_input_ns < before.cost.backward_input_ns
+    assert after.cost.activation_bytes == before.cost.activation_bytes
+    for part in ("first", "last"):
+        assert pieces.part("lm", part, [8192]) == whole.part("lm", part, [8192])  # type: ignore[arg-type]
+
+
+def test_each_further_rank_of_a_ring_adds_its_hop() -> None:
+    device = load_device("b200")
+    still = msgspec.structs.replace(device, efficiency=msgspec.structs.replace(device.efficiency, ring_hop_us=0.0))
+    for size in (2, 8):
+        longer = collective_seconds("all_gather", 1e9, Group(size, 1), device) - collective_seconds("all_gather", 1e9, Group(size, 1), still)
+        assert longer == pytest.approx((size - 1) * device.efficiency.ring_hop_us * 1e-6)
+    assert collective_seconds("all_gather", 1.0, Group(8, 1), device) == pytest.approx(collective_seconds("all_gather", 1.0, Group(8, 1), still))
