@@ -19,30 +19,15 @@ from matplotlib.patches import Patch
 from matplotlib.typing import ColorType
 from numpy.typing import NDArray
 
+from megatron_dip.report.colours import IDLE, KIND_COLOUR, KIND_LABEL, PALETTE, colour_of, modules_of, text_colour
+from megatron_dip.report.tables import time_unit
 from megatron_dip.report.trace import held_over_time
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan
-from megatron_dip.spec.timeline import Bar, Timeline
+from megatron_dip.spec.timeline import Timeline
 
-PALETTE = (
-    ("#f6c28b", "#d9791a", "#a85508"),
-    ("#a9cbe8", "#3b7fb8", "#1f4f7a"),
-    ("#b9dcae", "#4f9a4a", "#2c6128"),
-    ("#d9c2e3", "#8d5fa5", "#573570"),
-    ("#e8b7b7", "#bd4f4f", "#7d2626"),
-    ("#d8d0b8", "#94855a", "#5c5133"),
-)
-"""For each module: forward, backward, weight gradients. Told apart by lightness as well as by hue."""
-
-KIND_COLOUR = {"fw": 0, "bw": 1, "w": 2}
-KIND_LABEL = {"fw": "forward", "bw": "backward", "w": "weight gradients"}
-IDLE = "#f1f1ee"
 LARGEST_LABELLED = 400
 """Bars of a panel beyond which it is painted by columns, without numbers."""
-
-
-SUFFIXES = (".png", ".svg", ".pdf")
-"""Kinds of pictures that can be written."""
 _COLUMNS = 2600
 """Pixel columns of a panel of many stages: two for each pixel of the picture."""
 _MEMORY_HEIGHT = 1.5
@@ -66,8 +51,8 @@ def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str, plans: 
     if not drawn:
         raise InputError("FILE", [timeline.title for timeline in timelines], "no stages to draw", "give a plan or timeline with stages")
     longest = max(timeline.makespan for timeline in drawn)
-    unit, unit_name = _time_unit(longest)
-    modules = _modules(drawn)
+    unit, unit_name = time_unit(longest)
+    modules = modules_of(drawn)
     memory = [_MEMORY_HEIGHT if plan is not None and any(stage.mem_delta_start for stage in plan.stages) else 0.0 for _, plan in pairs]
     heights = [0.55 + 0.42 * min(timeline.ranks, 128) for timeline in drawn]
     head, foot = 0.85, 0.55
@@ -114,11 +99,6 @@ def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str, plans: 
         raise InputError("--output", str(path), f"cannot be written ({error})", "name a .png file in a folder that exists") from error
 
 
-def _modules(timelines: Sequence[Timeline]) -> list[str]:
-    """Single modules before joined ones, by name: the same colours in every picture of a model."""
-    return sorted({bar.module for timeline in timelines for bar in timeline.bars}, key=lambda module: (module.count("+"), module))
-
-
 def _draw_panel(axes: Axes, timeline: Timeline, modules: Sequence[str], *, unit: float, span: float) -> None:
     origin = min(bar.start for bar in timeline.bars)
     makespan = timeline.makespan / unit
@@ -148,7 +128,7 @@ def _columns(timeline: Timeline, modules: Sequence[str]) -> NDArray[np.float64]:
     shares = np.zeros((timeline.ranks, _COLUMNS + 1))
     colours = np.zeros((timeline.ranks, _COLUMNS + 1, 3))
     for bar in timeline.bars:
-        colour = np.array(to_rgb(_colour(bar, modules)))
+        colour = np.array(to_rgb(colour_of(bar.module, bar.kind, modules)))
         left, right = (bar.start - start) * _COLUMNS / span, (bar.end - start) * _COLUMNS / span
         first, last = int(left), min(int(right), _COLUMNS - 1)
         part = np.ones(last - first + 1)
@@ -186,25 +166,12 @@ def _draw_bars(axes: Axes, timeline: Timeline, modules: Sequence[str], origin: i
         left, right = (bar.start - origin) / unit, (bar.end - origin) / unit
         low, high = bar.rank - 0.42, bar.rank + 0.42
         corners.append([(left, low), (left, high), (right, high), (right, low)])
-        colours.append(_colour(bar, modules))
+        colours.append(colour_of(bar.module, bar.kind, modules))
     axes.add_collection(PolyCollection(corners, facecolors=colours, edgecolors="white", linewidths=0.5))
     for bar in timeline.bars:
         width = (bar.end - bar.start) / unit
         if width > span * 0.0105:
             axes.text(
                 (bar.start + bar.end - 2 * origin) / (2 * unit), bar.rank, str(bar.microbatch), ha="center", va="center",
-                fontsize=7.5, color="#222222" if bar.kind == "fw" else "white",
+                fontsize=7.5, color=text_colour(colour_of(bar.module, bar.kind, modules)),
             )
-
-
-def _colour(bar: Bar, modules: Sequence[str]) -> str:
-    return PALETTE[modules.index(bar.module) % len(PALETTE)][KIND_COLOUR[bar.kind]]
-
-
-def _time_unit(longest_ns: int) -> tuple[float, str]:
-    """Divisor of nanoseconds and name of the unit that suits a timeline."""
-    if longest_ns >= 2_000_000_000:
-        return 1e9, "s"
-    if longest_ns >= 2_000_000:
-        return 1e6, "ms"
-    return 1e3, "us"

@@ -35,8 +35,16 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join(lines)
 
 
+TIMELINE_HEADER = ("iteration", "ms", "bubbles %", "busy % of each rank")
+
+
 def timeline_table(timelines: Sequence[Timeline]) -> str:
-    """Length, bubbles and each rank's busy share of some timelines."""
+    """Length, bubbles and each rank's busy share of some timelines, in Markdown."""
+    return markdown_table(TIMELINE_HEADER, timeline_rows(timelines))
+
+
+def timeline_rows(timelines: Sequence[Timeline]) -> list[list[str]]:
+    """As :func:`timeline_table`, cell by cell."""
     rows = []
     for timeline in timelines:
         busy = [0] * timeline.ranks
@@ -49,4 +57,13 @@ def timeline_table(timelines: Sequence[Timeline]) -> str:
                 " ".join(f"{100 * value / length:.0f}" for value in busy),
             ]
         )
-    return markdown_table(["iteration", "ms", "bubbles %", "busy % of each rank"], rows)
+    return rows
+
+
+def time_unit(longest_ns: int) -> tuple[float, str]:
+    """Divisor of nanoseconds and name of the unit that suits a timeline."""
+    if longest_ns >= 2_000_000_000:
+        return 1e9, "s"
+    if longest_ns >= 2_000_000:
+        return 1e6, "ms"
+    return 1e3, "us"

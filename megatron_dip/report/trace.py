@@ -20,14 +20,14 @@ def trace_events(timelines: Sequence[tuple[Timeline, Plan | None]]) -> dict[str,
         for rank in range(timeline.ranks):
             events.append({"ph": "M", "name": "thread_name", "pid": process, "tid": rank + 1, "args": {"name": f"rank {rank}"}})
             events.append({"ph": "M", "name": "thread_sort_index", "pid": process, "tid": rank + 1, "args": {"sort_index": rank}})
-        facts = {} if plan is None else {_key(stage): _facts(stage) for stage in plan.stages}
+        facts = {} if plan is None else {stage_key(stage): stage_facts(stage) for stage in plan.stages}
         for bar in timeline.bars:
             events.append(
                 {
                     "ph": "X", "name": f"{bar.module} {KIND_LETTER[bar.kind]}{bar.microbatch}.{bar.sub_microbatch}", "cat": bar.kind,
                     "pid": process, "tid": bar.rank + 1, "ts": bar.start / 1000, "dur": (bar.end - bar.start) / 1000,
                     "args": {
-                        "chunk": bar.vp_stage, "microbatch": bar.microbatch, "sub_microbatch": bar.sub_microbatch, **facts.get(_key(bar), {})
+                        "chunk": bar.vp_stage, "microbatch": bar.microbatch, "sub_microbatch": bar.sub_microbatch, **facts.get(stage_key(bar), {})
                     },
                 }
             )
@@ -40,12 +40,13 @@ def trace_events(timelines: Sequence[tuple[Timeline, Plan | None]]) -> dict[str,
 StageKey = tuple[int, str, str, int, int, int]
 
 
-def _key(stage: Bar | PlanStage) -> StageKey:
+def stage_key(stage: Bar | PlanStage) -> StageKey:
     """What tells a stage of an iteration from all others."""
     return stage.rank, stage.kind, stage.module, stage.vp_stage, stage.microbatch, stage.sub_microbatch
 
 
-def _facts(stage: PlanStage) -> dict[str, Any]:
+def stage_facts(stage: PlanStage) -> dict[str, Any]:
+    """What viewers show of a planned stage besides its times."""
     return {
         "stage": stage.id, "layers": f"{stage.layers[0]} to {stage.layers[0] + stage.layers[1] - 1}", "instances": stage.instances,
         "tokens": stage.tokens, "strategy": ", ".join(f"{name} x {count}" for name, count in Counter(stage.strategy).items()),
@@ -53,8 +54,8 @@ def _facts(stage: PlanStage) -> dict[str, Any]:
 
 
 def _message_arrows(timeline: Timeline, plan: Plan, process: int) -> list[dict[str, Any]]:
-    bars = {_key(bar): bar for bar in timeline.bars}
-    of_stage = [bars[_key(stage)] for stage in plan.stages]
+    bars = {stage_key(bar): bar for bar in timeline.bars}
+    of_stage = [bars[stage_key(stage)] for stage in plan.stages]
     events: list[dict[str, Any]] = []
     for consumer, tags in plan.inputs.items():
         for tag in tags:
@@ -81,10 +82,10 @@ class Held(NamedTuple):
 
 def held_over_time(timeline: Timeline, plan: Plan) -> list[list[Held]]:
     """For each rank what it holds after each instant at which that changes; at equal times an end comes before a start."""
-    bars = {_key(bar): bar for bar in timeline.bars}
+    bars = {stage_key(bar): bar for bar in timeline.bars}
     changes: list[dict[int, int]] = [{0: initial} for initial in plan.memory_initial]
     for stage in plan.stages:
-        bar = bars[_key(stage)]
+        bar = bars[stage_key(stage)]
         for instant, delta in ((bar.start, stage.mem_delta_start), (bar.end, stage.mem_delta_end)):
             if delta:
                 changes[stage.rank][instant] = changes[stage.rank].get(instant, 0) + delta

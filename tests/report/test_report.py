@@ -12,7 +12,8 @@ from matplotlib import image as matplotlib_image
 from matplotlib.colors import to_rgb
 
 from megatron_dip.cli.main import main
-from megatron_dip.report.gantt import IDLE, PALETTE, _columns, draw_gantt
+from megatron_dip.report.colours import IDLE, PALETTE
+from megatron_dip.report.gantt import _columns, draw_gantt
 from megatron_dip.report.tables import markdown_table, spread, timeline_table
 from megatron_dip.report.timeline import read_timeline
 from megatron_dip.report.trace import held_over_time, trace_events
@@ -83,7 +84,7 @@ def test_gantt_shows_every_panel_on_one_axis(tmp_path: Path) -> None:
         found = np.flatnonzero((pixels[100:] == wanted).all(axis=-1).any(axis=0))
         return found.min() / pixels.shape[1], found.max() / pixels.shape[1]
 
-    forward, backward = columns("#a9cbe8"), columns("#d9791a")
+    forward, backward = columns(PALETTE[1][0]), columns(PALETTE[0][1])
     assert forward[0] == pytest.approx(0.065, abs=0.01)
     assert forward[1] == pytest.approx(0.065 + 0.925 / 4, abs=0.01)
     assert backward == pytest.approx((0.065 + 0.925 / 4, 0.985), abs=0.012)
