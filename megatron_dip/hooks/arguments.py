@@ -50,6 +50,8 @@ class DipOptions:
     balance: BalanceMode
     """Whether replicas deal the microbatches of a global batch among them: ``exchange`` moves their data; ``auto`` does where it can."""
     memory_limit_bytes: int | None
+    host_memory_bytes: int | None
+    """For offloaded activations of one rank; None: half of what the machine has free, shared by its ranks."""
     split_backward: bool
     trace_dir: Path | None
     seed: int
@@ -89,6 +91,9 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        "several replicas and --dip-look-ahead, unless experts are spread over replicas. off: every replica trains what it reads.")
     group.add_argument("--dip-memory-limit", type=float, default=None, metavar="GIB",
                        help="Memory that plans may use on a rank. Default: the device's memory; none under --dip-profile.")
+    group.add_argument("--dip-host-memory", type=float, default=None, metavar="GIB",
+                       help="Host memory that a rank may take for offloaded activations, 0 = plans offload nothing (default: half of "
+                       "what the machine has free, shared by its ranks).")
     group.add_argument("--dip-split-backward", action="store_true",
                        help="Plan the input and the weight part of backwards apart.")
     group.add_argument("--dip-trace-dir", type=Path, default=None, metavar="DIR",
@@ -230,6 +235,8 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         _at_least("--dip-evaluations", args.dip_evaluations, 1)
     if args.dip_memory_limit is not None and not 0 < args.dip_memory_limit < 1e6:
         raise InputError("--dip-memory-limit", args.dip_memory_limit, "outside (0, 1e6)", "give GiB such as 70")
+    if args.dip_host_memory is not None and not 0 <= args.dip_host_memory < 1e6:
+        raise InputError("--dip-host-memory", args.dip_host_memory, "outside [0, 1e6)", "give GiB such as 100, 0 for no offloading")
     return DipOptions(
         profile=args.dip_profile,
         device=args.dip_device,
@@ -243,6 +250,7 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         look_ahead=args.dip_look_ahead,
         balance=args.dip_balance,
         memory_limit_bytes=None if args.dip_memory_limit is None else int(args.dip_memory_limit * _GIB),
+        host_memory_bytes=None if args.dip_host_memory is None else int(args.dip_host_memory * _GIB),
         split_backward=args.dip_split_backward,
         trace_dir=args.dip_trace_dir,
         seed=args.dip_seed,

@@ -100,7 +100,7 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
     side_by_side = max(1, min(options.look_ahead, options.planner_threads))
     """Plans being made at a time."""
     queues = hardware_queues()
-    staged = DescribedStagedModel(description, dict(zip(built.keys, chunks, strict=True)))
+    staged = DescribedStagedModel(description, dict(zip(built.keys, chunks, strict=True)), host_memory_bytes=options.host_memory_bytes)
 
     budget = SearchBudget(options.time_budget_s, side_by_side)
 

@@ -319,7 +319,8 @@ class DipForwardBackward:
     def _run(self, plan: Plan, loss: IterationLoss, config: Any, forward_only: bool, force_all_reduce: bool) -> None:
         """Runs this rank's actions, with the data-parallel communication that overlaps with them."""
         if self._deferral is None and any(stage.kind == "w" for stage in plan.stages):
-            self._deferral = LinearWeightDeferral(self._chunks)
+            offload = self._staged_model.offload
+            self._deferral = LinearWeightDeferral(self._chunks, None if offload is None else offload.keep)
         self._timer = stage_timer(self._device)
         with no_sync(config):
             start_param_sync(self._chunks)

@@ -20,7 +20,7 @@ class MegatronCompute(AutogradCompute):
     """Stages inside Megatron's timers, NVTX ranges and autocast."""
 
     def __init__(self, model: StagedModel, loss: IterationLoss, deferral: LinearWeightDeferral | None, config: Any) -> None:
-        super().__init__(model, loss, deferral, free_outputs=config.deallocate_pipeline_outputs)
+        super().__init__(model, loss, deferral, free_outputs=config.deallocate_pipeline_outputs, offload=model.offload)
         self._timers = config.timers
         self._autocast_dtype = config.autocast_dtype if config.enable_autocast else None
 

@@ -83,8 +83,12 @@ def check_split(chunks: Sequence[torch.nn.Module]) -> None:
 class LinearWeightDeferral:
     """Takes over the linear layers of ``chunks``; outside of :meth:`collecting` they work as before."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], keep: Callable[[torch.Tensor], Callable[[], torch.Tensor]] | None = None) -> None:
+        """Args:
+        keep: keeps a linear layer's input until B as autograd would keep it (:meth:`megatron_dip.runtime.offload.ActivationOffload.keep`).
+        """
         check_split(chunks)
+        self._keep = keep or _keep_here
         self._collected: dict[int, list[_Product]] = {}
         self._engine_layers = engine_layers(chunks)
         self._delayed: dict[int, list[tuple[torch.nn.Module, queue.Queue[Any]]]] = {}
@@ -149,9 +153,13 @@ class LinearWeightDeferral:
         output = original(input=input, weight=weight.detach(), bias=None, **options)
         group = options["tp_group"] if options["sequence_parallel"] else None
         fused = options["gradient_accumulation_fusion"]
-        kept = input.detach()
-        output.register_hook(lambda grad: collected.append(_Product(weight, kept, grad, group, fused)))
+        kept = self._keep(input.detach())
+        output.register_hook(lambda grad: collected.append(_Product(weight, kept(), grad, group, fused)))
         return output if bias is None else output + bias
+
+
+def _keep_here(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: tensor
 
 
 def _store(layer: torch.nn.Module) -> _WeightGradStore:

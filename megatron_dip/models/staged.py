@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +17,7 @@ from megatron_dip.cost.memory import StemBudget
 from megatron_dip.models.description import ModelDescription
 from megatron_dip.models.trained import transformer_blocks
 from megatron_dip.runtime.interface import BoundCall, ChunkKey, ForwardOutput, OutputPart, PayloadSpec
+from megatron_dip.runtime.offload import ActivationOffload, host_memory_limit
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan, PlanStage
 
@@ -40,16 +44,21 @@ def _tensor_bytes(value: Any) -> int:
 class DescribedStagedModel:
     """Runs the chunks of one rank by their description. Not for use from several threads."""
 
-    def __init__(self, description: ModelDescription, chunks: Mapping[ChunkKey, torch.nn.Module]) -> None:
+    def __init__(
+        self, description: ModelDescription, chunks: Mapping[ChunkKey, torch.nn.Module], *, host_memory_bytes: int | None = None
+    ) -> None:
         """
         Args:
             chunks: this rank's chunks, perhaps inside DDP, in the order of the list that Megatron gets.
+            host_memory_bytes: for offloaded activations; None: half of what the machine has free, shared by its ranks.
         """
         self.description = description
         self.chunks = dict(chunks)
         self.chunk_keys: Sequence[ChunkKey] = tuple(chunks)
-        self._recomputed = {
-            key: [RecomputedBlock(block, chunk) for block in transformer_blocks(chunk)] for key, chunk in self.chunks.items()
+        device = next((weight.device for chunk in chunks.values() for weight in chunk.parameters()), torch.device("cpu"))
+        self.offload = ActivationOffload(device, host_memory_limit() if host_memory_bytes is None else host_memory_bytes)
+        self._blocks = {
+            key: [BlockStrategies(block, chunk, self.offload) for block in transformer_blocks(chunk)] for key, chunk in self.chunks.items()
         }
         self._stages: list[PlanStage] = []
         self._batches: list[BoundCall | None] = []
@@ -136,13 +145,15 @@ class DescribedStagedModel:
         for producer in producers:
             by_module.setdefault(producer.module, []).append(inputs[producer.id])
         key = (stage.module, stage.vp_stage)
-        for block in self._recomputed[key]:
-            block.set_strategies(stage.strategy, passes_on=any(payload.requires_grad for payload in inputs.values()))
         is_stem = self._is_stem(stage)
         if is_stem:
             self._with_stem_inputs(stage.microbatch)
         batch, first = self._batch(stage.microbatch), self._first(stage)
-        output = self.description.run_chunk(self.chunks[key], stage, batch, first, by_module)
+        passes_on = any(payload.requires_grad for payload in inputs.values())
+        with contextlib.ExitStack() as stack:
+            for block in self._blocks[key]:
+                stack.enter_context(block.under(stage.strategy, passes_on=passes_on))
+            output = self.description.run_chunk(self.chunks[key], stage, batch, first, by_module)
         if is_stem:
             self._without_stem_inputs(stage.microbatch)
         if not consumers:
@@ -165,6 +176,7 @@ class DescribedStagedModel:
         self._stages, self._batches, self._first_instance, self._num_parts = [], [], {}, {}
         self._recapture = None
         self._stem_budget = StemBudget()
+        self.offload.forget()
 
 
 def part_sizes(plan: Plan) -> dict[tuple[str, int], dict[int, int]]:
@@ -194,14 +206,17 @@ _SELECTIVE = (
 """Attributes by which Megatron's modules know that ``--recompute-granularity selective`` meant them."""
 
 
-class RecomputedBlock:
-    """The layers of a chunk, which recompute as a stage's strategies say, and at least what the user's flags say."""
+class BlockStrategies:
+    """The layers of a chunk, which keep, recompute or offload as a stage's strategies say, and recompute at least what the user's flags say."""
 
-    def __init__(self, block: TransformerBlock, chunk: torch.nn.Module) -> None:
+    def __init__(self, block: TransformerBlock, chunk: torch.nn.Module, offload: ActivationOffload) -> None:
         """Args:
         chunk: the block's, perhaps inside Megatron's wrappers.
         """
         self._block = block
+        self._offload = offload
+        self._offloaded = range(0)
+        """Layers that the forward at hand offloads."""
         trained = [any(weight.requires_grad for weight in layer.parameters()) for layer in block.layers]
         inside = {id(weight) for layer in block.layers for weight in layer.parameters()}
         trains_elsewhere = any(weight.requires_grad and id(weight) not in inside for weight in chunk.parameters())
@@ -212,28 +227,57 @@ class RecomputedBlock:
             [(module, name) for module in layer.modules() for name in _SELECTIVE if getattr(module, name, False)] for layer in block.layers
         ]
         block.register_forward_pre_hook(self._give_input_a_gradient, with_kwargs=True)
+        for index, layer in enumerate(block.layers):
+            layer.forward = partial(self._run_layer, index, layer, layer.forward)  # type: ignore[method-assign]
 
-    def set_strategies(self, strategies: Sequence[str], *, passes_on: bool) -> None:
-        """Sets which layers recompute in the forward that follows: ``none``, ``selective`` (core attention) or ``full``.
+    @contextlib.contextmanager
+    def under(self, strategies: Sequence[str], *, passes_on: bool) -> Iterator[None]:
+        """For one forward: layers keep what they need (``none``), recompute core attention (``selective``) or all (``full``), or ``offload``.
 
-        Layers of a chunk are alike, so only the counts matter: Megatron's ``block`` method recomputes the first ones in full.
+        Layers of a chunk are alike, so only the counts matter. Megatron's ``block`` method recomputes the first ones in full. Layers that
+        keep all come last: what stands before them is copied to the host while they run, and fetched while their backward does.
 
         Args:
             passes_on: whether the stage sends a gradient to the one before.
         """
-        unknown = set(strategies) - {"none", "selective", "full"}
+        unknown = set(strategies) - {"none", "selective", "full", "offload"}
         assert not unknown, f"memory strategies {sorted(unknown)} are not known to the models"
+        first = 0 if passes_on else self._frozen_below  # layers below keep nothing whatever they do
         num_full, num_selective = strategies.count("full"), strategies.count("selective")
-        if num_full and not passes_on:
-            num_full += self._frozen_below  # these keep nothing, recomputed or not
+        whole = range(first + num_full if num_full else 0)
+        selective = range(first + num_full, first + num_full + num_selective)
         config: Any = self._block.config
         config.recompute_granularity = "full" if num_full else None
         config.recompute_method = "block" if num_full else None
-        config.recompute_num_layers = num_full if num_full else None
+        config.recompute_num_layers = len(whole) if num_full else None
+        self._set_flags(lambda index: index in selective, lambda index: index not in whole)
+        self._offloaded = range(selective.stop, selective.stop + strategies.count("offload"))
+        try:
+            yield
+        finally:
+            # A backward runs layers again that are recomputed whole: nothing within them is to be recomputed once more.
+            self._set_flags(lambda index: False, lambda index: False)
+            self._offloaded = range(0)
+
+    def _set_flags(self, core_attention: Callable[[int], bool], as_asked: Callable[[int], bool]) -> None:
+        """Args:
+        core_attention: index of a layer -> whether it recomputes its core attention.
+        as_asked: whether what the user's flags ask for is on in it.
+        """
         for index, (layer, asked_for) in enumerate(zip(self._block.layers, self._asked_for, strict=True)):
-            layer.self_attention.checkpoint_core_attention = num_full <= index < num_full + num_selective  # type: ignore[union-attr]
+            layer.self_attention.checkpoint_core_attention = core_attention(index)  # type: ignore[union-attr]
             for module, name in asked_for:
-                setattr(module, name, index >= num_full)
+                setattr(module, name, as_asked(index))
+
+    def _run_layer(self, index: int, layer: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if index not in self._offloaded or not torch.is_grad_enabled() or not self._offload.is_collecting:
+            result = forward(*args, **kwargs)
+            if self._offload.is_collecting:
+                self._offload.after_layer()
+            return result
+        hidden = args[0] if args else kwargs["hidden_states"]
+        with self._offload.layer(layer, [tensor for tensor in _tensors((args, kwargs)) if tensor is not hidden]):
+            return forward(*args, **kwargs)
 
     def _give_input_a_gradient(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Megatron recomputes whole layers in a re-entrant autograd function, which gives no gradient to its layers' weights unless its
@@ -251,3 +295,16 @@ class RecomputedBlock:
 
 def _with_gradient(hidden: torch.Tensor) -> torch.Tensor:
     return hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Those in a layer's arguments, in packed sequences' bounds as well."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for one in value for tensor in _tensors(one)]
+    if isinstance(value, dict):
+        return _tensors(list(value.values()))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _tensors(list(vars(value).values()))
+    return []

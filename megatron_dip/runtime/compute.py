@@ -7,18 +7,22 @@ frozen modules) the backward is skipped and zeros go back, as Megatron does.
 
 Where the plan splits the backward, a :class:`~megatron_dip.runtime.interface.WeightDeferral` puts weight gradients off to W; without one
 B does all of it and W nothing, which gives the same numbers.
+
+Where the plan offloads layers, an :class:`~megatron_dip.runtime.offload.ActivationOffload` moves what they save; its meter, if it has one,
+counts what all stages keep.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from megatron_dip.runtime.interface import LossFunction, PayloadSpec, StagedModel, StageLinks, WeightDeferral
+from megatron_dip.runtime.offload import ActivationOffload
 from megatron_dip.spec.plan import PlanStage
 
 
@@ -37,12 +41,15 @@ class AutogradCompute:
         deferral: how weight gradients are put off where the plan splits backwards.
         free_outputs: a stage's outputs are only needed by who takes them: their memory goes as soon as they are sent
             (Megatron's ``deallocate_pipeline_outputs``).
+        offload: moves what the model's layers save, where the model asks for it.
     """
 
     def __init__(
-        self, model: StagedModel, loss_function: LossFunction, deferral: WeightDeferral | None = None, *, free_outputs: bool = False
+        self, model: StagedModel, loss_function: LossFunction, deferral: WeightDeferral | None = None, *, free_outputs: bool = False,
+        offload: ActivationOffload | None = None,
     ) -> None:
         self._free_outputs = free_outputs
+        self._offload = offload
         self._model = model
         self._loss_function = loss_function
         self._deferral = deferral
@@ -54,7 +61,8 @@ class AutogradCompute:
     def forward(self, links: StageLinks, inputs: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         for producer in links.grad_inputs:
             inputs[producer].requires_grad_()
-        with torch.set_grad_enabled(links.backward is not None), self._collecting(links):
+        self._count(inputs.values())
+        with torch.set_grad_enabled(links.backward is not None), self._collecting(links), self._keeping(links, inputs.values()):
             output = self._model.forward(links.forward, inputs, links.consumers)
             loss = None if links.consumers else self._loss_function(links.forward, output.result)
         if links.backward is not None:
@@ -64,9 +72,16 @@ class AutogradCompute:
         if self._free_outputs and links.backward is not None:
             for payload in output.payloads.values():
                 _free(payload)
+        self._count(payloads.values())
         return payloads
 
+    def fetch_ahead(self, links: StageLinks, during: StageLinks | None) -> None:
+        if self._offload is not None:
+            self._offload.fetch_ahead(links.forward.id, None if during is None else during.forward.id)
+
     def backward(self, links: StageLinks, grads: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        if self._offload is not None:
+            self._offload.settle(backward_of=links.forward.id)
         kept = self._kept.pop(links.forward.id)
         roots: list[torch.Tensor] = []
         root_grads: list[torch.Tensor | None] = []
@@ -78,13 +93,19 @@ class AutogradCompute:
             roots.append(kept.loss)
             root_grads.append(None)
         if roots:
-            with self._collecting(links):
+            with self._collecting(links), self._watching():
                 _run_backward(roots, root_grads)
-        return {
+        if self._offload is not None:
+            self._offload.finish(links.forward.id)
+        back = {
             producer: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.contiguous() for producer, leaf in kept.inputs.items()
         }
+        self._count(back.values())
+        return back
 
     def weight(self, links: StageLinks) -> None:
+        if self._offload is not None:
+            self._offload.settle()
         if self._deferral is not None:
             self._deferral.run(links.forward.id)
 
@@ -92,6 +113,30 @@ class AutogradCompute:
         assert not self._kept, f"stages {sorted(self._kept)} ran forward but not backward"
         if self._deferral is not None:
             self._deferral.assert_empty()
+        if self._offload is not None:
+            self._offload.assert_empty()
+
+    @contextmanager
+    def _keeping(self, links: StageLinks, inputs: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Around a forward: what its layers save is moved or counted."""
+        if self._offload is None:
+            yield
+            return
+        self._offload.settle()
+        if links.backward is None:
+            yield
+            return
+        with self._watching(), self._offload.stage(links.forward.id, inputs):
+            yield
+
+    def _watching(self) -> AbstractContextManager[None]:
+        meter = None if self._offload is None else self._offload.meter
+        return nullcontext() if meter is None else meter.watching()
+
+    def _count(self, payloads: Iterable[torch.Tensor]) -> None:
+        if self._offload is not None and self._offload.meter is not None:
+            for payload in payloads:
+                self._offload.meter.add(payload)
 
     def _collecting(self, links: StageLinks) -> AbstractContextManager[None]:
         if self._deferral is None or links.weight is None:
@@ -130,6 +175,9 @@ class SleepCompute:
     def forward(self, links: StageLinks, inputs: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         self._sleep(links.forward)
         return {consumer.id: self._tensor for consumer in links.consumers}
+
+    def fetch_ahead(self, links: StageLinks, during: StageLinks | None) -> None:
+        pass
 
     def backward(self, links: StageLinks, grads: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         assert links.backward is not None

@@ -5,9 +5,10 @@ What a compute action does is behind :class:`~megatron_dip.runtime.interface.Com
 their stage (``inbox``), messages that wait for their send (``outbox``), buffers that wait for their receive, and posts that wait for
 their wait. All five are empty when the iteration ends. Everything that can be looked up is looked up before the loop starts.
 
-Two things stand elsewhere than the plan's actions say. The buffer of a receive is taken ahead of the stage before it, so that on CUDA
+Three things stand elsewhere than the plan's actions say. The buffer of a receive is taken ahead of the stage before it, so that on CUDA
 the receive waits for no more than that stage's start (:meth:`~megatron_dip.runtime.p2p.PointToPoint.buffer`). What is to follow a stage
-is called behind the posts that follow it: a neighbour waits for the message, nobody for a reduction of gradients.
+is called behind the posts that follow it: a neighbour waits for the message, nobody for a reduction of gradients. What a backward needs
+from the host begins to come one compute action before it (:mod:`megatron_dip.runtime.offload`).
 """
 
 from __future__ import annotations
@@ -164,6 +165,9 @@ class _Iteration:
         steps: list[tuple[Handler, Any, str]] = []
         following: list[tuple[Handler, Any, str]] = []
         """What is to be called behind the posts of the last stage."""
+        last: StageLinks | None = None
+        """Of the compute action before."""
+        last_op = ""
         before_stage = 0
         """Where the last stage's step is: buffers of the receives behind it are taken there."""
         for action in plan.actions[self._rank]:
@@ -173,8 +177,12 @@ class _Iteration:
                 following = []
             if action.op in COMPUTE_OPS:
                 assert isinstance(action.stage, int)
+                of_stage = self._stage_links[self._links.forward_of[action.stage]]
+                if action.op == "bw" and "offload" in of_stage.forward.strategy and last is not None and last is not of_stage:
+                    steps.insert(before_stage, (self._fetch_ahead, (of_stage, last if last_op == "bw" else None), f"fetch for {name}"))
                 before_stage = len(steps)
-                steps.append((handler, self._stage_links[self._links.forward_of[action.stage]], name))
+                last, last_op = of_stage, action.op
+                steps.append((handler, of_stage, name))
                 following = [(_call, function, f"after {name}") for function in self._after_stage.get(action.stage, ())]
             elif action.op == "irecv":
                 assert isinstance(action.tag, int)
@@ -221,6 +229,9 @@ class _Iteration:
         for producer in links.grad_inputs:
             self._deliver(stage, self._links.backward_of[producer], input_grads[producer])
 
+    def _fetch_ahead(self, argument: tuple[StageLinks, StageLinks | None]) -> None:
+        self._compute.fetch_ahead(*argument)
+
     def _weight(self, links: StageLinks) -> None:
         assert links.weight is not None
         self._timer.begin()
@@ -254,8 +265,8 @@ class _Iteration:
     def describe(self, argument: Any) -> str:
         """Which module's stage or message an action is about, for errors."""
         tag = argument[0] if isinstance(argument, tuple) else argument
-        if isinstance(argument, StageLinks):
-            return f" ({_describe(argument.forward)})"
+        if isinstance(tag, StageLinks):
+            return f" ({_describe(tag.forward)})"
         if not isinstance(tag, int):
             return ""
         stages = self._links.plan.stages

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_dip.runtime.offload import ActivationOffload
 from megatron_dip.spec.plan import Plan, PlanStage
 
 ChunkKey = tuple[str, int]
@@ -67,6 +68,11 @@ class ForwardOutput:
 
 class StagedModel(Protocol):
     """A model of which every rank holds some chunks. One object a rank."""
+
+    @property
+    def offload(self) -> ActivationOffload | None:
+        """What moves the activations of layers that a plan offloads; None: the model has no such layers."""
+        ...
 
     @property
     def chunk_keys(self) -> Sequence[ChunkKey]:
@@ -160,6 +166,15 @@ class Compute(Protocol):
 
     def forward(self, links: StageLinks, inputs: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """Runs a forward stage: producer stage id -> payload in, consumer stage id -> payload out."""
+        ...
+
+    def fetch_ahead(self, links: StageLinks, during: StageLinks | None) -> None:
+        """Called one compute action before a backward: what it needs and what is not on the device begins to come.
+
+        Args:
+            links: of the backward.
+            during: of the action before it, where that is another backward's (or its input part's).
+        """
         ...
 
     def backward(self, links: StageLinks, grads: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -326,7 +326,8 @@ class _Launches(TorchDispatchMode):
         on_host = [tensor for tensor in given if not device.holds(tensor) and tensor.dim()]
         if on_device and on_host and not name.startswith(("copy_", "_copy")):
             raise Violation(f"{name!r} mixes tensors of host and device")
-        new = [tensor for tensor in made if not device.holds(tensor)]
+        there = {tensor.untyped_storage()._cdata for tensor in given}  # a copy to the host gives what it was given
+        new = [tensor for tensor in made if not device.holds(tensor) and tensor.untyped_storage()._cdata not in there]
         for tensor in new:
             device.place(tensor, name)
         if name.startswith(("empty", "new_empty")):
@@ -375,6 +376,10 @@ class _Placement(TorchFunctionMode):
                 return pinned
             if name in ("tolist", "numpy") and device.holds(tensor):
                 device.synchronise(device.current)
+        if kwargs.pop("pin_memory", False):
+            pinned = func(*args, **kwargs)
+            device.pin(pinned)
+            return pinned
         if _is_cuda(kwargs.get("device")):
             del kwargs["device"]
             return self._placed(device, func, args, kwargs)
@@ -411,6 +416,21 @@ class _Placement(TorchFunctionMode):
             finally:
                 device.quiet = False
         return tensor
+
+
+class _Hooks(torch.autograd.graph.saved_tensors_hooks):
+    """Hooks of saved tensors are called where torch has put the mode aside in which tensors of the fake are on its device."""
+
+    def __init__(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:
+        super().__init__(self._placing(pack), self._placing(unpack))
+
+    @staticmethod
+    def _placing(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def placed(value: Any) -> Any:
+            with _Placement():
+                return hook(value)
+
+        return placed
 
 
 # ---- torch.cuda ---------------------------------------------------------------------------------------------------------------------
@@ -465,6 +485,7 @@ class FakeCuda:
         self._stack.enter_context(mock.patch.object(torch.cuda.nvtx, "range_push", pushed))
         self._stack.enter_context(mock.patch.object(torch.cuda.nvtx, "range_pop"))
         self._stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", _record_stream))
+        self._stack.enter_context(mock.patch.object(torch.autograd.graph, "saved_tensors_hooks", _Hooks))
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -42,6 +42,8 @@ def make_chunk(module: str, vp_stage: int, rank: int, num_ranks: int) -> torch.n
 class ToyStagedModel:
     """One rank's chunks, as the executor takes them."""
 
+    offload = None
+
     def __init__(self, plan: Plan, rank: int, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
         self.chunk_keys = [(module, k) for module in plan.chunks for k in range(len(plan.chunks[module]))]
