@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dip.cli.output import print_json, progress, tables
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.calibration import WIDTHS, Calibration, ErrorSummary, calibrate
 from megatron_dip.cost.device import DeviceDescription, load_device
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parameters", default="training,memory", metavar="A,B", help=f"what to fit, of {', '.join(WIDTHS)} (default training,memory)")
     parser.add_argument("--freedom", type=float, default=1.0, metavar="X",
                         help="factor on how far parameters may move; 10 for a device whose figures are guesses (default 1)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,13 +97,21 @@ def run(args: argparse.Namespace) -> int:
 
     names = [name.strip() for name in args.parameters.split(",") if name.strip()]
     source = "Fitted by megatron-dip calibrate on " + ", ".join(path.name for path in args.measurements) + f" ({', '.join(names)})."
-    with Console(stderr=True).status(f"fitting {', '.join(names)} to {sum(fitted)} measurements"):
+    with progress(f"fitting {', '.join(names)} to {sum(fitted)} measurements"):
         found = calibrate(
             device, predict, measured, fitted, names, source=source, widths={name: args.freedom * width for name, width in WIDTHS.items()},
         )
     write_atomically(args.output, msgspec.json.format(msgspec.json.encode(found.device), indent=1) + b"\n")
-    _print(Console(), found)
-    Console().print(f"wrote {args.output}", soft_wrap=True, highlight=False, markup=False)
+    if args.json:
+        print_json({
+            "output": str(args.output), "parameters": {name: {"before": before, "after": after} for name, (before, after) in found.values.items()},
+            "fitted": {"before": asdict(found.fitted_before), "after": asdict(found.fitted_after)},
+            "held_out": {"before": asdict(found.held_out_before), "after": asdict(found.held_out_after)},
+        })
+        return 0
+    out = tables()
+    _print(out, found)
+    out.print(f"wrote {args.output}", soft_wrap=True)
     return 0
 
 

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_dip.cli.output import print_json
 from megatron_dip.cli.plan_command import workload_costs
 from megatron_dip.partition.work import deal_batch
 from megatron_dip.schedule.checker import inspect_plan
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", type=Path, metavar="PLAN.json", help="what to check (format megatron-dip/plan/1)")
     parser.add_argument("--workload", type=Path, metavar="FILE", help="hold the plan's instances and tokens against this workload's")
     parser.add_argument("--replica", type=int, default=0, metavar="N", help="whose microbatches the plan is for (default 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,6 +44,12 @@ def run(args: argparse.Namespace) -> int:
         dealt = deal_batch(workload.microbatches, workload.parallel.data, workload.model_spec, partition, workload_costs(workload))
         if dealt is not None:
             report = inspect_plan(plan, [workload.microbatches[number] for number in dealt.shares()[args.replica]])
+    if args.json:
+        print_json({
+            "holds": not report.problems, "problems": report.problems, "stages": len(plan.stages), "ranks": plan.ranks, "makespan_ns": report.makespan,
+            "peak_memory_bytes": report.peak_memory,
+        })
+        return 1 if report.problems else 0
     if report.problems:
         print(f"{args.plan}: does not hold", file=sys.stderr)
         for problem in report.problems:

@@ -8,22 +8,20 @@ they rest on is printed below them. Needs no GPU and no torch. Exit code 2 on ba
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from megatron_dip.cli.output import print_json, progress, tables
 from megatron_dip.cost.device import load_device
 from megatron_dip.partition.joint import ChoiceLimits
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.simulator.estimate import Candidate, estimate
 from megatron_dip.simulator.step import SimulateOptions, make_costs
-from megatron_dip.spec.codec import check_outputs, load_workload, save
+from megatron_dip.spec.codec import STANDARD_INPUT, check_outputs, load_workload, save
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import NAMED_SETUPS
 from megatron_dip.spec.partition import Partition
@@ -73,11 +71,10 @@ def run(args: argparse.Namespace) -> int:
     if args.device is not None:
         load_device(args.device, "--device")
     subject = _subject(args)
-    status = Console(stderr=True)
-    with status.status("reading") as line:
+    with progress("estimating") as show:
         candidates = estimate(
             subject.workload, args.gpus, _choose, options=SimulateOptions(evaluations=args.evaluations, seed=args.seed, replicas=1),
-            progress=lambda text: line.update(escape(text)),
+            progress=show,
         )
     dip = candidates[0]
     if dip.parallel is not None and args.save_workload is not None:
@@ -85,10 +82,10 @@ def run(args: argparse.Namespace) -> int:
     if dip.partition is not None and args.save_partition is not None:
         save(args.save_partition, dip.partition)
     if args.json:
-        print(msgspec.json.encode({
+        print_json({
             "model": subject.title, "gpus": args.gpus, "systems": [_row(candidate) for candidate in candidates], "advice": _advice(subject, candidates),
             "notes": subject.notes,
-        }).decode())
+        })
         return 0
     _print(subject, candidates, args)
     return 0
@@ -118,7 +115,7 @@ def _subject(args: argparse.Namespace) -> _Subject:
 
 def _read_json(file: Path, given: str) -> dict[str, object]:
     try:
-        found = msgspec.json.decode(file.read_bytes())
+        found = msgspec.json.decode(sys.stdin.buffer.read() if given == STANDARD_INPUT else file.read_bytes())
     except OSError as error:
         raise InputError(
             "MODEL", given, f"is neither a named setup nor a file that can be read ({error.strerror})",
@@ -190,13 +187,13 @@ def _advice(subject: _Subject, candidates: list[Candidate]) -> str:
 
 
 def _print(subject: _Subject, candidates: list[Candidate], args: argparse.Namespace) -> None:
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+    console = tables()
     dip = candidates[0].result
-    table = Table("system", "DP", "TP", "PP", "s an iteration", "over DIP", "MFU", "bubbles", "peak GB", "fits", title=escape(f"{subject.title} on {args.gpus} GPUs (simulated)"))
+    table = Table("system", "DP", "TP", "PP", "s an iteration", "over DIP", "MFU", "bubbles", "peak GB", "fits", title=f"{subject.title} on {args.gpus} GPUs (simulated)")
     for candidate in candidates:
         parallel, result = candidate.parallel, candidate.result
         if parallel is None or result is None:
-            table.add_row(_NAMES[candidate.system], *["-"] * 8, escape(f"no: {candidate.problem}"))
+            table.add_row(_NAMES[candidate.system], *["-"] * 8, f"no: {candidate.problem}")
             continue
         ratio = "-" if dip is None else f"{result.iteration_time_s / dip.iteration_time_s:.2f}"
         table.add_row(
@@ -206,7 +203,7 @@ def _print(subject: _Subject, candidates: list[Candidate], args: argparse.Namesp
     console.print(table)
 
     def say(text: str) -> None:
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        console.print(text, soft_wrap=True)
 
     say(_advice(subject, candidates))
     first = candidates[0]

@@ -75,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+_MOST_TOKENS = 1 << 40
+
+
 def _shards(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(path.rglob("*.tar"))
@@ -122,8 +125,11 @@ def _add_part(found: _Found, name: str, stream: IO[bytes], characters: float) ->
 
 
 def _add_document(found: _Found, document: object, characters: float) -> None:
-    if isinstance(document, dict) and isinstance(document.get("tokens"), int):
-        found.text += document["tokens"]
+    if isinstance(document, dict) and type(document.get("tokens")) is int:
+        if 0 <= document["tokens"] <= _MOST_TOKENS:
+            found.text += document["tokens"]
+        else:
+            found.problem = f"{document['tokens']} is no number of tokens"
         return
     found.text += sum(_tokens(text, characters) for text in _texts(document))
 
@@ -175,6 +181,6 @@ def _read_jsonl(path: Path, characters: float) -> Iterator[tuple[str, _Found]]:
                 try:
                     with (path.parent / str(name)).open("rb") as stream:
                         _add_image(found, stream)
-                except OSError as error:
-                    found.problem = f"{name} cannot be read ({error.strerror})"
+                except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+                    found.problem = f"{name} cannot be read ({error})"
         yield f"line {number}", found

@@ -36,6 +36,9 @@ COMMANDS = (
     "checkpoint",
     "trace",
     "report",
+    "playground",
+    "schema",
+    "completion",
 )
 """Sub-commands in the order of the help; each is ``megatron_dip.cli.<name>_command``."""
 _INTERRUPTED, _PIPE_CLOSED = 130, 141

@@ -8,23 +8,24 @@ dry-run for all ranks and then written; nothing is written on an error (exit cod
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dip.cli.output import messages, print_json, progress, tables
 from megatron_dip.cli.simulate_command import deal_words
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.fixed import FixedStrategyCost
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
+from megatron_dip.partition.deal import Deal
 from megatron_dip.partition.offline import cheapest_work_ns, paper_partition
 from megatron_dip.partition.work import deal_batch
 from megatron_dip.planner.iteration import MemoryChoice, PlanOptions, plan_iteration
@@ -34,7 +35,7 @@ from megatron_dip.runtime.startup import hardware_queues
 from megatron_dip.schedule.backward import SplitBackward
 from megatron_dip.schedule.grid import format_grid, plan_cells
 from megatron_dip.schedule.search import SearchMethod
-from megatron_dip.simulator.baselines import BASELINES, run_baseline
+from megatron_dip.simulator.baselines import BASELINES, BaselineResult, run_baseline
 from megatron_dip.spec.codec import check_outputs, load_partition, load_workload, save, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
@@ -83,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "replica N trains microbatches N, N + data, ...")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the schedule as a text grid too")
     parser.add_argument("--no-baselines", action="store_true", help="leave the comparison with other schedules out")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +101,6 @@ class _Task:
 
 
 def run(args: argparse.Namespace) -> int:
-    console = Console(stderr=True)
     options = _options(args)
     check_outputs({"--output": args.output, "--save-partition": args.save_partition, "--grid": args.grid}, [args.workload, args.partition])
     workload = load_workload(args.workload)
@@ -116,10 +117,10 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
 
     def warn(sentence: str) -> None:
-        console.print(f"warning: {sentence}", soft_wrap=True, highlight=False, markup=False)
+        messages().print(f"warning: {sentence}", soft_wrap=True)
 
-    with console.status("choosing the partition") as status:
-        partition, origin = _partition(args, task, workload, status.update, warn)
+    with progress("choosing the partition") as show:
+        partition, origin = _partition(args, task, workload, show, warn)
         partition_s = time.perf_counter() - began
         dealt = None
         if workload.parallel.data > 1:
@@ -128,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
             )
         if dealt is not None:
             task = replace(task, microbatches=[workload.microbatches[number] for number in dealt.shares()[args.replica]])
-        status.update(f"searching ({_budget(options)})")
+        show(f"searching ({_budget(options)})")
         plan = plan_iteration(
             task.model, partition, task.microbatches, task.costs, replace(options, split_backward=task.split_backward, strategy=task.strategy)
         )
@@ -140,20 +141,24 @@ def run(args: argparse.Namespace) -> int:
         save(args.save_partition, partition)
     if args.grid is not None:
         write_atomically(args.grid, format_grid(plan_cells(plan)).encode())
-    # A pipe has no width; a terminal's own is kept.
-    out = Console() if sys.stdout.isatty() else Console(width=140)
+    baselines: list[_Row] = []
+    if not args.no_baselines:
+        with progress("running the baselines") as show:
+            baselines = _baselines(plan, task, show)
+    if args.json:
+        print_json(_figures(args, plan, task, origin, partition_s, dealt, baselines))
+        return 0
+    out = tables()
     _print_summary(out, plan, task, origin, partition_s)
     _print_ranks(out, plan)
     if dealt is not None:
         out.print(
             f"planned replica {args.replica} of {dealt.num_replicas}; most work over mean of the replicas: {deal_words(dealt)}, "
-            f"{dealt.gap:.2%} above the bound of any deal", soft_wrap=True, highlight=False,
+            f"{dealt.gap:.2%} above the bound of any deal", soft_wrap=True,
         )
-    if not args.no_baselines:
-        with console.status("running the baselines"):
-            table = _baseline_table(plan, task)
-        out.print(table)
-    out.print(f"wrote {args.output}", soft_wrap=True, highlight=False, markup=False)
+    if baselines:
+        out.print(_baseline_table(plan, task, baselines))
+    out.print(f"wrote {args.output}", soft_wrap=True)
     return 0
 
 
@@ -301,12 +306,27 @@ def _print_ranks(out: Console, plan: Plan) -> None:
     out.print(table)
 
 
-def _baseline_table(plan: Plan, task: _Task) -> Table:
-    table = Table("baseline", "time", "speed-up of the plan", "memory", "its best setting", box=SIMPLE)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    name: str
+    result: BaselineResult | None
+    """None: does not run with these layers and ranks."""
+
+
+def _baselines(plan: Plan, task: _Task, show: Callable[[str], None]) -> list[_Row]:
     # They obey a fixed memory strategy as the plan does.
     costs = task.costs if task.strategy is None else FixedStrategyCost(task.costs, task.strategy)
+    rows = []
     for name in BASELINES:
-        result = run_baseline(name, task.model, task.num_ranks, task.microbatches, costs)
+        show(f"running the baselines: {name}")
+        rows.append(_Row(name=name, result=run_baseline(name, task.model, task.num_ranks, task.microbatches, costs)))
+    return rows
+
+
+def _baseline_table(plan: Plan, task: _Task, rows: Sequence[_Row]) -> Table:
+    table = Table("baseline", "time", "speed-up of the plan", "memory", "its best setting", box=SIMPLE)
+    for row in rows:
+        name, result = row.name, row.result
         if result is None:
             table.add_row(name, "-", "-", "-", "does not run with these layers and ranks")
             continue
@@ -314,6 +334,31 @@ def _baseline_table(plan: Plan, task: _Task) -> Table:
         ratio = result.makespan_ns / plan.claimed_makespan if plan.claimed_makespan else 1.0
         table.add_row(name, _time(result.makespan_ns), f"{ratio:.3f}", peak, f"{result.setting}; recompute {task.strategy or _levels(result.strategies)}")
     return table
+
+
+def _figures(
+    args: argparse.Namespace, plan: Plan, task: _Task, origin: str, partition_s: float, dealt: Deal | None, baselines: Sequence[_Row]
+) -> dict[str, Any]:
+    """What the tables say, for programs; ns and bytes."""
+    found = [row.result for row in baselines]
+    return {
+        "output": str(args.output), "makespan_ns": plan.claimed_makespan, "one_hardware_queue_ns": one_queue_makespan(plan),
+        "lower_bound_ns": plan.lower_bound, "free_bound_ns": cheapest_work_ns(task.model, task.microbatches, task.costs) / task.num_ranks,
+        "bubble_fraction": plan.bubble_fraction, "partition": origin, "partition_s": partition_s,
+        "chunks": {module: len(rows) for module, rows in plan.chunks.items()}, "sub_microbatch_size": plan.sub_microbatch_size,
+        "stages": len(plan.stages), "microbatches": len(task.microbatches), "planning_ns": plan.planning_ns, "evaluations": plan.evaluations,
+        "seed": plan.seed,
+        "ranks": [
+            {"busy_ns": sum(plan.stages[stage].duration for stage in plan.order[rank]), "peak_memory_bytes": plan.peak_memory[rank],
+             "capacity_bytes": None if plan.memory_capacity is None else plan.memory_capacity[rank]} for rank in range(plan.ranks)
+        ],
+        "replica": None if dealt is None else {"number": args.replica, "of": dealt.num_replicas, "imbalance": dealt.imbalance, "gap": dealt.gap},
+        "baselines": {
+            row.name: None if result is None else {"makespan_ns": result.makespan_ns, "peak_memory_bytes": max(result.peak_bytes), "fits": result.fits,
+                                                   "setting": result.setting}
+            for row, result in zip(baselines, found, strict=True)
+        },
+    }
 
 
 def _levels(strategies: Sequence[str]) -> str:

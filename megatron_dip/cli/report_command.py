@@ -19,9 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a plan or a timeline (JSON)")
     parser.add_argument("--output", type=Path, required=True, metavar="PICTURE", help="where to write: a picture (.png, .svg, .pdf), or a page with zoom and hover (.html)")
     parser.add_argument("--title", default="Pipeline iterations", help="heading of the picture")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_dip.cli.output import print_json
     from megatron_dip.report.tables import timeline_table
     from megatron_dip.report.timeline import read_timeline
     from megatron_dip.spec.codec import check_outputs
@@ -44,6 +46,12 @@ def run(args: argparse.Namespace) -> int:
         from megatron_dip.report.gantt import draw_gantt
 
         draw_gantt(timelines, args.output, title=args.title, plans=plans)
+    if args.json:
+        print_json({"output": str(args.output), "iterations": [
+            {"title": timeline.title, "ranks": timeline.ranks, "stages": len(timeline.bars), "makespan_ns": timeline.makespan,
+             "bubble_fraction": timeline.bubble_fraction} for timeline in timelines
+        ]})
+        return 0
     print(timeline_table(timelines))
     print(f"wrote {args.output}")
     return 0

@@ -12,7 +12,6 @@ import argparse
 import multiprocessing
 import os
 import runpy
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_dip.cli.output import messages, print_json, tables
 from megatron_dip.cost.analytic import DEFAULT_RULES
 from megatron_dip.cost.coverage import outside_profile
 from megatron_dip.cost.device import load_device
@@ -114,9 +114,9 @@ def run(args: argparse.Namespace) -> int:
     if args.memory_timeline is not None:
         _write_timeline(args.memory_timeline, simulation)
     if args.json:
-        print(msgspec.json.encode(result).decode())
+        print_json(result)
         return 0
-    _print_result(_console(), result, simulation.dealt)
+    _print_result(tables(), result, simulation.dealt)
     return 0
 
 
@@ -144,7 +144,7 @@ def simulate_one(workload: Workload, name: ScheduleName, partition: Partition | 
     if isinstance(workload.profile, Profile):
         sizes = partition.sub_microbatch_size if partition is not None and name == "dip" else None
         for sentence in outside_profile(workload.profile, workload.microbatches, sizes):
-            Console(stderr=True).print(f"warning: {sentence}", soft_wrap=True, highlight=False, markup=False)
+            messages().print(f"warning: {sentence}", soft_wrap=True)
     return simulate_whole(workload, name, partition=partition, options=options, costs=costs)
 
 
@@ -159,15 +159,15 @@ def _run_compare(args: argparse.Namespace, workload: Workload, partition: Partit
     if not results:
         raise InputError("schedule", list(SCHEDULES), f"none can run: {next(iter(problems.values()))}", "use more GPUs or less work a microbatch")
     if args.json:
-        print(msgspec.json.encode({"results": results, "problems": problems}).decode())
+        print_json({"results": results, "problems": problems})
         return 0
-    console = _console()
+    console = tables()
     table = Table("schedule", "s", "MFU", "HFU", "bubbles", "peak GB", "compute", "TP", "DP", "P2P", "bubble", "optimizer")
     for result in sorted(results, key=lambda result: result.iteration_time_s):
         table.add_row(result.schedule, *_cells(result))
     console.print(table)
     for failed, problem in problems.items():
-        console.print(f"{failed}: {problem}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"{failed}: {problem}", soft_wrap=True)
     return 0
 
 
@@ -178,11 +178,6 @@ def _write_timeline(path: Path, simulation: Simulation) -> None:
     for rank in range(simulation.schedule.graph.num_ranks):
         lines += [f"{rank},{instant / 1e9:.9f},{held}" for instant, held in simulation.memory_timeline(rank)]
     write_atomically(path, ("\n".join(lines) + "\n").encode())
-
-
-def _console() -> Console:
-    """Standard output; wide enough for whole tables where no terminal says how wide it is."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 
 def _cells(result: SimulationResult) -> list[str]:
@@ -253,7 +248,7 @@ def _run_grid(args: argparse.Namespace, workload: Workload, options: SimulateOpt
         raise InputError("--grid", "...", "a profile holds for one tensor-parallel size only", "give a device instead of the profile")
     began = time.perf_counter()
     gpus = workload.parallel.num_gpus if args.gpus is None else args.gpus
-    console = Console(stderr=True)
+    console = messages()
     points = search_grid(workload, gpus, options, workers=args.workers or os.cpu_count() or 1, console=console, rules=args.rules)
     feasible = [point for point in points if point.result is not None]
     if not feasible:
@@ -263,7 +258,7 @@ def _run_grid(args: argparse.Namespace, workload: Workload, options: SimulateOpt
         skipped = [{"parallel": _sizes(point.parallel), "problem": point.problem} for point in points if point.result is None]
         print(msgspec.json.encode({"gpus": gpus, "plans": rows, "infeasible": skipped}).decode())
         return 0
-    _print_grid(_console(), feasible[: args.top])
+    _print_grid(tables(), feasible[: args.top])
     console.print(f"{len(points)} ways to share {gpus} GPUs, {len(points) - len(feasible)} do not fit; {time.perf_counter() - began:.1f} s")
     return 0
 

@@ -167,7 +167,7 @@ systems.forEach((system, index) => {
   charts[index].y_range.start = system.ranks - 0.5;
 });
 shared.end = 1.005 * longest;
-sliders.forEach((slider, index) => { slider.title = names[index] + ": " + values[index][slider.value]; });
+sliders.forEach((slider, index) => { slider.title = names[index] + " " + values[index][slider.value]; });
 """
 
 
@@ -192,7 +192,7 @@ def write_playground(cases: Sequence[PlaygroundCase], sliders: Sequence[str], pa
     sources, charts = [], []
     for _ in cases[0].timelines:
         source = ColumnDataSource({"rank": [], "left": [], "right": [], "color": [], "microbatch": [], "label": []})
-        chart = figure(x_range=shared, y_range=Range1d(start=0.5, end=-0.5), height=210, tools=_TOOLS, sizing_mode="stretch_width", y_axis_label="rank")
+        chart = figure(title=" ", x_range=shared, y_range=Range1d(start=0.5, end=-0.5), height=230, tools=_TOOLS, sizing_mode="stretch_width", y_axis_label="rank")
         chart.background_fill_color = IDLE
         chart.ygrid.visible = False
         chart.yaxis.ticker = list(range(64))

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,10 @@ from megatron_dip.spec.workload import WORKLOAD_FORMAT, Workload
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_FORMATS: dict[type, str] = {
+STANDARD_INPUT = "-"
+"""As a file to read."""
+
+FORMATS: dict[type, str] = {
     Workload: WORKLOAD_FORMAT,
     Profile: PROFILE_FORMAT,
     Plan: PLAN_FORMAT,
@@ -128,8 +132,13 @@ def _has_video(path: Path) -> bool:
 
 
 def read_file(path: str | Path) -> bytes:
-    """The file's bytes. Commands that take files of several kinds read each once, so that a pipe can be one of them."""
+    """The file's bytes; of ``-`` those of standard input.
+
+    Commands that take files of several kinds read each once, so that a pipe can be one of them.
+    """
     try:
+        if str(path) == STANDARD_INPUT:
+            return sys.stdin.buffer.read()
         return Path(path).read_bytes()
     except OSError as error:
         raise InputError(str(path), str(path), f"cannot be read ({error.strerror})", "name a file that exists and is readable") from None
@@ -150,7 +159,7 @@ def decode(text: str | bytes, kind: type[T], name: str, wanted: str | None = Non
     Args:
         wanted: its format, for kinds that other rooms define.
     """
-    wanted = _FORMATS[kind] if wanted is None else wanted
+    wanted = FORMATS[kind] if wanted is None else wanted
     try:
         raw = json.loads(text, object_pairs_hook=_reject_duplicates)
     except InputError as error:
@@ -180,7 +189,7 @@ def decode(text: str | bytes, kind: type[T], name: str, wanted: str | None = Non
 def _other_kind(raw: dict[str, Any], wanted: str, name: str) -> InputError:
     """What to say of a file of another kind than ``wanted``."""
     found, noun = raw.get("format"), _noun(wanted)
-    if found in _FORMATS.values():
+    if found in FORMATS.values():
         return InputError(f"{name}: format", found, f"this is a {_noun(str(found))}, where a {noun} is asked for", f"give a {noun}")
     if "model_type" in raw or "_class_name" in raw:
         return InputError(
@@ -207,6 +216,8 @@ def save(path: str | Path, value: msgspec.Struct) -> None:
 def check_writable(path: str | Path, field: str) -> None:
     """Raises InputError if a file cannot be written there: to be asked before the work whose result it takes."""
     path = Path(path)
+    if str(path) == STANDARD_INPUT:
+        raise InputError(field, str(path), "stands for standard input, which nobody can write to", "name a file; /dev/stdout is standard output")
     if path.is_dir():
         raise InputError(field, str(path), "is a directory", "name a file")
     if not path.parent.is_dir():
@@ -282,6 +293,8 @@ def _load(path: Path, kind: type[T]) -> T:
 
 def _name(path: Path) -> str:
     """What messages call a file: its name, but of a device or a pipe the path, since "null" or "stdin" would tell nobody anything."""
+    if str(path) == STANDARD_INPUT:
+        return "standard input"
     return path.name if path.is_file() else str(path)
 
 
