@@ -26,7 +26,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -692,3 +692,30 @@ def run_baseline(
     case = _Case(model, num_ranks, microbatches, costs, with_memory, virtual_pipeline, microbatches if layout_batch is None else layout_batch)
     results = [result for result in _MAKERS[name](case) if result is not None]
     return min(results, key=lambda result: (not result.fits, result.makespan_ns), default=None)
+
+
+def run_chunks_interleaved(
+    model: ModelSpec, num_ranks: int, microbatches: Sequence[Microbatch], costs: CostModel, chunks: Mapping[str, Sequence[Sequence[int]]]
+) -> BaselineResult | None:
+    """DIP's cut without its schedule: every module in chunks of its own over all ranks, whole microbatches in Megatron's interleaved order.
+
+    Args:
+        chunks: module -> for each stage number on a rank, its layers on each rank, as a partition has them.
+
+    Returns:
+        None where the order waits in a circle.
+    """
+    builder = _Builder(model, num_ranks, microbatches, costs, microbatches)
+    stages: list[_Stage] = []
+    for name in model.topological():
+        passed, total = 0, model.module(name).num_layers
+        for row in chunks[name]:
+            for layers in row:
+                stages.append((_Piece(name, layers, passed == 0, passed + layers == total),) if layers else ())
+                passed += layers
+    for index, stage in enumerate(stages):
+        builder.hold(index % num_ranks, index // num_ranks, stage)
+    ranks = [index % num_ranks for index in range(len(stages))]
+    chains = [builder.chain(stages, ranks, unit, microbatch) for unit, microbatch in enumerate(microbatches)]
+    rows = _interleaved_order(num_ranks, len(stages) // num_ranks, len(microbatches))
+    return builder.finish("chunks interleaved", "", _order_of(rows, chains), True)
