@@ -53,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--seed", type=int, default=1, help="of weights and data (default 1)")
     run.add_argument("--data-file", metavar="FILE", help="own data instead of the example's; the example says in which form")
     run.add_argument("--distributed-optimizer", action="store_true", help="spread the optimizer's state over the replicas")
-    run.add_argument("--balance", choices=("auto", "off", "exchange"), default="auto",
-                     help="whether replicas deal the microbatches of a global batch among them by work (default auto: with several replicas)")
+    run.add_argument("--balance", choices=("auto", "off", "indices", "exchange"), default="auto",
+                     help="dip: whether replicas deal the microbatches of a global batch among them by work; auto (default): indices, each takes "
+                     "its own from the data set; exchange: they travel between replicas, as where each reads a part of the data")
     run.add_argument("--overlap-grad-reduce", action="store_true", help="reduce gradients over the replicas beside the pipeline")
     run.add_argument("--threads", type=int, default=1, help="of each rank's tensor operations on the CPU (default 1)")
     run.add_argument("--timeout", type=float, default=600.0, metavar="S", help="a rank that waits longer for another gives up (default 600 s)")

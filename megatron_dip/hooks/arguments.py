@@ -21,7 +21,7 @@ MAX_LOOK_AHEAD = 16
 
 CostSource = Literal["auto", "learned", "given"]
 
-BalanceMode = Literal["auto", "off", "exchange"]
+BalanceMode = Literal["auto", "off", "indices", "exchange"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +87,9 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        "More than 1 where planning takes longer than training: as many plans are then made side by side.")
     group.add_argument("--dip-balance", choices=get_args(BalanceMode), default="auto",
                        help="Deal the microbatches of a global batch to the data-parallel replicas by work, so that none waits for another's "
-                       "images. exchange: whole microbatches travel between replicas while the batch before trains. auto (default): exchange with "
-                       "several replicas and --dip-look-ahead, unless experts are spread over replicas. off: every replica trains what it reads.")
+                       "images. indices: replicas read what they are dealt, where the data set tells lengths ahead (instance_lengths). exchange: whole "
+                       "microbatches travel between replicas while the batch before trains. auto (default): indices where lengths are known, else "
+                       "exchange with --dip-look-ahead, unless experts are spread over replicas. off: every replica trains what it reads.")
     group.add_argument("--dip-memory-limit", type=float, default=None, metavar="GIB",
                        help="Memory that plans may use on a rank. Default: the device's memory; none under --dip-profile.")
     group.add_argument("--dip-host-memory", type=float, default=None, metavar="GIB",

@@ -20,6 +20,7 @@ from megatron_dip.hooks.arguments import DipOptions, options_from_args
 from megatron_dip.hooks.costs import make_costs
 from megatron_dip.iteration.feedback import CostFeedback
 from megatron_dip.iteration.forward_backward import DipForwardBackward
+from megatron_dip.iteration.index_deals import IndexDeals
 from megatron_dip.models.description import LANGUAGE, ModelDescription, unwrap
 from megatron_dip.models.layout import check_enough_layers, chunk_order
 from megatron_dip.models.provided import sketch_model
@@ -53,6 +54,8 @@ class BuiltModel:
     forward_backward: DipForwardBackward | None = None
     feedback: CostFeedback | None = None
     """Of measured stages; None: costs stay as they are given."""
+    index_deals: IndexDeals | None = None
+    """Where this rank reads training data and their indices are dealt to the replicas."""
     iterations: int = 0
     """Trained since the start of this process."""
     last_plan: Plan | None = None
@@ -66,6 +69,11 @@ _built: dict[int, BuiltModel] = {}
 def built_model(chunks: Sequence[torch.nn.Module]) -> BuiltModel | None:
     """The model whose chunks these are, inside Megatron's wrappers; None: it was not built here."""
     return _built.get(id(unwrap(chunks[0], torch.nn.Module)))
+
+
+def training_model() -> BuiltModel | None:
+    """The one model that was built here; None: there is none, or not one alone."""
+    return next(iter(_built.values())) if len(_built) == 1 else None
 
 
 def build_chunks(

@@ -95,6 +95,24 @@ def _timeout_s() -> float:
         return 600.0
 
 
+def _deals_indices(built: BuiltModel) -> bool:
+    """Whether ranks that read data deal indices; collective over all ranks.
+
+    Raises InputError, on all ranks, where they would not all compute the same deals: samples would be lost.
+    """
+    deals = built.index_deals
+    mine = (built.options.balance, None if deals is None else deals.fingerprint([module.name for module in built.description.model_spec.modules]))
+    every = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, mine)
+    remedy = "give all ranks the same flags, files and data"
+    if len({mode for mode, _ in every}) > 1:
+        raise InputError("--dip-balance", [mode for mode, _ in every], "differs between ranks, in their order", remedy)
+    estimates = {estimate for _, estimate in every if estimate is not None}
+    if len(estimates) > 1:
+        raise InputError("--dip-balance", "indices", f"the ranks estimate the work of samples in {len(estimates)} ways and would deal differently", remedy)
+    return bool(estimates)
+
+
 def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackward:
     options, description = built.options, built.description
     side_by_side = max(1, min(options.look_ahead, options.planner_threads))
@@ -139,6 +157,7 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
     def work(microbatches: Sequence[Microbatch]) -> NDArray[np.int64]:
         return WorkEstimate(model, built.partition, current_costs()).of(microbatches)
 
+    by_indices = _deals_indices(built)
     on_cpu = torch.cuda.current_device() == torch.device("cpu")
     settings = IterationSettings(
         metadata=description.item_metadata, call_metadata=call_metadata, call_conditions=call_conditions,
@@ -148,8 +167,8 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         unseen_deadline_s=0.0 if options.look_ahead else None,
         timeout_s=_timeout_s(), seed=int(getattr(built.args, "seed", 0)), iteration=lambda: running_iteration(built), num_outputs=description.num_outputs,
         planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming, joined=joined,
-        # Replicas that share experts run one joint plan, place by place.
-        balance=work if options.balance != "off" and joined is None else None,
+        # Replicas that share experts run one joint plan, place by place; where indices are dealt, of what they were dealt.
+        balance=work if options.balance in ("auto", "exchange") and joined is None and not by_indices else None,
     )
     if options.split_backward:
         check_split(chunks)

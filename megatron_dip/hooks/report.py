@@ -25,7 +25,7 @@ def report(built: BuiltModel, forward_backward: DipForwardBackward) -> None:
     due = options.log_interval > 0 and iteration % options.log_interval == 0
     if plan is None or not (due or options.trace_dir is not None):
         return
-    records = forward_backward.gather_records()
+    records, imbalance = forward_backward.gather_records(), forward_backward.measured_imbalance()
     if records is None or not forward_backward.is_planner or parallel_state.get_data_parallel_rank():
         return
     measured = _measured(plan, records, f"iteration {iteration}, measured")
@@ -36,6 +36,7 @@ def report(built: BuiltModel, forward_backward: DipForwardBackward) -> None:
     if due:
         counts = forward_backward.counts()
         assert counts is not None, "the rank that gathers records is the one that plans"
+        figures = forward_backward.balance_figures() if built.index_deals is None else built.index_deals.figures(imbalance)
         on_one_queue = f" (on one hardware queue: {one_queue_makespan(plan) / 1e6:.1f})" if hardware_queues() == 1 else ""
         print(
             f" [DIP] iteration {iteration:8d} | planned (ms): {plan.claimed_makespan / 1e6:.1f}{on_one_queue} | measured (ms): "
@@ -43,7 +44,7 @@ def report(built: BuiltModel, forward_backward: DipForwardBackward) -> None:
             f"planning (ms): {planning_ns / 1e6:.1f} | waited for plans so far (ms): {counts.waited_ns / 1e6:.1f} | "
             f"plans replaced so far: {sum(counts.fallbacks.values())} | "
             f"batches not seen ahead: {counts.unseen} | batches foreseen otherwise: {counts.foreseen_otherwise}"
-            + _balance_words(forward_backward.balance_figures()),
+            + _balance_words(figures),
             flush=True,
         )
 
@@ -52,8 +53,9 @@ def _balance_words(figures: BalanceFigures | None) -> str:
     if figures is None:
         return ""
     left = ", ".join(f"{reason} {count}" for reason, count in sorted(figures.left.items()))
+    planned = "" if figures.planned_imbalance is None else f" planned: {figures.planned_imbalance:.3f}"
     return (
-        f" | slowest replica over mean as read: {figures.imbalance_before:.3f} dealt: {figures.imbalance:.3f} measured: "
+        f" | slowest replica over mean as read: {figures.imbalance_before:.3f} dealt: {figures.imbalance:.3f}{planned} measured: "
         f"{figures.measured_imbalance:.3f} | so far batches dealt: {figures.dealt} left as read: {left or 'none'} moves: {figures.moves} "
         f"sent (MB): {figures.bytes_sent / 1e6:.1f} in (s): {figures.seconds:.2f}"
     )

@@ -1,11 +1,10 @@
 """Balance across data-parallel replicas: the microbatches of the next global batches change replicas while an iteration trains.
 
-Replicas tell each other the metadata of batches that they have read ahead, the first one deals them (:mod:`megatron_dip.partition.deal`),
-and whole microbatches travel to the replicas that train them: on a thread of their own and on process groups of their own, raw, between
-ranks of one place in their replicas. When the batch's iteration comes, all ranks of all replicas agree (:meth:`ReplicaBalance.settle`)
-whether it is trained as dealt. It is not where the exchange is late or failed on any of them: then every replica trains what it read,
-counted. So a microbatch is trained once, by its reader or by the one replica that it was dealt to, and a data loader's state stands for
-the same global batches as without.
+Replicas tell each other the metadata of batches that they have read ahead, the first one deals them (:mod:`megatron_dip.iteration.dealing`),
+and whole microbatches travel to the replicas that train them (:mod:`megatron_dip.iteration.exchange`), on a thread of their own. When the
+batch's iteration comes, all ranks of all replicas agree (:meth:`ReplicaBalance.settle`) whether it is trained as dealt. It is not where
+the exchange is late or failed on any of them: then every replica trains what it read, counted. So a microbatch is trained once, by its
+reader or by the one replica that it was dealt to, and a data loader's state stands for the same global batches as without.
 
 Memory: the items of the batches ahead, those that come for them, and copies of those under way. One exchange runs at a time; while one
 that was late still runs, batches are left as read.
@@ -13,7 +12,6 @@ that was late still runs, batches are left as read.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import logging
 import pickle
@@ -23,37 +21,36 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
+from megatron_dip.iteration.dealing import BatchRead, Dealer, Estimate, Link, Verdict, microbatches_of
+from megatron_dip.iteration.exchange import ExchangeGroups, exchange_items, make_exchange_groups
 from megatron_dip.iteration.lookahead import LookaheadIterator
-from megatron_dip.iteration.travel import PackedItem, pack, unpack
-from megatron_dip.partition.deal import deal
+from megatron_dip.iteration.travel import PackedItem, pack
 from megatron_dip.runtime.groups import PipelineGroups
 from megatron_dip.runtime.p2p import PeerError
 from megatron_dip.spec.workload import Microbatch
 
 logger = logging.getLogger(__name__)
 
-WORTH = 0.005
-"""A deal moves data where it lowers the largest load by this share."""
 _PATIENCE = 0.5
 """Share of what a deal gains that an iteration waits for it."""
-_PROBED_EVERY = 16
-"""Batches after which a link that was too slow is tried again."""
+_PLANNING_SHARE = 0.5
+"""Of an iteration: how long replicas plan deals of one batch to deal it better."""
+_MOST_PASSES = 4
+"""Deals of one batch that are planned at most."""
+_FORGOTTEN = 0.95
+"""Where planning takes too long it is tried again later: with each batch it counts for so much of what it took."""
 _NEUTRAL = (1 << 62) - 1
-
-Estimate = Callable[[Sequence[Microbatch]], NDArray[np.int64]]
-"""Microbatches -> ns on each pipeline rank [microbatches, ranks]"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BalanceFigures:
-    """What balancing came to so far, as this rank knows it. Loads are estimated, largest over mean."""
+    """What balancing came to so far, as this rank knows it. Imbalance: largest over mean, of all replicas."""
 
     dealt: int
     """Batches trained as dealt."""
@@ -69,24 +66,33 @@ class BalanceFigures:
     waited_s: float
     """That iterations waited for them."""
     imbalance_before: float
-    """Of the last batch that was dealt or found even, as read."""
+    """Of the last batch that was dealt or found even, as read, estimated."""
     imbalance: float
     """Of the same, as trained."""
+    planned_imbalance: float | None
+    """Of the last batch that was dealt by planned times as well."""
     measured_imbalance: float
     """Of the last iteration: pipeline time of the slowest replica over the mean."""
 
+    def scalars(self) -> dict[str, float]:
+        """The same as named numbers, for writers of scalars; bytes are this rank's."""
+        planned = {} if self.planned_imbalance is None else {"planned": self.planned_imbalance}
+        imbalances = {"as read": self.imbalance_before, "dealt": self.imbalance, **planned, "measured": self.measured_imbalance}
+        return {
+            **{f"slowest replica over mean, {name}": value for name, value in imbalances.items()},
+            "batches dealt": self.dealt, "batches left as read": sum(self.left.values()), "late exchanges": self.left.get("late", 0),
+            "moved microbatches": self.moves, "exchanged MB": self.bytes_sent / 1e6, "exchange seconds": self.seconds,
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Verdict:
-    """What the first replica's planner rank says of a batch."""
+class ReplicaPlans:
+    """The planner of this replica, as the balance asks it."""
 
-    shares: list[list[int]] | None
-    """Each replica's microbatches as numbers in the global batch; None: as read."""
-    reason: str
-    imbalance_before: float = 1.0
-    imbalance: float = 1.0
-    gain_ns: int = 0
-    moves: int = 0
+    submit: Callable[[list[Microbatch]], None]
+    """Takes the microbatches that this replica is going to train, to be planned ahead."""
+    planned_ns: Callable[[list[Microbatch]], int] | None = None
+    """What a plan of these takes, planned at once; None: deals go by estimated work alone."""
 
 
 @dataclass(slots=True)
@@ -100,7 +106,7 @@ class _Job:
     """Of the planner rank's items; None elsewhere and where one cannot be read."""
     size: int
     done: threading.Event = field(default_factory=threading.Event)
-    verdict: _Verdict | None = None
+    verdict: Verdict | None = None
     """None: left as read without asking, or not known yet."""
     reason: str = ""
     new_items: list[Any] | None = None
@@ -112,45 +118,45 @@ class ReplicaBalance:
     Args:
         groups: of this rank; there are several replicas.
         estimate: work of microbatches; asked on the first replica's planner rank, on the background thread.
-        submit: takes the microbatches that this replica is going to train, on the planner rank, on the background thread.
+        plans: on the planner rank; called on the background thread.
         timeout_s: after this long without a sign of another rank an exchange has failed.
     """
 
-    def __init__(
-        self, groups: PipelineGroups, estimate: Estimate, submit: Callable[[list[Microbatch]], None] | None, timeout_s: float
-    ) -> None:
+    def __init__(self, groups: PipelineGroups, estimate: Estimate, plans: ReplicaPlans | None, timeout_s: float) -> None:
         assert groups.peers is not None, "one replica alone has nobody to share with"
         self._groups = groups
         self._peers = groups.peers
-        self._estimate = estimate
-        self._submit = submit
+        self._plans = plans
         self._timeout_s = timeout_s
         self._replica = dist.get_rank(groups.peers)
         self._num_replicas = dist.get_world_size(groups.peers)
         self._is_planner = dist.get_rank() == groups.control_ranks[0]
+        self._dealer = Dealer(estimate)
         self._jobs: deque[_Job] = deque()
         """Batches ahead that are not trained yet, the next first."""
         self._queue: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._unfinished: deque[_Job] = deque()
         """In the queue or under way."""
-        self._place: dist.ProcessGroup | None = None
-        self._place_ranks: list[int] = []
-        self._own: dist.ProcessGroup | None = None
-        self._own_source = 0
-        self._has_data = False
+        self._exchange_groups: ExchangeGroups | None = None
         self._started = False
         self._failure: Exception | None = None
         self._is_off = False
         self._is_paused = False
-        self._bandwidth = self._agreed_bandwidth = 0.0
-        """Bytes per second, measured here and the least of all ranks'; 0: not measured."""
-        self._iteration_ns = 0
-        """Pipeline time of the slowest replica."""
-        self._asked = 0
+        self._bandwidth = 0.0
+        """Bytes per second, measured here; 0: not measured."""
+        self._link = Link(bytes_per_second=0.0, iteration_s=0.0)
+        """The slowest rank's, and pipeline time of the slowest replica."""
+        self._planning_s = 0.0
+        """What planning a deal took last, on the slowest replica; 0: never tried."""
+        self._can_plan = True
+        """No deal was met that could not be planned."""
         self._left: Counter[str] = Counter()
         self._dealt = self._moves = self._bytes = 0
         self._seconds = self._waited_s = 0.0
-        self._imbalance_before = self._imbalance = self._measured_imbalance = 1.0
+        self._last = Verdict(shares=None, reason="")
+        """Of the last batch that was dealt or found even."""
+        self._planned_imbalance: float | None = None
+        self._measured_imbalance = 1.0
 
     @property
     def is_on(self) -> bool:
@@ -164,29 +170,12 @@ class ReplicaBalance:
         if self._started:
             return
         self._started = True
-        mine = (tuple(self._groups.control_ranks), tuple(sorted(self._groups.replica_of)), has_data, lookahead is not None)
-        every: list[Any] = [mine] * dist.get_world_size()
-        dist.all_gather_object(every, mine)
-        planners = {ranks[0] for ranks, _, _, _ in every}
-        can = all(sees for _, _, data, sees in every if data) and all(every[rank][2] for rank in planners)
-        alike = all(len({every[rank][2] for rank in place}) == 1 for _, place, _, _ in every)
-        if not (can and alike):
+        self._exchange_groups = make_exchange_groups(
+            self._groups, self._timeout_s, has_data=has_data, can_look_ahead=lookahead is not None
+        )
+        if self._exchange_groups is None:
             self._turn_off("the replicas do not read data in the same places, or some cannot look ahead")
-            return
-        self._has_data = has_data
-        timeout = datetime.timedelta(seconds=self._timeout_s)
-        me = dist.get_rank()
-        for place in dict.fromkeys(place for _, place, data, _ in every if data):
-            group = dist.new_group(list(place), timeout=timeout, backend="gloo")
-            if me in place:
-                self._place, self._place_ranks = group, list(place)
-        for ranks in dict.fromkeys(ranks for ranks, _, _, _ in every):
-            reading = [rank for rank in ranks if every[rank][2]]
-            if len(reading) > 1:
-                group = dist.new_group(reading, timeout=timeout, backend="gloo")
-                if me in reading:
-                    self._own, self._own_source = group, ranks[0]
-        if has_data:
+        elif has_data:
             threading.Thread(target=self._work, name="dip-balance", daemon=True).start()
 
     # ---- on the thread that trains ---------------------------------------------------------------------------------------------
@@ -219,8 +208,8 @@ class ReplicaBalance:
             if self._is_paused:
                 job.reason = "paused"
                 job.done.set()
-                if job.descriptions is not None and self._submit is not None:
-                    self._submit(job.descriptions)
+                if job.descriptions is not None and self._plans is not None:
+                    self._plans.submit(job.descriptions)
             else:
                 self._unfinished.append(job)
                 self._queue.put(job)
@@ -249,10 +238,10 @@ class ReplicaBalance:
             0 if self._failure is not None else 1, -len(self._unfinished), int(self._bandwidth) or _NEUTRAL, -pipeline_ns,
         ]
         row, total_ns = self._least(row)
-        self._agreed_bandwidth = 0.0 if row[5] == _NEUTRAL else float(row[5])
-        self._iteration_ns = -row[6]
+        iteration_ns = -row[6]
+        self._link = Link(bytes_per_second=0.0 if row[5] == _NEUTRAL else float(row[5]), iteration_s=iteration_ns / 1e9)
         if total_ns > 0:
-            self._measured_imbalance = self._iteration_ns * self._num_replicas / total_ns
+            self._measured_imbalance = iteration_ns * self._num_replicas / total_ns
         # What is late for its own iteration must not make all that follow late.
         self._is_paused = -row[4] > len(self._jobs)
         is_dealt = bool(row[0] == 1 and row[1] == -row[2] and row[3] == 1)
@@ -264,8 +253,13 @@ class ReplicaBalance:
     def figures(self) -> BalanceFigures:
         return BalanceFigures(
             dealt=self._dealt, left=dict(self._left), moves=self._moves, bytes_sent=self._bytes, seconds=self._seconds, waited_s=self._waited_s,
-            imbalance_before=self._imbalance_before, imbalance=self._imbalance, measured_imbalance=self._measured_imbalance,
+            imbalance_before=self._last.imbalance_before, imbalance=self._last.imbalance, planned_imbalance=self._planned_imbalance,
+            measured_imbalance=self._measured_imbalance,
         )
+
+    @property
+    def _has_data(self) -> bool:
+        return self._exchange_groups is not None and self._exchange_groups.has_data
 
     def _wait(self, job: _Job) -> None:
         if job.done.is_set():
@@ -286,18 +280,20 @@ class ReplicaBalance:
 
     def _apply(self, job: _Job, is_dealt: bool, has_failed: bool) -> None:
         verdict = job.verdict
-        if is_dealt and verdict is not None and verdict.shares is not None:
+        if not is_dealt or verdict is None:
+            self._left["failed" if has_failed else job.reason or "late"] += 1
+            return
+        if verdict.shares is None:
+            self._left[verdict.reason] += 1
+        else:
             assert job.lookahead is not None
             assert job.new_items is not None
             job.lookahead.replace(job.new_items)
             self._dealt += 1
             self._moves += verdict.moves
-            self._imbalance_before, self._imbalance = verdict.imbalance_before, verdict.imbalance
-        elif is_dealt and verdict is not None:
-            self._left[verdict.reason] += 1
-            self._imbalance_before = self._imbalance = verdict.imbalance_before
-        else:
-            self._left["failed" if has_failed else job.reason or "late"] += 1
+            if verdict.planned_imbalance is not None:
+                self._planned_imbalance = verdict.planned_imbalance
+        self._last = verdict
 
     def _least(self, row: list[int]) -> tuple[list[int], int]:
         """The least of all ranks in each place of ``row``, and the sum over replicas of the slowest rank's pipeline time (row[6])."""
@@ -337,44 +333,19 @@ class ReplicaBalance:
             job.done.set()
 
     def _exchange(self, job: _Job) -> None:
+        assert self._exchange_groups is not None
         packed, sizes = self._pack(job)
-        verdict = self._verdict(job, sizes)
+        verdict = self._agree(job, sizes, self._exchange_groups)
         job.verdict = verdict
         if verdict.shares is None or job.items is None:
             return
-        began, sent = time.perf_counter(), 0
-        mine = verdict.shares[self._replica]
-        waiting: list[tuple[dist.Work, torch.Tensor]] = []
-        for replica, share in enumerate(verdict.shares):
-            for number in share if replica != self._replica else ():
-                if number % self._num_replicas == self._replica:
-                    item = packed[number // self._num_replicas]
-                    assert item is not None, "an item that cannot travel was dealt away"
-                    for message in (torch.tensor([item.num_bytes], dtype=torch.int64), item.join()):
-                        waiting.append((_sent(message, self._place_ranks[replica], self._place), message))
-                    sent += item.num_bytes
-        received: dict[int, torch.Tensor] = {}
-        # In the sender's order: by its replica's share, which is the order of numbers among those that come.
-        for source in range(self._num_replicas):
-            for number in mine:
-                if source != self._replica and number % self._num_replicas == source:
-                    size = torch.zeros(1, dtype=torch.int64)
-                    dist.recv(size, self._place_ranks[source], group=self._place)
-                    whole = torch.empty(int(size), dtype=torch.uint8)
-                    dist.recv(whole, self._place_ranks[source], group=self._place)
-                    received[number] = whole
-        for work, _ in waiting:
-            work.wait()
-        taken = time.perf_counter() - began
-        moved = sent + sum(whole.numel() for whole in received.values())
+        exchanged = exchange_items(job.items, packed, verdict.shares, self._replica, self._exchange_groups)
+        moved = exchanged.bytes_sent + exchanged.bytes_received
         if moved:
-            self._bandwidth = max(1.0, moved / max(taken, 1e-6))
-        self._bytes += sent
-        self._seconds += taken
-        job.new_items = [
-            job.items[number // self._num_replicas] if number % self._num_replicas == self._replica else unpack(received[number])
-            for number in mine
-        ]
+            self._bandwidth = max(1.0, moved / max(exchanged.seconds, 1e-6))
+        self._bytes += exchanged.bytes_sent
+        self._seconds += exchanged.seconds
+        job.new_items = exchanged.items
 
     def _pack(self, job: _Job) -> tuple[list[PackedItem | None], list[int]]:
         """Of each item what could travel, and its size; None and -1 for one that cannot."""
@@ -388,72 +359,72 @@ class ReplicaBalance:
                 packed.append(None)
         return packed, [-1 if one is None else one.num_bytes for one in packed]
 
-    def _verdict(self, job: _Job, sizes: list[int]) -> _Verdict:
+    def _agree(self, job: _Job, sizes: list[int], groups: ExchangeGroups) -> Verdict:
         """The deal of the batch, alike on all ranks that read data."""
         # Places other than the planner's see items of their own, which must be able to travel too.
         able = torch.tensor([1 if all(size >= 0 for size in sizes) else 0])
-        if self._own is not None:
-            dist.all_reduce(able, dist.ReduceOp.MIN, group=self._own)
+        if groups.own is not None:
+            dist.all_reduce(able, dist.ReduceOp.MIN, group=groups.own)
         message: list[Any] = [None]
         if self._is_planner:
-            known = job.descriptions if int(able) else None
-            rows: list[Any] = [None] * self._num_replicas
-            dist.all_gather_object(rows, (job.items is not None, known, sizes), group=self._place)
-            message = [self._deal(rows) if self._replica == 0 else None]
-            dist.broadcast_object_list(message, self._place_ranks[0], group=self._place)
-            self._plan_ahead(message[0], rows)
-        if self._own is not None:
-            dist.broadcast_object_list(message, self._own_source, group=self._own)
+            mine = BatchRead(is_there=job.items is not None, descriptions=job.descriptions if int(able) else None, sizes=sizes)
+            read: list[BatchRead] = [mine] * self._num_replicas
+            dist.all_gather_object(read, mine, group=groups.place)
+            message = [self._deal(read, groups)]
+        if groups.own is not None:
+            dist.broadcast_object_list(message, groups.own_source, group=groups.own)
         return message[0]
 
-    def _deal(self, rows: Sequence[tuple[bool, list[Microbatch] | None, list[int]]]) -> _Verdict:
-        counts = {len(known) for _, known, _ in rows if known is not None}
-        if not all(is_there for is_there, _, _ in rows) or len(counts) > 1:
-            return _Verdict(shares=None, reason="short")
-        if any(known is None for _, known, _ in rows):
-            return _Verdict(shares=None, reason="unknown")
-        (count,) = counts
-        batch = [known[place] for place in range(count) for _, known, _ in rows if known is not None]
+    def _deal(self, read: Sequence[BatchRead], groups: ExchangeGroups) -> Verdict:
+        """Among planner ranks: the deal, by planned times too where there is time for plans; hands in what this replica then trains."""
+        began, num_planned = time.perf_counter(), 0
+        verdict, is_to_plan = self._told(lambda: self._first_pass(read), groups)
+        while is_to_plan:
+            planned_ns = self._planned_ns(self._of_replica(verdict, read))
+            every: list[int] = [planned_ns] * self._num_replicas
+            dist.all_gather_object(every, planned_ns, group=groups.place)
+            num_planned += 1
+            verdict, is_to_plan = self._told(partial(self._next_pass, every, time.perf_counter() - began, num_planned), groups)
+        batch = self._of_replica(verdict, read)
+        if batch and self._plans is not None:
+            self._plans.submit(batch)
+        return verdict
+
+    def _first_pass(self, read: Sequence[BatchRead]) -> tuple[Verdict, bool]:
+        """On the first replica: the deal by work, and whether it is to be planned."""
+        verdict = self._dealer.first_pass(read, self._link)
+        can_plan = self._plans is not None and self._plans.planned_ns is not None
+        has_time = self._link.iteration_s > 0 and self._planning_s < _PLANNING_SHARE * self._link.iteration_s
+        if not has_time:
+            self._planning_s *= _FORGOTTEN
+        return verdict, verdict.shares is not None and can_plan and has_time
+
+    def _next_pass(self, planned_ns: Sequence[int], taken_s: float, num_planned: int) -> tuple[Verdict, bool]:
+        """On the first replica, once replicas have planned a deal: the next one to plan, or the best."""
+        self._planning_s = taken_s / num_planned
+        has_time = taken_s + self._planning_s < _PLANNING_SHARE * self._link.iteration_s
+        return self._dealer.next_pass(planned_ns, is_last=num_planned == _MOST_PASSES or not has_time)
+
+    def _told(self, decide: Callable[[], tuple[Verdict, bool]], groups: ExchangeGroups) -> tuple[Verdict, bool]:
+        """What the first replica decides, on the planner ranks of all."""
+        message: list[Any] = [decide() if self._replica == 0 else None]
+        dist.broadcast_object_list(message, groups.place_ranks[0], group=groups.place)
+        return message[0]
+
+    def _of_replica(self, verdict: Verdict, read: Sequence[BatchRead]) -> list[Microbatch]:
+        """Instance lengths of what this replica trains; empty where it could not tell."""
+        if verdict.shares is None:
+            return read[self._replica].descriptions or []
+        return microbatches_of(verdict.shares[self._replica], read)
+
+    def _planned_ns(self, batch: list[Microbatch]) -> int:
+        """What the plan of these takes; 0: it cannot be planned, which will be said when its iteration comes."""
+        assert self._plans is not None
+        assert self._plans.planned_ns is not None
         try:
-            dealt = deal(self._estimate(batch), self._num_replicas)
+            return self._plans.planned_ns(batch)
         except Exception as error:
-            logger.warning("a global batch could not be dealt: %s: %s", type(error).__name__, error)
-            return _Verdict(shares=None, reason="unknown")
-        before, after = int(dealt.load_before_ns.max()), int(dealt.load_ns.max())
-        as_read = _Verdict(shares=None, reason="even", imbalance_before=dealt.imbalance_before, imbalance=dealt.imbalance_before)
-        if before - after < WORTH * before:
-            return as_read
-        shares = dealt.shares()
-        self._asked += 1
-        if self._agreed_bandwidth > 0 and self._iteration_ns > 0 and self._asked % _PROBED_EVERY:
-            traffic = [0] * self._num_replicas
-            for replica, share in enumerate(shares):
-                for number in share:
-                    source, place = number % self._num_replicas, number // self._num_replicas
-                    if source != replica:
-                        traffic[source] += rows[source][2][place]
-                        traffic[replica] += rows[source][2][place]
-            if max(traffic) / self._agreed_bandwidth > self._iteration_ns / 1e9:
-                return _Verdict(shares=None, reason="slow", imbalance_before=dealt.imbalance_before, imbalance=dealt.imbalance_before)
-        return _Verdict(
-            shares=shares, reason="", imbalance_before=dealt.imbalance_before, imbalance=dealt.imbalance, gain_ns=before - after,
-            moves=dealt.moves,
-        )
-
-    def _plan_ahead(self, verdict: _Verdict, rows: Sequence[tuple[bool, list[Microbatch] | None, list[int]]]) -> None:
-        if self._submit is None:
-            return
-        numbers = range(self._replica, self._num_replicas * len(rows[self._replica][1] or ()), self._num_replicas)
-        batch: list[Microbatch] = []
-        for number in numbers if verdict.shares is None else verdict.shares[self._replica]:
-            known = rows[number % self._num_replicas][1]
-            assert known is not None
-            batch.append(known[number // self._num_replicas])
-        if batch:
-            self._submit(batch)
-
-
-def _sent(message: torch.Tensor, to: int, group: dist.ProcessGroup | None) -> dist.Work:
-    work = dist.isend(message, to, group=group)
-    assert work is not None
-    return work
+            if self._can_plan:
+                logger.warning("a deal could not be planned ahead (not said again): %s: %s", type(error).__name__, error)
+            self._can_plan = False
+            return 0

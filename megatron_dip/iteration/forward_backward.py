@@ -33,9 +33,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
 from megatron_dip.iteration.agreement import Agreement, first_line
-from megatron_dip.iteration.balance import BalanceFigures, Estimate, ReplicaBalance
+from megatron_dip.iteration.balance import BalanceFigures, ReplicaBalance, ReplicaPlans
 from megatron_dip.iteration.capture_batch import BatchCapture, CapturedBatch, is_replaying
 from megatron_dip.iteration.data_parallel import AT_START, finish_param_sync, grad_sync_points, no_sync, start_param_sync
+from megatron_dip.iteration.dealing import Estimate
 from megatron_dip.iteration.foreseen_metadata import ForeseenMetadata, JointRecording
 from megatron_dip.iteration.linked_replicas import LinkedReplicas, link_replicas
 from megatron_dip.iteration.lookahead import find_lookahead
@@ -180,8 +181,8 @@ class DipForwardBackward:
             )
         self._balance: ReplicaBalance | None = None
         if settings.balance is not None and settings.look_ahead > 0 and self.groups.peers is not None:
-            submit = None if self._plans is None else self._plans.submit_dealt
-            self._balance = ReplicaBalance(self.groups, settings.balance, submit, settings.timeout_s)
+            plans = None if self._plans is None else ReplicaPlans(submit=self._plans.submit_dealt, planned_ns=self._plans.planned_ns)
+            self._balance = ReplicaBalance(self.groups, settings.balance, plans, settings.timeout_s)
         p2p = PointToPoint(self.groups, self._device) if self.groups.num_ranks > 1 else None
         self._executor = Executor(self.groups.rank, p2p, self._device)
         self._deferral: LinearWeightDeferral | None = None
@@ -297,6 +298,15 @@ class DipForwardBackward:
     def balance_figures(self) -> BalanceFigures | None:
         """What dealing batches to replicas came to so far; None where they are not dealt."""
         return None if self._balance is None else self._balance.figures()
+
+    def measured_imbalance(self) -> float:
+        """Pipeline time of the last training iteration: slowest replica over mean. Ranks of one place in all replicas must call it together."""
+        if self.groups.peers is None:
+            return 1.0
+        spans = torch.tensor([_span_ns(self._training_timer)] * 2, dtype=torch.int64)
+        dist.all_reduce(spans[:1], dist.ReduceOp.MAX, group=self.groups.peers)
+        dist.all_reduce(spans[1:], dist.ReduceOp.SUM, group=self.groups.peers)
+        return int(spans[0]) * dist.get_world_size(self.groups.peers) / max(int(spans[1]), 1)
 
     def _draw_place(self, forward_only: bool) -> DrawPlace:
         """Where numbers are drawn in this call."""

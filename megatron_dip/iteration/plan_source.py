@@ -152,6 +152,10 @@ class PlanSource:
         """Hands one training batch to the service; from any thread."""
         self._service.submit(batch)
 
+    def planned_ns(self, batch: Sequence[Microbatch]) -> int:
+        """What a plan of this training batch takes; planned at once, from any thread."""
+        return self._service.plan(batch).plan.claimed_makespan
+
     def count_unseen(self, lookahead: LookaheadIterator, error: Exception) -> None:
         """Counts a batch ahead that could not be read."""
         self._service.count_unseen(lookahead.peek(1)[0], error)

@@ -31,6 +31,9 @@ _FINE = 10_000
 """Swaps end within 1 / this of the bound."""
 _TRIES = 4
 """Partners beyond the first that relieves the replica with the largest load which are tried for a better swap."""
+_PLANNED_FINE = 250
+"""By planned times, which differ by more from what is held of them, swaps end within 1 / this of the bound: replicas so near keep their
+shares, whose plans are known."""
 PASSES = 8
 """Times that :func:`deal_by_plans` deals anew, at most."""
 
@@ -112,17 +115,18 @@ def undealt(work: NDArray[np.int64], num_replicas: int) -> Deal:
     return Deal(replica_of=start, load_before_ns=loads, load_ns=loads, bound_ns=int(_bound(work, num_replicas, none)))
 
 
-def deal_again(work: NDArray[np.int64], dealt: Deal, planned_ns: Sequence[int]) -> Deal:
+def deal_again(work: NDArray[np.int64], dealt: Deal, planned_ns: Sequence[int], fine: int = _FINE) -> Deal:
     """Swaps on from ``dealt`` to make planned times even: what each replica's plan takes beyond its load is held to stay.
 
     Args:
         planned_ns: [R] what plans of the shares as dealt take.
+        fine: swaps end within 1 / this of the bound. Replicas that need none keep their shares, and so their plans.
     """
     work = _checked(work, dealt.num_replicas)
     beyond = np.asarray(planned_ns, dtype=np.int64) - dealt.load_ns
     replica_of = dealt.replica_of.copy()
     bound = _bound(work, dealt.num_replicas, beyond)
-    _swap(work, dealt.num_replicas, beyond, bound + bound // _FINE, replica_of)
+    _swap(work, dealt.num_replicas, beyond, bound + bound // fine, replica_of)
     none = np.zeros(dealt.num_replicas, dtype=np.int64)
     return Deal(
         replica_of=replica_of, load_before_ns=dealt.load_before_ns, load_ns=_loads(work, replica_of, none), bound_ns=dealt.bound_ns
@@ -142,10 +146,45 @@ class PlannedDeal:
         return max(self.planned_ns) / (sum(self.planned_ns) / len(self.planned_ns))
 
 
+class SecondPass:
+    """Deals on by planned times, one deal after the other; who has the plans made tells what they take.
+
+    Args:
+        work: as :func:`deal` takes it.
+        dealt: the deal to plan first.
+        enough: a slowest plan this share of the mean beyond it is good enough.
+    """
+
+    def __init__(self, work: NDArray[np.int64], dealt: Deal, *, enough: float = 0.002) -> None:
+        self._work, self._enough = work, enough
+        self.dealt = dealt
+        """To be planned, or the last one planned."""
+        self.best: PlannedDeal | None = None
+        """With the fastest slowest plan so far; None: none was planned yet."""
+        self._told: PlannedDeal | None = None
+
+    def tell(self, planned_ns: Sequence[int]) -> bool:
+        """[R] ns that plans of the last deal take; returns whether it is good enough."""
+        self._told = PlannedDeal(dealt=self.dealt, planned_ns=tuple(planned_ns))
+        if self.best is None or max(self._told.planned_ns) < max(self.best.planned_ns):
+            self.best = self._told
+        return self._told.imbalance <= 1.0 + self._enough
+
+    def following(self) -> Deal | None:
+        """The next deal to plan; None: no swap helps."""
+        assert self._told is not None, "no deal was planned yet"
+        # From where the last pass ended, better or not: what its plans told is worth more than where they stand.
+        following = deal_again(self._work, self._told.dealt, self._told.planned_ns, _PLANNED_FINE)
+        if np.array_equal(following.replica_of, self._told.dealt.replica_of):
+            return None
+        self.dealt = following
+        return following
+
+
 def deal_by_plans(
     work: NDArray[np.int64], dealt: Deal, planned_time: Callable[[Sequence[int]], int], *, passes: int = PASSES, enough: float = 0.002
 ) -> PlannedDeal:
-    """The second pass: deals on by planned times, and keeps the deal whose slowest plan is the fastest.
+    """The second pass with plans made here: keeps the deal whose slowest plan is the fastest.
 
     Args:
         planned_time: ns that a plan of these microbatches (numbers in the global batch) takes; asked once for each distinct share.
@@ -154,7 +193,7 @@ def deal_by_plans(
     """
     known: dict[tuple[int, ...], int] = {}
 
-    def planned(candidate: Deal) -> PlannedDeal:
+    def planned(candidate: Deal) -> list[int]:
         times = []
         for share in candidate.shares():
             # Plans do not depend much on the order within a share: swaps that cancel out cost no new plan.
@@ -162,20 +201,17 @@ def deal_by_plans(
             if key not in known:
                 known[key] = planned_time(share)
             times.append(known[key])
-        return PlannedDeal(dealt=candidate, planned_ns=tuple(times))
+        return times
 
-    best = current = planned(dealt)
+    second = SecondPass(work, dealt, enough=enough)
+    is_enough = second.tell(planned(dealt))
     for _ in range(passes):
-        if current.imbalance <= 1.0 + enough:
+        following = None if is_enough else second.following()
+        if following is None:
             break
-        # From where the last pass ended, better or not: what its plans told is worth more than where they stand.
-        following = deal_again(work, current.dealt, current.planned_ns)
-        if np.array_equal(following.replica_of, current.dealt.replica_of):
-            break
-        current = planned(following)
-        if max(current.planned_ns) < max(best.planned_ns):
-            best = current
-    return best
+        is_enough = second.tell(planned(following))
+    assert second.best is not None
+    return second.best
 
 
 _MOST_NS = 1 << 53

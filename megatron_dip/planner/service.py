@@ -125,6 +125,18 @@ class PlanService(Generic[P]):
         with self._lock:
             self._request(microbatches, forward_only)
 
+    def plan(self, microbatches: Sequence[Microbatch]) -> P:
+        """Plans a training batch at once, on the caller's thread, and keeps the plan for when the batch is handed in. Raises what the plan
+        function raises."""
+        key = _key(microbatches, False)
+        with self._lock:
+            known, age = self._plans.get(key), self._age
+        if known is not None:
+            return known
+        plan = self._plan_function(microbatches, False)
+        self._keep(key, plan, age)
+        return plan
+
     def take(
         self, microbatches: Sequence[Microbatch], *, forward_only: bool = False, deadline_s: float = 1.0, unseen_deadline_s: float | None = None
     ) -> P:

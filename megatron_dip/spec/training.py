@@ -231,8 +231,9 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     """A rank that waits longer for another one gives up."""
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
-    balance: Literal["auto", "off", "exchange"] = "auto"
-    """Of ``dip`` with several replicas: whether they deal the microbatches of a global batch among them by work."""
+    balance: Literal["auto", "off", "indices", "exchange"] = "auto"
+    """Of ``dip`` with several replicas: whether they deal the microbatches of a global batch among them by work. ``indices``, which is
+    ``auto``: each takes what it is dealt from the data set; ``exchange``: microbatches travel, as with data of which each reads a part."""
     log_interval: int = 10
     evaluate_interval: int = 0
     """Iterations between scorings of the held-out data; 0 = at the end alone."""
@@ -330,6 +331,8 @@ class BalanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Estimated work of the last batch, as read."""
     imbalance: float
     """The same, as trained."""
+    planned_imbalance: float | None = None
+    """Planned times of the last batch that was dealt by them as well."""
     measured_imbalance: float
     """Pipeline time of the last iteration but one."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from numpy.typing import NDArray
 
 from megatron_dip.cost.analytic import AnalyticCost
@@ -25,6 +26,7 @@ from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.iteration.built_model import describe_built_model
 from megatron_dip.iteration.feedback import CostFeedback, measure_p2p
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
+from megatron_dip.iteration.index_deals import IndexDeals
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.work import WorkEstimate
@@ -73,6 +75,11 @@ class DipSystem(System):
             _rough_device(settings.device),
         )
         self._budget = SearchBudget(schedule.plan_s)
+        self._index_deals: IndexDeals | None = None
+        """Where every replica takes what it is dealt from the data set."""
+        if settings.parallel.data > 1 and settings.balance in ("auto", "indices"):
+            self._index_deals = IndexDeals(self._given_work, settings.parallel.data)
+        self._measured_imbalance = 1.0
         self.forward_backward = DipForwardBackward(
             staged_model=model.staged, chunks=model.chunks, partition=self.partition,
             settings=IterationSettings(
@@ -80,20 +87,23 @@ class DipSystem(System):
                 quick_plan_function=None if schedule.deterministic else self._quick_plan,
                 device=device, backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
                 # A deal that comes late is left out, which is the clock's decision.
-                balance=self._work if settings.parallel.data > 1 and settings.balance != "off" and not schedule.deterministic else None,
+                balance=self._work if settings.parallel.data > 1 and settings.balance == "exchange" and not schedule.deterministic else None,
                 budget=self._budget, seed=settings.seed, iteration=lambda: self.scheduler.num_steps,
             ),
         )
         self._model_spec = describe_built_model(
             spec, self.partition, model.staged.chunk_keys, model.chunks, self.forward_backward.groups
         ).spec
+        self._given_costs: CostModel = analytic
+        """The same on all ranks, whatever they measure."""
         given: Profile | None = None
         if schedule.profile is not None:
             given = load_profile(schedule.profile)
             check_measured(spec, given, "--profile")
+            self._given_costs = ProfileCost(given, field="--profile")
         self.feedback = CostFeedback(
             groups=self.forward_backward.groups, partition=self.partition, model=self._model_spec,
-            costs=analytic if given is None else ProfileCost(given, field="--profile"),
+            costs=self._given_costs,
             # What gloo takes on the host says nothing about NCCL.
             p2p=measure_p2p(self.forward_backward.groups) if settings.device == "cpu" and warmed_by is None and given is None else None,
             profile=given, forget=self.forward_backward.forget_plans, is_planner=self.forward_backward.is_planner,
@@ -128,6 +138,16 @@ class DipSystem(System):
     def _work(self, microbatches: Sequence[Microbatch]) -> NDArray[np.int64]:
         return WorkEstimate(self._model_spec, self.partition, self.current_costs()).of(microbatches)
 
+    def _given_work(self, microbatches: Sequence[Microbatch]) -> NDArray[np.int64]:
+        return WorkEstimate(self._model_spec, self.partition, self._given_costs).of(microbatches)
+
+    def _own_share(self, items: list[Any]) -> list[Any]:
+        if self._index_deals is None:
+            return super()._own_share(items)
+        assert self.model.staged is not None
+        describe = self.model.staged.description.item_metadata
+        return [items[number] for number in self._index_deals.shares([describe(item) for item in items])[parallel_state.get_data_parallel_rank()]]
+
     def start_data(self, iteration: int) -> None:
         self.data = LookaheadIterator(self._stream(iteration))
 
@@ -145,6 +165,8 @@ class DipSystem(System):
         return reports
 
     def after_step(self) -> None:
+        if self._index_deals is not None:
+            self._measured_imbalance = self.forward_backward.measured_imbalance()
         if self._schedule.profile is None and not self._schedule.deterministic:
             assert self._training_plan is not None
             self.feedback.after_iteration(self._training_plan, lambda: self._own_records)
@@ -186,7 +208,7 @@ class DipSystem(System):
         return self.forward_backward.counts()
 
     def balance(self) -> BalanceRecord | None:
-        figures = self.forward_backward.balance_figures()
+        figures = self.forward_backward.balance_figures() if self._index_deals is None else self._index_deals.figures(self._measured_imbalance)
         return None if figures is None else BalanceRecord(**dataclasses.asdict(figures))
 
     def timeline(self, title: str) -> Timeline | None:

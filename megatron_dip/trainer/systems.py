@@ -95,7 +95,6 @@ class System(ABC):
 
     def _stream(self, iteration: int) -> Iterator[Any]:
         """This replica's microbatches from an iteration on, without end. Raises InputError where the data set gives another number."""
-        replica, replicas = parallel_state.get_data_parallel_rank(), self.settings.parallel.data
         while True:
             items = self.example.dataset.microbatches(iteration, self.settings.num_microbatches)
             if len(items) != self.settings.num_microbatches:
@@ -105,8 +104,12 @@ class System(ABC):
                     f"iteration {iteration + 1} takes {self.settings.num_microbatches}",
                     "return as many items as are asked for in every iteration, or train fewer --iterations",
                 )
-            yield from items[replica::replicas]
+            yield from self._own_share(items)
             iteration += 1
+
+    def _own_share(self, items: list[Any]) -> list[Any]:
+        """This replica's part of a global batch."""
+        return items[parallel_state.get_data_parallel_rank() :: self.settings.parallel.data]
 
     @abstractmethod
     def run(self, step: Any, *, forward_only: bool, items: Sequence[Any] | None = None) -> list[dict[str, Any]]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+from megatron_dip.partition.deal import deal, deal_again
 from megatron_dip.spec.workload import Parallel
 from tests.distributed.launcher import launch, launch_all
 from tests.distributed.test_training import SCHEDULES, folder, losses, run
@@ -20,16 +23,32 @@ pytestmark = pytest.mark.distributed
 __all__ = ["folder"]
 
 
-@pytest.mark.parametrize("parallel", [Parallel(pipeline=1, data=2), Parallel(pipeline=2, data=2)], ids=["P1", "P2"])
-def test_dealt_runs_train_as_undealt_ones(folder: Path, tmp_path: Path, parallel: Parallel) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Kernels that are compiled while the first iterations train make their batches late."""
+    work = np.arange(24).reshape(12, 2)
+    deal_again(work, deal(work, 4), [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("parallel", "is_tied"), [(Parallel(pipeline=1, data=2), False), (Parallel(pipeline=2, data=2), True)], ids=["P1", "P2, embedding and head tied"]
+)
+def test_dealt_runs_train_as_undealt_ones(folder: Path, tmp_path: Path, parallel: Parallel, is_tied: bool) -> None:
+    """Under a distributed optimizer, with gradients reduced beside the pipeline and clipped."""
+    folder = Path(shutil.copytree(folder, tmp_path / "example"))
+    config = msgspec.json.decode((folder / "config.json").read_bytes())
+    next(module for module in config["model"]["modules"]["modules"] if module["name"] == "lm")["tied_embeddings"] = is_tied
+    config["optimizer"]["clip_grad"] = 0.5
+    (folder / "config.json").write_bytes(msgspec.json.encode(config))
     runs = {
         balance: run(
             folder, tmp_path / f"{balance}.json", SCHEDULES["dip"], parallel, balance=balance, iterations=8, num_microbatches=8,
             distributed_optimizer=True, overlap_grad_reduce=True,
         )
-        for balance in ("off", "exchange")
+        for balance in ("off", "exchange", "indices")
     }
-    assert losses(runs["exchange"]) == pytest.approx(losses(runs["off"]), rel=1e-5)
+    for balance in ("exchange", "indices"):
+        assert losses(runs[balance]) == pytest.approx(losses(runs["off"]), rel=1e-5), balance
     assert runs["off"].balance is None
     balance = runs["exchange"].balance
     assert balance is not None
@@ -38,6 +57,14 @@ def test_dealt_runs_train_as_undealt_ones(folder: Path, tmp_path: Path, parallel
     assert balance.moves >= 2 * balance.dealt
     assert balance.bytes_sent > 0
     assert balance.imbalance <= balance.imbalance_before
+    by_indices = runs["indices"].balance
+    assert by_indices is not None
+    # No batch has to be read before it is dealt; one more is read ahead.
+    assert by_indices.dealt + sum(by_indices.left.values()) in (8, 9)
+    assert by_indices.dealt >= 1
+    assert by_indices.bytes_sent == 0
+    assert by_indices.measured_imbalance > 1.0
+
 
 MICROBATCHES, STEPS = 6, 9
 
@@ -50,9 +77,21 @@ def _item(replica: int, number: int) -> dict[str, Any]:
     return {"id": (replica, number), "images": [image, {"mask": image > 9}], "array": rng.random(3), "empty": torch.empty(0, 2), "work": size}
 
 
+def _hidden(item: dict[str, Any]) -> int:
+    """What a plan takes for the item beyond its estimated work."""
+    return item["id"][1] * 37 % 13
+
+
+def _planned_ns(batch: list[Any]) -> int:
+    if any(microbatch["where"] == [1] for microbatch in batch):
+        raise ValueError("no plan for this one")
+    return 1000 * sum(microbatch["vit"][0] + microbatch["hidden"][0] for microbatch in batch)
+
+
 def _drive(rank: int, num_ranks: int, fault: str) -> dict[str, Any]:
     """Two replicas that hand out batches as training does, with nothing to train; what each place of each replica was given."""
-    from megatron_dip.iteration import balance as module
+    from megatron_dip.iteration import exchange
+    from megatron_dip.iteration.balance import ReplicaBalance, ReplicaPlans
     from megatron_dip.iteration.lookahead import LookaheadIterator
     from megatron_dip.runtime.groups import new_process_groups
 
@@ -60,7 +99,7 @@ def _drive(rank: int, num_ranks: int, fault: str) -> dict[str, Any]:
     replica = rank // places
     groups = new_process_groups([replica * places + place for place in range(places)], replica, timeout_s=20.0)
     submitted: list[list[Any]] = []
-    sent, unpacked = module._sent, module.unpack
+    sent, unpacked = exchange._sent, exchange.unpack
     messages = 0
 
     def slow(*arguments: Any) -> Any:
@@ -78,10 +117,11 @@ def _drive(rank: int, num_ranks: int, fault: str) -> dict[str, Any]:
             raise ValueError("no such class here")
         return item
 
-    module._sent, module.unpack = slow, broken  # type: ignore[assignment]
+    exchange._sent, exchange.unpack = slow, broken  # type: ignore[assignment]
     is_planner = rank == groups.control_ranks[0]
-    balance = module.ReplicaBalance(
-        groups, lambda batch: np.array([[1000 * sum(microbatch["vit"])] for microbatch in batch]), submitted.append if is_planner else None, 20.0
+    plans = ReplicaPlans(submit=submitted.append, planned_ns=_planned_ns if fault in ("planned", "unplannable") else None)
+    balance = ReplicaBalance(
+        groups, lambda batch: np.array([[1000 * sum(microbatch["vit"])] for microbatch in batch]), plans if is_planner else None, 20.0,
     )
     items = [_item(replica, number) for number in range(STEPS * MICROBATCHES)]
     if fault == "unknown":
@@ -91,6 +131,8 @@ def _drive(rank: int, num_ranks: int, fault: str) -> dict[str, Any]:
     data = LookaheadIterator(items)
 
     def describe(item: Any) -> Any:
+        if fault in ("planned", "unplannable"):
+            return {"vit": [item["work"]], "hidden": [_hidden(item)], "where": [replica if fault == "unplannable" else 0]}
         if fault == "unreadable" and item["id"] == (1, 2 * MICROBATCHES):
             return KeyError("images")
         return {"vit": [3 * item["work"] if fault == "lies" and replica else item["work"]]}
@@ -144,6 +186,36 @@ def test_every_microbatch_is_handed_out_once_in_its_own_step(places: int) -> Non
         told = results[replica * places]
         trained = [[{"vit": [_item(*number)["work"]]} for number in batch] for batch in told["got"][1:]]
         assert told["submitted"] == trained
+
+
+def test_deals_go_on_by_planned_times_where_plans_are_at_hand() -> None:
+    results = {fault: launch(_drive, 2, fault, timeout_s=60) for fault in ("", "planned", "unplannable")}
+    for given in results.values():
+        assert _whole(given, 1) == [_as_read(step) for step in range(STEPS)]
+    by_plans, by_work = results["planned"][0]["figures"], results[""][0]["figures"]
+    assert by_work.planned_imbalance is None
+    # The first batch ahead is dealt before an iteration was measured.
+    assert by_plans.planned_imbalance == pytest.approx(_planned_imbalance(results["planned"], STEPS - 1))
+    slowest = {fault: [_slowest_plan(given, step) for step in range(2, STEPS)] for fault, given in results.items()}
+    assert all(planned <= work for planned, work in zip(slowest["planned"], slowest[""], strict=True))
+    assert sum(slowest["planned"]) < sum(slowest[""])
+    # What cannot be planned is dealt by work.
+    assert results["unplannable"][0]["got"] == results[""][0]["got"]
+    assert results["unplannable"][0]["figures"].planned_imbalance is None
+
+
+def _plans_of(results: list[dict[str, Any]], step: int) -> list[int]:
+    items = [[_item(*number) for number in result["got"][step]] for result in results]
+    return [sum(item["work"] + _hidden(item) for item in of_replica) for of_replica in items]
+
+
+def _slowest_plan(results: list[dict[str, Any]], step: int) -> int:
+    return max(_plans_of(results, step))
+
+
+def _planned_imbalance(results: list[dict[str, Any]], step: int) -> float:
+    plans = _plans_of(results, step)
+    return max(plans) * len(plans) / sum(plans)
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("late", "late"), ("unknown", "unknown"), ("unreadable", "unknown"), ("raises", "failed"), ("ends", "short")])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_dip.iteration.lookahead import LookaheadIterator, find_lookahead
@@ -65,6 +68,53 @@ def test_the_state_is_that_of_the_last_batch_handed_out() -> None:
         assert batch == list(range(consumed, consumed + 4))
         iterator.peek(4)
         assert iterator.save_state() == {"read": consumed + 4}
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=8), look_ahead=st.integers(1, 3), saved=st.integers(0, 7), seed=st.integers(0, 99))
+def test_items_that_change_replicas_are_handed_out_once_also_by_a_run_that_goes_on(
+    sizes: list[int], look_ahead: int, saved: int, seed: int
+) -> None:
+    """Two replicas that deal every batch: the state behind a batch is the one behind what its own source gave, whoever trained it."""
+    random = np.random.default_rng(seed)
+    expected = [sorted(range(2 * sum(sizes[:step]), 2 * sum(sizes[: step + 1]))) for step in range(len(sizes))]
+
+    def train(first_step: int, states: list[dict[str, int]]) -> tuple[list[list[int]], list[list[dict[str, int]]]]:
+        """What both handed out together in each step, and their states behind it."""
+        sources = [Source(1000) for _ in range(2)]
+        for source, state in zip(sources, states, strict=True):
+            source.read = state["read"]
+        # Replica r of two reads number 2 i + r of the data set.
+        iterators = [LookaheadIterator(Numbered(source, replica)) for replica, source in enumerate(sources)]
+        steps, behind = [], []
+        for step in range(first_step, len(sizes)):
+            own = [iterator.peek(sizes[step]) for iterator in iterators]
+            dealt = random.permutation([item for items in own for item in items]).tolist()
+            for iterator, share in zip(iterators, (dealt[: sizes[step]], dealt[sizes[step] :]), strict=True):
+                iterator.replace(share)
+            steps.append(sorted(next(iterator) for iterator in iterators for _ in range(sizes[step])))
+            for iterator in iterators:
+                for ahead in range(1, look_ahead + 1):
+                    iterator.peek(sum(sizes[step + 1 : step + 1 + ahead]))
+            behind.append([iterator.save_state() for iterator in iterators])
+        return steps, behind
+
+    whole, states = train(0, [{"read": 0}] * 2)
+    assert whole == expected
+    step = saved % len(sizes)
+    assert train(step + 1, states[step])[0] == expected[step + 1 :]
+
+
+class Numbered:
+    """A source's items as numbers in the data set that two replicas share."""
+
+    def __init__(self, source: Source, replica: int) -> None:
+        self.source, self.replica = source, replica
+
+    def __iter__(self) -> Iterator[int]:
+        return (2 * item + self.replica for item in self.source)
+
+    def save_state(self) -> dict[str, int]:
+        return self.source.save_state()
 
 
 def test_batches_of_foreseen_sizes_are_described_once() -> None:
