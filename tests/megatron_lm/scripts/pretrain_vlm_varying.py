@@ -5,7 +5,7 @@ stay the script's own, but that the provider is told of the old checkpoint forma
 
 By the environment: SIGTERM_AT_SAMPLE sends this process a SIGTERM when that sample is read; STARTED_EARLIER_MINUTES lets the training
 loop think so; NODE_NAME gives this machine another name; UNSUPERVISED_EVERY leaves every n-th sample without a token to learn;
-TEXT_LENGTHS=vary gives texts of 4 to 24 tokens; IMAGES_AT=even or one gives images to samples of even numbers alone, or 40 to the first, and
+TEXT_LENGTHS=vary gives texts of 4 to 24 tokens; TELLS_LENGTHS lets the data set tell lengths without reading a sample; IMAGES_AT=even or one gives images to samples of even numbers alone, or 40 to the first, and
 pairs gives the two samples of a microbatch different numbers; SAMPLES, with --dataloader-type external, is how many samples each replica's loader
 gives before it ends (one number, or one a replica with commas); NOISE draws noise on images and weights of tokens in forward_step; RERUN_EVERY_ITERATION sets the mode that 0.16.1's --rerun-mode cannot name.
 """
@@ -48,6 +48,10 @@ def count_images(index: int) -> int:
     return IMAGE_COUNTS[index % len(IMAGE_COUNTS)]
 
 
+def count_text(index: int) -> int:
+    return 4 + index * 7 % (TEXT_LENGTH - 3) if os.environ.get("TEXT_LENGTHS") == "vary" else TEXT_LENGTH
+
+
 class VaryingImages(MockGPTDataset):
     """Samples of equal text and IMAGE_COUNTS[index % 5] images; everything follows from the index."""
 
@@ -58,7 +62,7 @@ class VaryingImages(MockGPTDataset):
         generator = torch.Generator().manual_seed(index)
         size = (self.config.image_h, self.config.image_w)
         count = count_images(index)
-        length = 4 + index * 7 % (TEXT_LENGTH - 3) if os.environ.get("TEXT_LENGTHS") == "vary" else TEXT_LENGTH
+        length = count_text(index)
         every = int(os.environ.get("UNSUPERVISED_EVERY", "0"))
         learned = torch.zeros(length) if every and index % every == 0 else torch.ones(length)
         image_tokens = torch.full((count,), script["DEFAULT_IMAGE_TOKEN_INDEX"], dtype=text["tokens"].dtype)
@@ -73,6 +77,12 @@ class VaryingImages(MockGPTDataset):
             # Megatron broadcasts tensors of one to four dimensions that are not empty: images are stacked, and one pixel means none.
             "image": torch.rand(count * 3, *size, generator=generator) if count else torch.zeros(1, 1, 1),
         }
+
+
+class ToldLengths(VaryingImages):
+    def instance_lengths(self, index: int) -> dict[str, list[int]]:
+        patches = (self.config.image_h // get_args().patch_dim) * (self.config.image_w // get_args().patch_dim)
+        return {"vit": [patches] * count_images(index), "lm": [count_text(index) + count_images(index) * patches]}
 
 
 def get_batch(data_iterator: Any) -> tuple[Any, ...]:
@@ -136,7 +146,8 @@ def pretend() -> None:
 pretend()
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # as the script's main block says of its own
 script.update(
-    get_batch=get_batch, model_provider=model_provider, MockMultimodalDataset=VaryingImages, train_valid_test_datasets_provider=datasets_provider
+    get_batch=get_batch, model_provider=model_provider, train_valid_test_datasets_provider=datasets_provider,
+    MockMultimodalDataset=ToldLengths if "TELLS_LENGTHS" in os.environ else VaryingImages,
 )
 
 if __name__ == "__main__":
