@@ -108,13 +108,13 @@ class ModuleCut:
 
 
 def check_enough_layers(partition: Partition) -> None:
-    """Raises InputError where a module has fewer layers than P * K, so that some chunk would hold none."""
+    """Raises InputError where a module has fewer layers than P * K although it could have fewer chunks (with K = 1 some ranks have none)."""
     for module, rows in partition.chunks.items():
         layers, slots = sum(map(sum, rows)), len(rows) * len(rows[0])
-        if layers < slots:
+        if len(rows) > 1 and layers < slots:
             raise InputError(
                 f"chunks.{module}", len(rows), f"{layers} layers cannot fill {slots} chunks ({len(rows[0])} pipeline ranks x {len(rows)})",
-                f"use at most {layers // len(rows[0])} chunks a rank, fewer pipeline ranks or more layers",
+                f"use at most {max(1, layers // len(rows[0]))} chunks a rank, fewer pipeline ranks or more layers",
             )
 
 

@@ -7,11 +7,14 @@ Layout of task ids, on which the compiled kernels rely: a *segment* is one pass 
 through one chunk on all P ranks, and task t is segment t // P on rank t % P. Forward segments come first, by sub-microbatch, then by
 vp_stage; then backward segments in the same order, then weight segments.
 
-Frozen parts: a stage has a backward only if something trained stands in it or before it. Segments without any are left out; in one
-that some ranks have (a frozen vision model's last chunk, whose projector is trained) the others' places are *absent* tasks. These take
-no time and no memory and nobody waits for them: they are there for the layout alone, and :meth:`StageProblem.present` takes them out.
+Few layers: a stage with neither a layer nor the module's first or last part is *absent*, and the stage before it hands on to the next one that
+is there. Absent tasks take no time and no memory and nobody waits for them: they are there for the layout alone, and
+:meth:`StageProblem.present` takes them out.
 
-Edges: a stage waits for the stage before it in its sub-microbatch's chain of K * P stages (backward: behind it); the first stage of a
+Frozen parts: a stage has a backward only if something trained stands in it or before it. Segments without any are left out; in one
+that some ranks have (a frozen vision model's last chunk, whose projector is trained) the others' places are absent tasks too.
+
+Edges: a stage waits for the stage before it in its sub-microbatch's chain of at most K * P stages (backward: behind it); the first stage of a
 module for the last stages of all sub-microbatches, of its microbatch, of the modules that feed it (backward mirrored); a backward for
 its own forward; a weight stage for its backward. Rounding: times are summed over a stage's layers as floats, then rounded to ns.
 
@@ -19,8 +22,8 @@ Memory: a forward takes its stage's activation at its start; its backward gives 
 end of the input part, the rest at the end of the weight part). A forward without a backward has one layer's activation at a time, and
 gives it back at its own end; so do the layers of a stage below its first trained one. Where
 the cost model says so, what a module hands to the modules it feeds is held on rank 0, where they take it, once for each
-sub-microbatch that takes it: from the start of the giving stage of rank 0 (somewhat before it arrives) to the end of the taking
-stage's backward, or of its forward where the giving module has no backward. Not modelled: temporary buffers within a stage.
+sub-microbatch that takes it: from the start of rank 0's stage in the giver's last segment (somewhat before it arrives; where that is absent, of the
+taking stage) to the end of the taking stage's backward, or of its forward where the giving module has no backward. Not modelled: temporary buffers within a stage.
 """
 
 from __future__ import annotations
@@ -188,6 +191,7 @@ def build_problem(
     below = {microbatch: model.gradients_into(modules) for microbatch, modules in present.items()}
     units = [table.unit(sub, None if forward_only else below[sub.microbatch][sub.module]) for sub in sub_microbatches]
     num_chunks = np.array([partition.num_chunks(sub.module) for sub in sub_microbatches], dtype=np.int64)
+    is_there = np.concatenate([unit.has_stage for unit in units])
     with_b = np.concatenate([unit.has_backward for unit in units])
     with_w = np.concatenate([unit.has_weight for unit in units])
 
@@ -215,7 +219,7 @@ def build_problem(
         place_of_task[tasks[tasks >= 0]] = np.flatnonzero(tasks >= 0)
         kind[tasks[tasks >= 0]] = code
     pair_of_task = np.full(num_tasks, -1, dtype=np.int32)
-    for tasks in (pair_forward, pair_backward, pair_weight):
+    for tasks in (np.where(is_there, pair_forward, -1), pair_backward, pair_weight):
         pair_of_task[tasks[tasks >= 0]] = np.flatnonzero(tasks >= 0)
     duration = np.zeros(num_tasks, dtype=np.int64)
     mem_start, mem_end = np.zeros(num_tasks, dtype=np.int64), np.zeros(num_tasks, dtype=np.int64)
@@ -233,12 +237,15 @@ def build_problem(
 
     edges = _Edges()
     lag = np.concatenate([unit.lags for unit in units]) if num_ranks > 1 else np.zeros(num_pairs, dtype=np.int64)
-    last_position = (num_chunks[sub_index] * num_ranks) - 1
-    inner = np.flatnonzero(position > 0)
-    edges.add(pair_forward[inner], pair_forward[inner - 1], lag[inner - 1], data=True)
-    inner = np.flatnonzero((position < last_position) & with_b)
+    # In each sub-microbatch's chain: a stage and the next one that is there, on this rank where the others hold no layer.
+    there = np.flatnonzero(is_there)
+    in_chain = sub_index[there[:-1]] == sub_index[there[1:]]
+    before, after = there[:-1][in_chain], there[1:][in_chain]
+    hop = np.where((before - after) % num_ranks == 0, 0, lag[before])
+    edges.add(pair_forward[after], pair_forward[before], hop, data=True)
     # A gradient is as large as the message that it answers.
-    edges.add(pair_backward[inner], pair_backward[inner + 1], lag[inner], data=True)
+    answers = with_b[before]
+    edges.add(pair_backward[before[answers]], pair_backward[after[answers]], hop[answers], data=True)
     first_pair = forward_first[:-1] * num_ranks
     last_pair = forward_first[1:] * num_ranks - 1
     by_place: dict[tuple[int, str], list[int]] = {}
@@ -257,7 +264,8 @@ def build_problem(
                 if holds:
                     size = units[giver].output_bytes
                     # Rank 0 of the giver's last segment starts soonest of what is on rank 0 and belongs to the giver.
-                    mem_start[pair_forward[last_pair[giver] - (num_ranks - 1)]] += size
+                    soonest = last_pair[giver] - (num_ranks - 1)
+                    mem_start[pair_forward[soonest if is_there[soonest] else first_pair[taker]]] += size
                     release = pair_backward[first_pair[taker]] if gives_back else pair_forward[first_pair[taker]]
                     mem_end[release] -= size
     edges.add(backward[backward >= 0], pair_forward[backward >= 0], 0, data=False)
@@ -321,6 +329,8 @@ class _Unit:
     message_bytes: NDArray[np.int64]
     """[K * P]"""
     output_bytes: int
+    has_stage: NDArray[np.bool_]
+    """[K * P]"""
     has_backward: NDArray[np.bool_]
     """[K * P]"""
     has_weight: NDArray[np.bool_]
@@ -397,7 +407,7 @@ class _ClassTable:
         by_shape: dict[_StageShape, int] = {}
         classes = np.empty(len(sizes), dtype=np.int32)
         lags, messages = np.empty(len(sizes), dtype=np.int64), np.empty(len(sizes), dtype=np.int64)
-        has_backward, has_weight = np.zeros(len(sizes), dtype=np.bool_), np.zeros(len(sizes), dtype=np.bool_)
+        has_stage, has_backward, has_weight = (np.zeros(len(sizes), dtype=np.bool_) for _ in range(3))
         first_layer = 0
         for index, num_layers in enumerate(sizes):
             at_first, at_last = index == 0, index == len(sizes) - 1
@@ -408,7 +418,9 @@ class _ClassTable:
             boundary = last.boundary_bytes if at_last and last.boundary_bytes > 0 else layer.boundary_bytes
             messages[index] = round(boundary)
             lags[index] = math.ceil(costs.p2p_latency_ns + boundary * 1e9 / costs.p2p_bytes_per_second)
-            has_backward[index], has_weight[index] = backward.needed, self._split and backward.has_weights
+            has_stage[index] = num_layers > 0 or at_first or at_last
+            has_backward[index] = has_stage[index] and backward.needed
+            has_weight[index] = has_stage[index] and self._split and backward.has_weights
             shape = _StageShape(num_layers, at_first, at_last, backward)
             if shape not in by_shape:
                 by_shape[shape] = len(self._rows)
@@ -416,7 +428,8 @@ class _ClassTable:
             classes[index] = by_shape[shape]
         output = last.boundary_bytes if last.boundary_bytes > 0 else layer.boundary_bytes
         return _Unit(
-            classes=classes, lags=lags, message_bytes=messages, output_bytes=round(output), has_backward=has_backward, has_weight=has_weight,
+            classes=classes, lags=lags, message_bytes=messages, output_bytes=round(output), has_stage=has_stage,
+            has_backward=has_backward, has_weight=has_weight,
             backward_chunks=self._chunks_from_first(has_backward), weight_chunks=self._chunks_from_first(has_weight),
         )
 

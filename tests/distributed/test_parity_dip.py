@@ -102,6 +102,11 @@ def test_random_plans_on_four_ranks() -> None:
     check([Case(parallel=Parallel(pipeline=4), chunks=(1, 2), options=(("random", seed),)) for seed in range(4)], 1e-6)
 
 
+def test_ranks_without_layers_are_passed_over() -> None:
+    four = Parallel(pipeline=4)
+    check([Case(parallel=four, chunks=cut, num_layers=(2, 5), tied=cut == (1, 2)) for cut in ((1, 1), (1, 2), (2, 2))], 1e-6)
+
+
 def test_tensor_parallel() -> None:
     check(
         [

@@ -40,6 +40,8 @@ class Case:
     images: tuple[int, ...] = (2, 0, 3, 1)
     """Of each microbatch, spread over its sequences."""
     sequences: int = 1
+    vision_layers: int = 4
+    """Of a LLaVAModel's vision model."""
     drop_class_token: bool = False
     pixel_shuffle: bool = False
     tags: bool = False
@@ -109,7 +111,7 @@ def provide_llava(case: Case, ranks: int, pre_process: bool = True, post_process
     from megatron_dip.models.layers import projector_spec
     from tests.distributed.context_attention import LAYER
 
-    language, vision = config_of(4, ranks, **case.divided, **case.mixture), config_of(4, 1, **case.whole)
+    language, vision = config_of(4, ranks, **case.divided, **case.mixture), config_of(case.vision_layers, 1, **case.whole)
     language.language_model_type, vision.vision_model_type = language_model_type, case.model
     projection = deepcopy(language)
     projection.pipeline_model_parallel_size = projection.context_parallel_size = 1
@@ -481,6 +483,10 @@ def check_case(case: Case, results: list[Outcome]) -> None:
     assert case.tied or len(set(names)) == len(names), (case, "a weight lies in two chunks")
     if not (case.frozen or case.frozen_names):
         assert sorted(set(names)) == results[0][4], (case, "weights of the whole model are missing from the chunks")
+
+
+def test_a_vision_model_of_fewer_layers_than_ranks() -> None:
+    check([Case(model="clip", vision_layers=2), Case(model="siglip", vision_layers=1, frozen=("vision",))], 4)
 
 
 LLAVA = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ from megatron_dip.schedule.search import SearchOptions, search
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import BuiltModelSpec, ModelSpec, ModuleSpec, TrainableParts
 from megatron_dip.spec.named import named_setup
+from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.profile import Offload, Strategy
 from megatron_dip.spec.tasks import BACKWARD, FORWARD, WEIGHT, TaskGraph
 from megatron_dip.workloads.generators import default_parallel, make_workload
@@ -105,6 +107,30 @@ def test_counts_times_edges_of_a_small_vlm():
     edges = naive.edges(graph, find(graph, BACKWARD, "vit", 1))
     assert sorted(edges) == sorted([(find(graph, BACKWARD, "lm", 0), 9), (second, 0)])
     assert graph.dep_is_data.sum() == len(graph.dep_is_data) - problem.num_pairs
+
+
+def test_stages_without_layers_are_passed_over():
+    """The first and last stage of a module are there for its stem and its head."""
+    model = ModelSpec(modules=[module("vit", 2), module("lm", 5, role="backbone")])
+    partition = Partition(
+        format="megatron-dip/partition/1", chunks={"vit": [[0, 2, 0, 0]], "lm": [[1, 1, 0, 0], [0, 1, 1, 1]]}, sub_microbatch_size={"vit": 2, "lm": 1}
+    )
+    costs = Costs()
+    problem = build_problem(model, partition, split([{"vit": [2, 2], "lm": [5]}], model, partition, costs), costs, only_strategy="none")
+    chain = [("vit", 0, 0), ("vit", 0, 1), ("vit", 0, 3), ("lm", 0, 0), ("lm", 0, 1), ("lm", 1, 1), ("lm", 1, 2), ("lm", 1, 3)]
+    graph = problem.fastest
+    place = [(graph.module_names[graph.module[t]], int(graph.vp_stage[t]), int(graph.rank[t])) for t in range(graph.num_tasks)]
+    there = [t for t in range(graph.num_tasks) if problem.pair_of_task[t] >= 0]
+    forward = {place[t]: t for t in there if graph.kind[t] == FORWARD}
+    backward = {place[t]: t for t in there if graph.kind[t] == BACKWARD}
+    assert sorted(forward, key=chain.index) == sorted(backward, key=chain.index) == chain
+    for before, after in itertools.pairwise(chain):
+        lag = 0 if before[2] == after[2] else {"vit": 9, "lm": 10 if after[0] == "lm" else 9}[before[0]]
+        assert naive.edges(graph, forward[after]) == [(forward[before], lag)]
+        assert sorted(naive.edges(graph, backward[before])) == sorted([(backward[after], lag), (forward[before], 0)])
+    absent = [t for t in range(graph.num_tasks) if problem.pair_of_task[t] < 0]
+    assert not graph.duration_ns[absent].any()
+    assert not graph.mem_start_bytes[absent].any()
 
 
 def test_split_backward_and_frozen_modules():
