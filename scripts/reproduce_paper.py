@@ -394,12 +394,13 @@ def main() -> int:
     parser.add_argument("--solver-seconds", type=float, default=20.0)
     args = parser.parse_args()
     stored = args.output.with_suffix(".json")
-    record: dict[str, Section] = json.loads(stored.read_text()) if stored.exists() else {}
     for name in SECTIONS if "all" in args.sections else args.sections:
         began = time.process_time()
         section = SECTIONS[name](args)
         asked = "".join(f" --{flag} {getattr(args, flag)}" for flag in ("evaluations", "batches")) + (f" --setups {' '.join(args.setups)}" if args.setups else "")
         section["command"] = f"python scripts/reproduce_paper.py {name}{asked}    # {time.process_time() - began:.0f} s of one core"
+        # Read anew, since another section may have been written meanwhile.
+        record: dict[str, Section] = json.loads(stored.read_text()) if stored.exists() else {}
         record[name] = section
         write(args.output, record)
         print(f"{name}: {section['command']}\n{markdown_table(section['header'], section['rows'])}\n{section['why']}\n", flush=True)

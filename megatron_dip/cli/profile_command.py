@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from rich.console import Console
 
+from megatron_dip.cli.train_command import NEEDED
 from megatron_dip.cost.collectives import groups, message_bandwidth
 from megatron_dip.cost.device import load_device
 from megatron_dip.spec.codec import check_writable, load_workload, save
@@ -111,6 +112,7 @@ def _profile_example(args: argparse.Namespace) -> int:
     from megatron_dip.spec.codec import load_example, load_partition
     from megatron_dip.spec.training import RunSettings, SchedulePlan
     from megatron_dip.spec.workload import Parallel
+    from megatron_dip.trainer.launch import check_launch
     from megatron_dip.trainer.ranks import is_rank, run_rank, run_ranks
 
     config = load_example(args.source / "config.json")
@@ -125,6 +127,7 @@ def _profile_example(args: argparse.Namespace) -> int:
     )
     settings.validate()
     if not is_rank():
+        check_launch(args.source, config, settings, NEEDED)
         command = [sys.executable, "-m", "megatron_dip.cli.main", *sys.argv[1:]]
         return run_ranks(command, settings.parallel.num_gpus, threads=args.threads or 1)
     run_rank(lambda: _rehearse(args, settings))

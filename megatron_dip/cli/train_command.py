@@ -111,12 +111,17 @@ def make_settings(args: argparse.Namespace, config: ExampleConfig) -> RunSetting
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_dip.cli.output import messages
     from megatron_dip.spec.codec import load_example
+    from megatron_dip.trainer.launch import check_launch
     from megatron_dip.trainer.ranks import is_rank, run_rank, run_ranks
 
-    settings = make_settings(args, load_example(args.example / "config.json"))
+    config = load_example(args.example / "config.json")
+    settings = make_settings(args, config)
     num_ranks = settings.parallel.num_gpus
     if not is_rank():
+        check_launch(args.example, config, settings, NEEDED)
+        messages().print(f"megatron-dip: starting {num_ranks} rank{'s' if num_ranks > 1 else ''}, loading torch", soft_wrap=True)
         return run_ranks([sys.executable, "-m", "megatron_dip.cli.main", *sys.argv[1:]], num_ranks, threads=args.threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     run_rank(lambda: _train(args.example, settings), needed=NEEDED)

@@ -97,3 +97,36 @@ def test_report_names_the_kinds_of_picture(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_title_is_text_and_no_formula(tmp_path: Path) -> None:
     assert main(["report", str(GOLDEN / "plan.json"), "--output", str(tmp_path / "p.png"), "--title", r"costs $\frac{"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [((), "no CUDA device"), (("--device", "cpu", "--partition", "cut.json"), "layers")], ids=["no device", "a cut that does not fit"]
+)
+def test_what_the_parent_can_know_is_said_once_and_without_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: str
+) -> None:
+    if not flags and any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    for variable in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    (tmp_path / "cut.json").write_text(
+        '{"format": "megatron-dip/partition/1", "chunks": {"vit": [[1, 1]], "lm": [[1, 1]]}, "sub_microbatch_size": {"vit": 1, "lm": 1}}'
+    )
+    example = Path(__file__).parents[2] / "examples" / "vlm" / "digits"
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys; from megatron_dip.cli.main import main; status = main(sys.argv[1:]); print('torch' in sys.modules); "
+         "sys.exit(status)", "train", str(example), *flags],
+        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+    )
+    assert loaded.returncode == 2, loaded.stderr
+    assert loaded.stdout == "False\n"
+    assert said in loaded.stderr
+    assert len(loaded.stderr.splitlines()) == 1
+
+
+def test_a_folder_without_example_py_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(__file__).parents[2] / "examples" / "vlm" / "digits" / "config.json"
+    (tmp_path / "config.json").write_bytes(source.read_bytes())
+    assert main(["train", str(tmp_path), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.count("has no example.py") == 1
