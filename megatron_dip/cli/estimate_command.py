@@ -21,11 +21,11 @@ from megatron_dip.partition.joint import ChoiceLimits
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.simulator.estimate import Candidate, estimate
 from megatron_dip.simulator.step import SimulateOptions, make_costs
-from megatron_dip.spec.codec import STANDARD_INPUT, check_outputs, load_workload, save
+from megatron_dip.spec.codec import STANDARD_INPUT, check_outputs, format_of, load_workload, read_file, save
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import NAMED_SETUPS
 from megatron_dip.spec.partition import Partition
-from megatron_dip.spec.workload import WORKLOAD_FORMAT, Workload
+from megatron_dip.spec.workload import WORKLOAD_FORMAT, Microbatch, Workload
 from megatron_dip.workloads.generators import make_workload
 from megatron_dip.workloads.huggingface import HubModel, read_hub_config
 from megatron_dip.workloads.samples import STATISTICS, draw_samples, pack_samples, read_samples
@@ -49,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hugging Face config.json or folder, a named setup, or a workload file")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs to train on")
     parser.add_argument("--device", metavar="NAME|FILE.json", help="GPU (default: the workload's own, else h100)")
-    parser.add_argument("--data", metavar="FILE.jsonl|STATISTICS", default="mixed",
-                        help=f"samples to pack, or statistics of a public data set: {', '.join(STATISTICS)} (default mixed)")
+    parser.add_argument("--data", metavar="FILE.jsonl|FOLDER|STATISTICS", default="mixed",
+                        help="samples to pack (megatron-dip lengths), a folder of recorded batches (workload files, as --dip-observe writes them), or statistics "
+                        f"of a public data set: {', '.join(STATISTICS)} (default mixed)")
     parser.add_argument("--sequence-length", type=int, default=8192, metavar="N", help="tokens of a packed microbatch (default 8192)")
     parser.add_argument("--microbatches", type=int, metavar="N", help="of the global batch (default: 4 for each GPU, at least 32)")
     parser.add_argument("--evaluations", type=int, default=200, metavar="N", help="schedules that DIP tries for each batch (default 200)")
@@ -138,9 +139,16 @@ def _hub_subject(hub: HubModel, args: argparse.Namespace, count: int) -> _Subjec
             "MODEL", hub.name, "has no language model, and DIP interleaves modules of different kinds",
             "estimate a text-to-video setup instead, such as t2v-s, whose text encoder trains with it",
         )
-    is_file = args.data not in STATISTICS
-    samples = read_samples(Path(args.data), "--data") if is_file else draw_samples(args.data, args.seed)
-    microbatches = pack_samples(samples, hub.image, args.sequence_length, count)
+    source = f"drawn with the statistics '{args.data}' (image sizes assumed)"
+    if args.data not in STATISTICS and Path(args.data).is_dir():
+        microbatches = _recorded(Path(args.data), [module.name for module in hub.model.modules])[:count]
+        source = f"as recorded in {args.data}"
+    elif args.data not in STATISTICS:
+        microbatches = pack_samples(read_samples(Path(args.data), "--data"), hub.image, args.sequence_length, count)
+        source = f"packed from {args.data}, of at most {args.sequence_length} tokens"
+    else:
+        microbatches = pack_samples(draw_samples(args.data, args.seed), hub.image, args.sequence_length, count)
+        source = f"of at most {args.sequence_length} tokens, {source}"
     if len(microbatches) < count:
         # A file that is shorter than a global batch stands for more of its kind.
         microbatches = [microbatches[index % len(microbatches)] for index in range(count)]
@@ -148,13 +156,27 @@ def _hub_subject(hub: HubModel, args: argparse.Namespace, count: int) -> _Subjec
         hub.notes.append("no image in the data: the vision model has no work")
     notes = [
         f"{hub.parameters / 1e9:.3f} billion parameters, counted from the config",
-        f"{count} microbatches of at most {args.sequence_length} tokens, "
-        + (f"packed from {args.data}" if is_file else f"drawn with the statistics '{args.data}' (image sizes assumed)"),
+        f"{count} microbatches {source}",
         *hub.notes,
     ]
     workload = Workload(format=WORKLOAD_FORMAT, model=hub.model, device=args.device or "h100", microbatches=microbatches)
     workload.validate()
     return _Subject(workload=workload, title=hub.name, notes=notes)
+
+
+def _recorded(folder: Path, modules: list[str]) -> list[Microbatch]:
+    """The microbatches of all workload files of a folder, by name; other files are passed over."""
+    found: list[Microbatch] = []
+    for path in sorted(folder.glob("*.json")):
+        if format_of(read_file(path)) != WORKLOAD_FORMAT:
+            continue
+        for microbatch in load_workload(path).microbatches:
+            if others := sorted(set(microbatch) - set(modules)):
+                raise InputError("--data", str(path), f"has batches of module {others[0]!r}, which the model lacks", f"give batches of {', '.join(modules)}")
+            found.append(microbatch)
+    if not found:
+        raise InputError("--data", str(folder), "holds no workload files", "record batches with --dip-observe, or give a JSONL file of samples")
+    return found
 
 
 def _row(candidate: Candidate) -> dict[str, object]:

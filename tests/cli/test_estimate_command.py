@@ -100,3 +100,20 @@ def test_lengths_of_jsonl_and_an_output_that_is_the_input(tmp_path: Path, capsys
     assert (tmp_path / "out.jsonl").read_text() == '{"text":4}\n'
     assert main(["lengths", str(path), "--output", str(path)]) == 2
     assert path.read_text().startswith('{"text": "four')
+
+
+def test_recorded_batches_stand_for_data(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Workload files of a folder, in the order of their names; timelines beside them are passed over."""
+    folder = config / "recorded"
+    folder.mkdir()
+    flags = ("--gpus", "2", "--microbatches", "4", "--evaluations", "2", "--sequence-length", "1024", "--json")
+    assert main(["estimate", str(config), *flags, "--save-workload", str(folder / "iteration_3.json")]) == 0
+    (folder / "iteration_3_measured.json").write_text('{"format": "megatron-dip/timeline/1", "title": "x", "ranks": 1, "bars": []}')
+    capsys.readouterr()
+    again = config / "again.json"
+    assert main(["estimate", str(config), *flags, "--data", str(folder), "--save-workload", str(again)]) == 0
+    assert "as recorded" in " ".join(json.loads(capsys.readouterr().out)["notes"])
+    assert load_workload(again).microbatches == load_workload(folder / "iteration_3.json").microbatches
+    (folder / "iteration_3.json").unlink()
+    assert main(["estimate", str(config), *flags, "--data", str(folder)]) == 2
+    assert "holds no workload files" in capsys.readouterr().err
