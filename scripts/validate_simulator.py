@@ -106,12 +106,15 @@ def gpt(hidden: int, heads: int, layers: int) -> ModelSpec:
 class Record:
     """Prints, and keeps what was printed."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.lines: list[str] = []
+        self.path = path
 
     def say(self, text: str = "") -> None:
         print(text, flush=True)
         self.lines.append(text)
+        if self.path is not None:  # a run that is cut short leaves what it has
+            self.path.write_text("\n".join(self.lines) + "\n")
 
 
 def percent(ratio: float) -> str:
@@ -508,7 +511,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the record there too")
     parser.add_argument("--quick", action="store_true", help="leave the cross validation out")
     args = parser.parse_args()
-    record = Record()
+    record = Record(args.output)
     device = load_device("a100")
     record.say("# The simulator against published measurements\n")
     record.say("`python scripts/validate_simulator.py`. *Measured* figures are the papers', *simulated* ones this repository's. Two parameters of the A100's "
@@ -525,8 +528,6 @@ def main() -> int:
     motivating(record)
     cpu(record)
     speed(record)
-    if args.output is not None:
-        args.output.write_text("\n".join(record.lines) + "\n")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import gc
 import importlib
@@ -68,6 +69,19 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """As ``parse_args``; a flag that the command does not know is said with that command's usage, a command by its likeness to ours."""
+    word = next((word for word in arguments if not word.startswith("-")), None)
+    if word is not None and word not in COMMANDS:
+        like = difflib.get_close_matches(word, COMMANDS, n=1)
+        parser.error(f"{word!r} is no command" + (f": did you mean {like[0]!r}?" if like else f"; commands are {', '.join(COMMANDS)}"))
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        known[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
 @contextlib.contextmanager
 def _brief() -> Iterator[None]:
     """For a process that runs one short command: what it has imported is never searched for garbage, neither now nor at its exit."""
@@ -91,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.disable()
     try:
         parser = build_parser(command if command in COMMANDS else None)
-        args = parser.parse_args(arguments)
+        args = _parse(parser, arguments)
         gc.enable()
         with _brief() if is_brief else contextlib.nullcontext():
             status = args.run(args)

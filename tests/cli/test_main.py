@@ -130,3 +130,13 @@ def test_a_folder_without_example_py_is_named_once(tmp_path: Path, capsys: pytes
     (tmp_path / "config.json").write_bytes(source.read_bytes())
     assert main(["train", str(tmp_path), "--device", "cpu"]) == 2
     assert capsys.readouterr().err.count("has no example.py") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("check", "plan.json", "--jsn"), "usage: megatron-dip check"), (("pln", "w.json"), "did you mean 'plan'?"), (("zzzzz",), "commands are estimate")],
+)
+def test_a_word_that_is_not_known_is_answered_by_who_knows_better(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert said in capsys.readouterr().err
