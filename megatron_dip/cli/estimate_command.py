@@ -8,6 +8,7 @@ they rest on is printed below them. Needs no GPU and no torch. Exit code 2 on ba
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from megatron_dip.spec.codec import STANDARD_INPUT, check_outputs, format_of, lo
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import NAMED_SETUPS
 from megatron_dip.spec.partition import Partition
-from megatron_dip.spec.workload import WORKLOAD_FORMAT, Microbatch, Workload
+from megatron_dip.spec.workload import WORKLOAD_FORMAT, Microbatch, Parallel, Workload
 from megatron_dip.workloads.generators import make_workload
 from megatron_dip.workloads.huggingface import HubModel, read_hub_config
 from megatron_dip.workloads.samples import STATISTICS, draw_samples, pack_samples, read_samples
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({
             "model": subject.title, "gpus": args.gpus, "systems": [_row(candidate) for candidate in candidates], "advice": _advice(subject, candidates),
-            "notes": subject.notes,
+            "notes": subject.notes, "flags": None if dip.parallel is None else _flags(dip.parallel, args.save_partition),
         })
         return 0
     _print(subject, candidates, args)
@@ -208,6 +209,16 @@ def _advice(subject: _Subject, candidates: list[Candidate]) -> str:
     return f"DIP is expected to be {gain:.2f}x as fast as {_NAMES[best.system]}."
 
 
+def _flags(parallel: Parallel, partition: Path | None) -> str:
+    """What a Megatron-LM script is given for a layout, as it was simulated."""
+    flags = [f"--tensor-model-parallel-size {parallel.tensor}", f"--pipeline-model-parallel-size {parallel.pipeline}"]
+    if parallel.sequence_parallel:
+        flags.append("--sequence-parallel")
+    if parallel.data > 1:
+        flags.append("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
+    return " ".join([*flags, "--pipeline-schedule dip", f"--dip-partition {'PARTITION.json' if partition is None else shlex.quote(str(partition))}"])
+
+
 def _print(subject: _Subject, candidates: list[Candidate], args: argparse.Namespace) -> None:
     console = tables()
     dip = candidates[0].result
@@ -231,8 +242,5 @@ def _print(subject: _Subject, candidates: list[Candidate], args: argparse.Namesp
     first = candidates[0]
     if first.parallel is not None and first.partition is not None:
         say(f"DIP's cut: layers {first.partition.chunks}, instances a sub-microbatch {first.partition.sub_microbatch_size}")
-        sizes = first.parallel
-        flags = f"--tensor-model-parallel-size {sizes.tensor} --pipeline-model-parallel-size {sizes.pipeline} --pipeline-schedule dip"
-        cut = args.save_partition if args.save_partition is not None else "PARTITION.json"
-        say(f"To run it: {flags} --dip-partition {cut}" + ("" if args.save_partition else "   (write the file with --save-partition)"))
+        say(f"To run it: {_flags(first.parallel, args.save_partition)}" + ("" if args.save_partition else "   (write the file with --save-partition)"))
     say("It rests on: " + "; ".join(subject.notes) + f". Error of the simulator: {_MEASURED_ERROR}.")

@@ -33,6 +33,9 @@ def test_every_system_has_a_row_and_files_are_written(config: Path, capsys: pyte
     found = json.loads(capsys.readouterr().out)
     assert [row["system"] for row in found["systems"]] == ["dip", "megatron", "encoder-dp", "fsdp2"]
     dip = found["systems"][0]
+    assert found["flags"].split() == [
+        "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2", "--pipeline-schedule", "dip", "--dip-partition", str(partition)
+    ]
     assert dip["parallel"]["pipeline"] == 2
     assert all(row["result"]["iteration_time_s"] > 0 for row in found["systems"])
     assert load_workload(workload).parallel.pipeline == 2
