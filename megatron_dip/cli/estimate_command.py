@@ -185,9 +185,13 @@ def _row(candidate: Candidate) -> dict[str, object]:
     if parallel is None or result is None:
         return {"system": candidate.system, "fits": False, "problem": candidate.problem}
     return {
-        "system": candidate.system, "fits": True, "parallel": {"data": parallel.data, "tensor": parallel.tensor, "pipeline": parallel.pipeline},
+        "system": candidate.system, "fits": True, "dealing": candidate.dealing, "parallel": {"data": parallel.data, "tensor": parallel.tensor, "pipeline": parallel.pipeline},
         "result": result,
     }
+
+
+_WORTH_IT, _DEALING_COUNTS = 1.03, 1.02
+"""Gains below which DIP is not worth its trouble, and below which dealing is not spoken of."""
 
 
 def _advice(subject: _Subject, candidates: list[Candidate]) -> str:
@@ -204,9 +208,13 @@ def _advice(subject: _Subject, candidates: list[Candidate]) -> str:
     lead = f"{'a' if gain >= 1 else 'only'} {gain:.2f}x of the best other way ({_NAMES[best.system]})"
     if len(modules) < 2:
         return f"The data keep one module busy, so there is nothing to interleave: DIP is not meant for this ({lead})."
-    if gain < 1.03:
+    if gain < _WORTH_IT:
         return f"Not worth it: DIP comes to {lead}; {_NAMES[best.system]} is simpler."
-    return f"DIP is expected to be {gain:.2f}x as fast as {_NAMES[best.system]}."
+    sentence = f"DIP is expected to be {gain:.2f}x as fast as {_NAMES[best.system]}."
+    if dip.dealing < _DEALING_COUNTS:
+        return sentence
+    share = "all" if gain / dip.dealing < _WORTH_IT else f"some {dip.dealing:.2f}x"
+    return f"{sentence} Of that {share} comes from dealing the microbatches to the replicas by their work, which is not interleaving."
 
 
 def _flags(parallel: Parallel, partition: Path | None) -> str:

@@ -44,6 +44,8 @@ class Candidate:
     result: SimulationResult | None
     partition: Partition | None = None
     """DIP's cut."""
+    dealing: float = 1.0
+    """How much more work the heaviest replica would have if the microbatches were trained where they were read, over what it has as dealt."""
     problem: str = ""
     """Why no layout can."""
 
@@ -108,12 +110,14 @@ def _best_dip(
         sized = msgspec.structs.replace(workload, parallel=parallel)
         try:
             partition = choose(sized)
-            result = simulate_whole(sized, "dip", partition=partition, options=options, costs=make_costs(sized, options)).result
+            simulation = simulate_whole(sized, "dip", partition=partition, options=options, costs=make_costs(sized, options))
         except InputError as error:
             best = best if best.result is not None else _with_problem(best, error)
             continue
+        result, dealt = simulation.result, simulation.dealt
         if best.result is None or result.iteration_time_s < best.result.iteration_time_s:
-            best = Candidate(system="dip", parallel=parallel, result=result, partition=partition)
+            dealing = 1.0 if dealt is None else dealt.imbalance_before / dealt.imbalance
+            best = Candidate(system="dip", parallel=parallel, result=result, partition=partition, dealing=dealing)
     return best
 
 

@@ -7,10 +7,17 @@ import json
 import tarfile
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from megatron_dip.cli.estimate_command import _advice, _Subject
 from megatron_dip.cli.main import main
+from megatron_dip.simulator.estimate import Candidate, System
 from megatron_dip.spec.codec import load_partition, load_workload
+from megatron_dip.spec.named import named_setup
+from megatron_dip.spec.simulation import Breakdown, SimulationResult
+from megatron_dip.spec.workload import Parallel
+from megatron_dip.workloads.generators import make_workload
 
 TINY = {
     "model_type": "qwen2_5_vl", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -120,3 +127,19 @@ def test_recorded_batches_stand_for_data(config: Path, capsys: pytest.CaptureFix
     (folder / "iteration_3.json").unlink()
     assert main(["estimate", str(config), *flags, "--data", str(folder)]) == 2
     assert "holds no workload files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "dealing", "said"),
+    [(1.0, 1.02, 1.0, "Not worth it"), (1.0, 1.3, 1.0, "1.30x"), (1.0, 1.15, 1.15, "Of that all comes from dealing"), (1.0, 1.5, 1.1, "some 1.10x comes")],
+)
+def test_advice_tells_dealing_from_interleaving(config: Path, ours: float, theirs: float, dealing: float, said: str) -> None:
+    def candidate(system: System, seconds: float, dealt: float = 1.0) -> Candidate:
+        breakdown = Breakdown(compute=seconds, tensor_parallel=0, data_parallel=0, p2p=0, bubble=0, optimizer=0)
+        result = SimulationResult(iteration_time_s=seconds, mfu=0.4, hfu=0.4, bubble_fraction=0, peak_memory_bytes=[1], breakdown_s=breakdown, schedule=system,
+                                  chunks={}, sub_microbatch_size={})
+        return Candidate(system=system, parallel=Parallel(pipeline=2), result=result, dealing=dealt)
+
+    workload = make_workload("vlm-s", seed=0, num_microbatches=2)
+    subject = _Subject(workload=msgspec.structs.replace(workload, model=named_setup("vlm-s").model), title="x")
+    assert said in _advice(subject, [candidate("dip", ours, dealing), candidate("megatron", theirs)])
