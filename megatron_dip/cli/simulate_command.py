@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rules", type=Path, metavar="FILE.py",
                         help="Python that registers latency rules of operators (megatron_dip.cost.analytic.DEFAULT_RULES); it is executed")
     parser.add_argument("--attention", choices=("fused", "unfused"), default="fused", help="attention kernels (default fused)")
+    parser.add_argument("--tp-comm-overlap", action="store_true", help="tensor-parallel collectives travel in pieces beside their products, as under Megatron's flag")
     parser.add_argument("--no-data-parallel-overlap", action="store_true", help="gradient and parameter collectives do not run beside the pipeline")
     parser.add_argument("--balance", choices=get_args(Balance), default="auto",
                         help="whose replicas deal the microbatches of the global batch among them by work: auto (default) those of dip and "
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         load_rules(args.rules)
     options = SimulateOptions(
         evaluations=args.evaluations, seed=args.seed, overlap_data_parallel=not args.no_data_parallel_overlap,
-        kernels=Kernels(attention=args.attention), balance=args.balance,
+        kernels=Kernels(attention=args.attention, split_tensor_parallel=args.tp_comm_overlap), balance=args.balance,
     )
     if args.grid:
         return _run_grid(args, workload, options)

@@ -293,3 +293,11 @@ def test_what_to_measure_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixt
         assert main(["profile", str(path), "--output", str(tmp_path / "p.json"), *arguments]) == 2
         assert f"error: {field}" in capsys.readouterr().err
     assert not (tmp_path / "p.json").exists()
+
+
+def test_overlapped_tensor_collectives_save_time(workload: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = []
+    for flags in ((), ("--tp-comm-overlap",)):
+        assert simulate(workload, "--schedule", "1f1b", "--json", *flags) == 0
+        seconds.append(json.loads(capsys.readouterr().out)["iteration_time_s"])
+    assert seconds[1] < seconds[0]
