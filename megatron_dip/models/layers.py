@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -89,19 +90,33 @@ class PackedAttention(MegatronModule):
         return output[0].transpose(0, 1).flatten(1)
 
 
-def transformer_block_spec(num_layers: int, *, causal: bool, packed: bool = False) -> TransformerBlockSubmodules:
-    """``num_layers`` local layers and a final norm.
+def transformer_block_spec(
+    num_layers: int, *, causal: bool, packed: bool = False, qk_layernorm: bool = False, transformer_engine: bool = False,
+    core_attention: ModuleSpec | type | None = None,
+) -> TransformerBlockSubmodules:
+    """``num_layers`` layers and a final norm.
 
     Args:
         causal: False = no mask at all (Megatron's local ViT spec is causal).
         packed: attention takes the bounds of packed sequences (``packed_seq_params``) instead of a mask.
+        transformer_engine: layers of Transformer Engine instead of local ones; it must be installed.
+        core_attention: another one than the layers' own.
     """
-    layer = get_gpt_layer_local_spec()
-    if packed:
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm) if transformer_engine else get_gpt_layer_local_spec()
+    attention = layer.submodules.self_attention
+    attention.params = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}
+    if core_attention is not None:
+        attention.submodules.core_attention = core_attention
+    elif packed and not transformer_engine:
+        attention.submodules.core_attention = PackedAttention
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
-    layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}
+    if qk_layernorm:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = Norm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
 
 

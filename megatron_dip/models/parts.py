@@ -30,7 +30,7 @@ from megatron_dip.spec.plan import PlanStage
 
 VISION_MODELS = (CLIPViTModel, RADIOViTModel)
 
-STEM = ("conv1", "position_embeddings", "class_token", "embedder", "video_embedder", "mask_token", "ln_pre")
+STEM = ("conv1", "patch_embed", "position_embeddings", "class_token", "embedder", "video_embedder", "mask_token", "ln_pre")
 """What stands before the layers, in the vision models."""
 
 _VARYING = ("dynamic_resolution", "temporal_ckpt_compat", "separate_video_embedder")

@@ -1,13 +1,17 @@
 """A vision-language model of Megatron modules: ViT with a patch stem, spatial merge and projector, GPT language model.
 
+The ViT takes images of one size (:class:`VisionTransformer`), or is a tower for images of any size and number, packed
+(:class:`megatron_dip.models.vision_tower.VisionTower`).
+
 :class:`VlmStage` is the part of the model that one place of a pipeline holds: some layers of the ViT, some of the language model, or
 both. DIP gives each stage layers of one module; stock Megatron's layouts mix them; without a pipeline one stage is the whole model. It
 is the same code and the same weights everywhere, and checkpoint keys are those of Megatron's LLaVA: ``vision_model.``,
 ``vision_projection.``, ``language_model.``.
 
-Letters: N images, C channels, S tokens of the packed sequence, t tokens of an image in it, H hidden size of the language model.
+Letters: N images, C channels, S tokens of the packed sequence, t tokens of an image in it, H hidden size of the language model; with a
+tower, F frames of images and clips, V patches of all frames, T tokens of all frames.
 
-Not modelled: images of different sizes in one model, more than one packed sequence in a microbatch, context parallelism.
+Not modelled: more than one packed sequence in a microbatch, context parallelism.
 """
 
 from __future__ import annotations
@@ -23,20 +27,30 @@ from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.built_in import ChainCost, layer_parameters
 from megatron_dip.models.description import LANGUAGE, VISION, unwrap
+from megatron_dip.models.dit import gelu_tanh
 from megatron_dip.models.initial_weights import draw_weights, global_name
 from megatron_dip.models.layers import projector_spec, transformer_block_spec
 from megatron_dip.models.layout import ModuleCut
+from megatron_dip.models.vision_tower import (
+    AddingLayer,
+    DeepstackProjection,
+    ImagePlaces,
+    InterleavedMultimodalRotary,
+    TowerLayout,
+    VisionTower,
+    frames_of,
+)
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import PlanStage
-from megatron_dip.spec.training import ImageSpec, VisionLanguageModel
+from megatron_dip.spec.training import ImageSpec, LayerOptions, TowerSpec, VisionLanguageModel
 from megatron_dip.spec.workload import Microbatch, Parallel
 
 FREEZABLE = ("vision_model", "vision_projection", "language_model")
@@ -59,10 +73,11 @@ class VlmConfig:
     calculate_per_token_loss: bool = False
     """Megatron's: divide by the tokens of the global batch instead of each microbatch's."""
     use_cpu_initialization: bool = True
+    transformer_engine: bool = False
+    """Layers are Transformer Engine's."""
 
     def __post_init__(self) -> None:
-        self.model.modules.validate("model")
-        self.model.image.validate("model.image")
+        self.model.validate("model")
         names = sorted(module.name for module in self.model.modules.modules)
         if names != sorted((VISION, LANGUAGE)):
             raise InputError("model.modules", names, f"a vision-language model has the modules {[VISION, LANGUAGE]}", "name them so")
@@ -81,11 +96,31 @@ class VlmConfig:
                         f"model.{module.name}.{field}", value, f"is not divisible by {tensor} tensor-parallel ranks",
                         "change it or the tensor-parallel size",
                     )
-            if module.hidden_size % module.num_attention_heads:
+            if self.layer_options(module).kv_channels is None and module.hidden_size % module.num_attention_heads:
                 raise InputError(
                     f"model.{module.name}.hidden_size", module.hidden_size,
                     f"is not divisible by {module.num_attention_heads} attention heads", "change one of them",
                 )
+        if self.tower is not None and self.head_size(self.vision) % 4:
+            raise InputError(
+                "model.vit.hidden_size", self.vision.hidden_size, f"gives heads of {self.head_size(self.vision)} channels, and rotary positions "
+                "in two dimensions take a multiple of 4", "change it or the number of heads",
+            )
+        section = self.model.language_layers.mrope_section
+        if section is not None and 2 * sum(section) != self.head_size(self.language):
+            raise InputError(
+                "model.language_layers.mrope_section", section, f"does not add up to half of a head's {self.head_size(self.language)} channels",
+                "give the pairs of channels for frame, row and column",
+            )
+        if self.num_deepstack > self.language.num_layers:
+            raise InputError(
+                "model.tower.deepstack_layers", self.num_deepstack, f"are more than the {self.language.num_layers} layers of the language model",
+                "name fewer",
+            )
+        if self.sequence_parallel and self.num_deepstack:
+            raise InputError(
+                "parallel.sequence", True, "is not supported with outputs of several vision layers (deepstack)", "switch sequence parallelism off"
+            )
         if self.sequence_parallel and self.model.sequence_length % tensor:
             raise InputError(
                 "model.sequence_length", self.model.sequence_length, f"cannot be spread over {tensor} sequence-parallel ranks",
@@ -105,6 +140,22 @@ class VlmConfig:
         return self.model.image
 
     @property
+    def tower(self) -> TowerSpec | None:
+        return self.model.tower
+
+    @property
+    def num_deepstack(self) -> int:
+        """Outputs of the vision module into the language model's first layers, beside the one into its embeddings."""
+        return 0 if self.tower is None else len(self.tower.deepstack_layers)
+
+    def layer_options(self, module: ModuleSpec) -> LayerOptions:
+        return self.model.vision_layers if module.name == VISION else self.model.language_layers
+
+    def head_size(self, module: ModuleSpec) -> int:
+        """Channels of an attention head."""
+        return self.layer_options(module).kv_channels or module.hidden_size // module.num_attention_heads
+
+    @property
     def sequence_parallel(self) -> bool:
         """Of the language model; the ViT never uses it."""
         return self.parallel.sequence_parallel and self.parallel.tensor > 1
@@ -120,14 +171,23 @@ class VlmConfig:
 
     def transformer_config(self, module: ModuleSpec) -> TransformerConfig:
         """Megatron's config of a whole module."""
+        options = self.layer_options(module)
         return TransformerConfig(
             num_layers=module.num_layers,
             hidden_size=module.hidden_size,
             ffn_hidden_size=module.ffn_hidden_size,
             num_attention_heads=module.num_attention_heads,
             num_query_groups=module.query_groups,
+            kv_channels=self.head_size(module),
             gated_linear_unit=module.has_gated_mlp,
-            activation_func=torch.nn.functional.silu if module.has_gated_mlp else torch.nn.functional.gelu,
+            activation_func=_ACTIVATIONS[options.activation or ("silu" if module.has_gated_mlp else "gelu")],
+            normalization=options.normalization,
+            layernorm_epsilon=options.layernorm_epsilon,
+            add_bias_linear=options.add_bias_linear,
+            add_qkv_bias=options.add_qkv_bias,
+            qk_layernorm=options.qk_layernorm,
+            mrope_section=options.mrope_section,
+            apply_rope_fusion=False,
             sequence_parallel=self.sequence_parallel and module.name == LANGUAGE,
             **self._common(),
         )
@@ -135,9 +195,10 @@ class VlmConfig:
     def projector_config(self) -> TransformerConfig:
         # It has no attention; Megatron wants numbers of heads that the tensor-parallel ranks divide.
         heads = self.language.num_attention_heads
+        inner = self.language.hidden_size if self.tower is None else self.vision.hidden_size * self.image.merge**2
         return TransformerConfig(
-            num_layers=1, hidden_size=self.language.hidden_size, ffn_hidden_size=self.language.hidden_size, num_attention_heads=heads,
-            **self._common(),
+            num_layers=1, hidden_size=self.language.hidden_size, ffn_hidden_size=inner, num_attention_heads=heads,
+            kv_channels=self.head_size(self.language), **self._common(),
         )
 
     @property
@@ -162,11 +223,13 @@ class VlmConfig:
         vision, language, image = self.vision, self.language, self.image
         words = float(language.vocab_size or 0) * language.hidden_size
         merged = vision.hidden_size * image.merge**2
+        values, positions, inner = image.channels * image.patch**2, image.patches, language.hidden_size
+        if self.tower is not None:
+            values, positions, inner = values * self.tower.frames_per_patch, (self.tower.learned_positions or 0) ** 2, merged
         return {
             VISION: ChainCost(
-                layer=layer_parameters(vision),
-                first=float((image.channels * image.patch**2 + image.patches) * vision.hidden_size),
-                last=float((merged + language.hidden_size) * language.hidden_size),
+                layer=layer_parameters(vision), first=float((values + positions) * vision.hidden_size),
+                last=float((merged + language.hidden_size) * inner),
             ),
             LANGUAGE: ChainCost(layer=layer_parameters(language), first=words, last=words),
         }
@@ -189,12 +252,12 @@ class VlmConfig:
         }
 
 
-def check_item(config: VlmConfig, item: dict[str, Any]) -> None:
+_ACTIVATIONS = {"gelu": torch.nn.functional.gelu, "gelu_tanh": gelu_tanh, "silu": torch.nn.functional.silu}
+
+
+def check_item(config: VlmConfig, item: Mapping[str, Any]) -> None:
     """Raises InputError where the tensors of a microbatch item cannot go through the model."""
-    image, images, tokens = config.image, item["images"], item["tokens"]
-    wanted = (image.channels, image.size, image.size)
-    if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
-        raise InputError("images", list(images.shape), f"is not of shape [N, {', '.join(map(str, wanted))}]", "resize the images or the model")
+    image, tokens = config.image, item["tokens"]
     if tokens.ndim != 2 or tokens.shape[0] != 1:
         raise InputError("tokens", list(tokens.shape), "is not one packed sequence [1, S]", "pack the samples of a microbatch")
     if tokens.shape[1] > config.model.sequence_length:
@@ -206,14 +269,16 @@ def check_item(config: VlmConfig, item: dict[str, Any]) -> None:
         raise InputError(
             "tokens", list(tokens.shape), f"cannot be spread over {config.parallel.tensor} sequence-parallel ranks", "pad the sequence"
         )
-    for name in ("labels", "position_ids"):
-        if item.get(name) is not None and item[name].shape != tokens.shape:
-            raise InputError(name, list(item[name].shape), f"is not of the tokens' shape {list(tokens.shape)}", "give one value for each token")
+    positions = (3, *tokens.shape) if config.model.language_layers.mrope_section is not None else tuple(tokens.shape)
+    for name, shape in (("labels", tuple(tokens.shape)), ("position_ids", positions)):
+        if item.get(name) is not None and tuple(item[name].shape) != shape:
+            raise InputError(name, list(item[name].shape), f"is not of the shape {list(shape)}", "give the values of each token")
+    needed = _check_images(config, item) if config.tower is None else _check_frames(config, item)
     places = int((tokens == image.token_id).sum())
-    if places != len(images) * image.tokens:
+    if places != needed:
         raise InputError(
-            "tokens", places, f"tokens with the image id {image.token_id} stand in the sequence; {len(images)} images need"
-            f" {len(images) * image.tokens}", f"put {image.tokens} of them for each image",
+            "tokens", places, f"tokens with the image id {image.token_id} stand in the sequence; its images need {needed}",
+            f"put one for each {image.merge} x {image.merge} patches of each image",
         )
     bounds = item["cu_lengths"]
     if bounds.ndim != 1 or len(bounds) < 2 or int(bounds[0]) != 0 or int(bounds[-1]) != tokens.shape[1] or bool((bounds.diff() <= 0).any()):
@@ -222,10 +287,44 @@ def check_item(config: VlmConfig, item: dict[str, Any]) -> None:
         )
 
 
+def _check_images(config: VlmConfig, item: Mapping[str, Any]) -> int:
+    """Tokens of the images of an item, which all have the model's size."""
+    image, images = config.image, item["images"]
+    wanted = (image.channels, image.size, image.size)
+    if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+        raise InputError("images", list(images.shape), f"is not of shape [N, {', '.join(map(str, wanted))}]", "resize the images or the model")
+    return len(images) * image.tokens
+
+
+def _check_frames(config: VlmConfig, item: Mapping[str, Any]) -> int:
+    """Tokens of the images of an item, of any size up to the model's."""
+    image, patches, grids, tower = config.image, item["images"], item["image_grid_thw"], config.tower
+    assert tower is not None
+    if grids.ndim != 2 or grids.shape[1] != 3 or bool((grids < 1).any()):
+        raise InputError("image_grid_thw", grids.tolist(), "is not [N, 3] patches, each at least 1", "give frames, rows and columns of each image")
+    if bool((grids[:, 1:] % image.merge).any()):
+        raise InputError(
+            "image_grid_thw", grids.tolist(), f"has sides that are no multiples of {image.merge} patches, which become one token",
+            f"resize images to multiples of {image.merge * image.patch} pixels",
+        )
+    largest = image.size // image.patch
+    if bool((grids[:, 1:] > largest).any()):
+        raise InputError(
+            "image_grid_thw", grids.tolist(), f"has sides beyond the model's limit of {largest} patches", "resize the images or raise model.image.size"
+        )
+    wanted = (int(grids.prod(dim=1).sum()), image.channels * tower.frames_per_patch * image.patch**2)
+    if tuple(patches.shape) != wanted:
+        raise InputError("images", list(patches.shape), f"is not of shape {list(wanted)}, which image_grid_thw asks for", "give the patches of all images")
+    return wanted[0] // image.merge**2
+
+
 class VisionTransformer(MegatronModule):
     """Consecutive layers of the ViT, with the patch stem where ``pre_process`` and the final norm where ``post_process``."""
 
-    def __init__(self, config: TransformerConfig, image: ImageSpec, num_layers: int, pre_process: bool, post_process: bool, vp_stage: int | None):
+    def __init__(
+        self, config: TransformerConfig, image: ImageSpec, num_layers: int, pre_process: bool, post_process: bool, vp_stage: int | None, *,
+        transformer_engine: bool = False,
+    ) -> None:
         super().__init__(config=config)
         self.pre_process = pre_process
         self.post_process = post_process
@@ -234,8 +333,8 @@ class VisionTransformer(MegatronModule):
             self.conv1 = torch.nn.Conv2d(image.channels, config.hidden_size, kernel_size=image.patch, stride=image.patch)
             self.position_embeddings = torch.nn.Embedding(image.patches, config.hidden_size)
         self.decoder = TransformerBlock(
-            config=config, spec=transformer_block_spec(num_layers, causal=False), pre_process=pre_process, post_process=post_process,
-            vp_stage=vp_stage,
+            config=config, spec=transformer_block_spec(num_layers, causal=False, transformer_engine=transformer_engine),
+            pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
         )
 
     def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
@@ -256,8 +355,9 @@ class VisionTransformer(MegatronModule):
 class VlmStage(MegatronModule):
     """The part of the model on one place of a pipeline (see the module's docstring).
 
-    What :meth:`set_input_tensor` takes depends on what stands first here: hidden states [patches, N, hidden] of the ViT's layers,
-    embeddings [N * t, 1, H] of the images for the language model's first layers (None: no image), hidden states [S, 1, H] after them.
+    What :meth:`set_input_tensor` takes depends on what stands first here: hidden states [patches, N, hidden] of the ViT's layers ([V, 1,
+    hidden] of a tower's), embeddings [N * t, 1, H] ([T, 1, H]) of the images for the language model's first layers (None: no image), hidden
+    states [S, 1, H] after them.
     """
 
     def __init__(self, config: VlmConfig, cuts: Mapping[str, ModuleCut], vp_stage: int, rank: int) -> None:
@@ -275,33 +375,42 @@ class VlmStage(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = config.language.tied_embeddings
         self.input_tensor: torch.Tensor | None = None
-        self.vision_model: VisionTransformer | None = None
+        self.vision_model: VisionTransformer | VisionTower | None = None
         self.vision_projection: MultimodalProjector | None = None
         self.language_model: GPTModel | None = None
         vision, language = cuts.get(VISION), cuts.get(LANGUAGE)
         if vision is not None and vision.is_present(*place):
-            self.vision_model = VisionTransformer(
-                vision.config(config.transformer_config(config.vision)), config.image, vision.rows[vp_stage][rank],
-                pre_process=place == vision.first, post_process=place == vision.last, vp_stage=vision.vp_stage(vp_stage),
-            )
+            self.vision_model = _vision_part(config, vision, vp_stage, rank)
             if place == vision.last:
                 self.vision_projection = MultimodalProjector(
                     config.projector_config(), projector_spec(), "mlp", config.vision.hidden_size * config.image.merge**2
                 )
+                if config.num_deepstack:
+                    self.deepstack_projections = torch.nn.ModuleList(
+                        DeepstackProjection(
+                            config.transformer_config(config.vision), config.projector_config(), config.vision.hidden_size * config.image.merge**2
+                        )
+                        for _ in range(config.num_deepstack)
+                    )
         if language is not None and language.is_present(*place):
             self.language_model = GPTModel(
                 config=language.config(language_config),
-                transformer_layer_spec=transformer_block_spec(language.rows[vp_stage][rank], causal=True),
+                transformer_layer_spec=_language_spec(config, language.rows[vp_stage][rank]),
                 vocab_size=config.language.vocab_size,
                 max_sequence_length=config.model.sequence_length,
                 pre_process=place == language.first,
                 post_process=place == language.last,
                 share_embeddings_and_output_weights=config.language.tied_embeddings,
-                position_embedding_type="rope",
+                position_embedding_type="rope" if config.model.language_layers.mrope_section is None else "mrope",
+                rotary_base=config.model.language_layers.rotary_base,
                 # Image embeddings are merged into the whole sequence, which is spread afterwards.
                 scatter_embedding_sequence_parallel=False,
                 vp_stage=language.vp_stage(vp_stage),
             )
+            if config.model.language_layers.mrope_interleaved:
+                self.language_model.rotary_pos_emb = InterleavedMultimodalRotary(
+                    config.head_size(config.language), config.model.language_layers.rotary_base
+                )
         # Read by Megatron's finalize_model_grads and checkpointing.
         self.pre_process = self.language_model is not None and self.language_model.pre_process
         self.post_process = self.language_model is not None and self.language_model.post_process
@@ -310,9 +419,9 @@ class VlmStage(MegatronModule):
             self.to(config.dtype)
         initialize_weights(self, config)
         for part in config.frozen_parts:
-            module = getattr(self, part)
-            if module is not None:
-                module.requires_grad_(False)
+            for module in (getattr(self, part), getattr(self, "deepstack_projections", None) if part == "vision_projection" else None):
+                if module is not None:
+                    module.requires_grad_(False)
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor | None] | None) -> None:
         """Megatron's hand-over of what the stage before this one made; see the class."""
@@ -333,13 +442,16 @@ class VlmStage(MegatronModule):
         position_ids: torch.Tensor | None = None,
         cu_lengths: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs what the stage holds.
 
         Args:
-            images: [N, C, height, width]; needed where the stem stands.
-            tokens, position_ids, labels: int64 [1, S]; tokens with the image id stand t times in a row for each image.
+            images: [N, C, height, width], or patches of images of any size [V, C * frames * height * width]; needed where the stem stands.
+            tokens, position_ids, labels: int64 [1, S]; tokens with the image id stand t times in a row for each image. Where tokens have
+                positions in frame, row and column, ``position_ids`` is [3, 1, S].
             cu_lengths: int32 [D + 1], bounds of the documents, which do not attend to each other.
+            image_grid_thw: int64 [N, 3], patches of each image or clip along time, height and width; of images of any size.
 
         Returns:
             Behind the head: the loss of each token [1, S], or without ``labels`` the logits [1, S, vocabulary / TP]. Else what the
@@ -347,7 +459,7 @@ class VlmStage(MegatronModule):
         """
         hidden, self.input_tensor = self.input_tensor, None
         if self.vision_model is not None:
-            hidden = self._encode(images, hidden) if self.has_images(images, hidden) else self.pass_by(hidden)
+            hidden = self._encode(images, image_grid_thw, hidden) if self.has_images(images, hidden) else self.pass_by(hidden)
         if self.language_model is None:
             assert hidden is not None
             return hidden
@@ -363,15 +475,37 @@ class VlmStage(MegatronModule):
         """What goes on where there is no image."""
         return None
 
-    def _encode(self, images: torch.Tensor | None, hidden: torch.Tensor | None) -> torch.Tensor:
-        assert self.vision_model is not None
-        self.vision_model.set_input_tensor(hidden)  # type: ignore[arg-type]
-        hidden = self.vision_model(images)
-        if self.vision_projection is not None:
-            merged = merge_patches(hidden, self.vlm_config.image)
+    def _encode(self, images: torch.Tensor | None, image_grid_thw: torch.Tensor | None, hidden: torch.Tensor | None) -> torch.Tensor:
+        model, config = self.vision_model, self.vlm_config
+        assert model is not None
+        model.set_input_tensor(hidden)  # type: ignore[arg-type]
+        if isinstance(model, VisionTransformer):
+            hidden = model(images)
+            if self.vision_projection is None:
+                return hidden
             # [t, N, H] -> [N * t, 1, H]: in the order of the sequence.
-            hidden = self.vision_projection(merged).transpose(0, 1).reshape(-1, 1, self.vlm_config.language.hidden_size)
-        return hidden
+            return self.vision_projection(merge_patches(hidden, config.image)).transpose(0, 1).reshape(-1, 1, config.language.hidden_size)
+        assert image_grid_thw is not None
+        assert config.tower is not None
+        device = next(model.parameters()).device
+        layout = TowerLayout.of_frames(frames_of(image_grid_thw.cpu()), config.image, config.tower, device)
+        hidden = model(images, layout)
+        if self.vision_projection is None:
+            return hidden
+        return torch.cat(self.project(hidden, layout))
+
+    def project(self, hidden: torch.Tensor, layout: TowerLayout) -> list[torch.Tensor]:
+        """What the tower's last layer, and then its deepstack layers, become in the language model: [T, 1, H] each, in the frames' order.
+
+        Args:
+            hidden: [V * (1 + k), 1, hidden of the tower]
+        """
+        assert self.vision_projection is not None
+        blocks = len(layout.order)
+        back = layout.order.argsort()
+        projections = [self.vision_projection, *getattr(self, "deepstack_projections", ())]
+        parts = hidden.view(len(projections), blocks, 1, -1).unbind()
+        return [projection(part)[back] for projection, part in zip(projections, parts, strict=True)]
 
     def _decode(
         self, hidden: torch.Tensor | None, tokens: torch.Tensor, position_ids: torch.Tensor | None, cu_lengths: torch.Tensor | None,
@@ -384,22 +518,30 @@ class VlmStage(MegatronModule):
             decoder_input = self._embed(hidden, tokens, position_ids)
         else:
             model.set_input_tensor(hidden)  # type: ignore[arg-type]
-        mask = document_mask(cu_lengths, tokens.shape[1], tokens.device)
-        return model(tokens, position_ids, mask, decoder_input=decoder_input, labels=labels if model.post_process else None)
+        bounds = document_bounds(cu_lengths, tokens, self.image_places(tokens) if self.vlm_config.num_deepstack else None)
+        return model(
+            tokens, position_ids, None, decoder_input=decoder_input, labels=labels if model.post_process else None, packed_seq_params=bounds
+        )
+
+    def image_places(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int64 [T], where the images' tokens stand in [1, S]."""
+        return (tokens[0] == self.vlm_config.image.token_id).nonzero(as_tuple=True)[0]
 
     def _embed(self, image_embeddings: torch.Tensor | None, tokens: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """Token embeddings [S (/ TP), 1, H] with those of the images at their places."""
+        """Token embeddings [S (/ TP), 1, H] with those of the images at their places; what goes into later layers stands behind them."""
         assert self.language_model is not None
         embeddings = self.language_model.embedding(input_ids=tokens, position_ids=position_ids)
         if image_embeddings is not None:
-            embeddings = self.merge_images(embeddings, image_embeddings, tokens)
+            own, *later = image_embeddings.chunk(1 + self.vlm_config.num_deepstack)
+            embeddings = self.merge_images(embeddings, own, tokens)
+            if later:
+                embeddings = torch.cat([embeddings, *(part.to(embeddings.dtype) for part in later)])
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
         return embeddings
 
     def merge_images(self, embeddings: torch.Tensor, image_embeddings: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        places = (tokens[0] == self.vlm_config.image.token_id).nonzero(as_tuple=True)[0]
-        return embeddings.index_copy(0, places, image_embeddings.to(embeddings.dtype))
+        return embeddings.index_copy(0, self.image_places(tokens), image_embeddings.to(embeddings.dtype))
 
 
 class ChainedVlmStage(VlmStage):
@@ -429,13 +571,36 @@ def merge_patches(hidden: torch.Tensor, image: ImageSpec) -> torch.Tensor:
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(image.tokens, count, merge * merge * width)
 
 
-def document_mask(cu_lengths: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor:
-    """Mask [1, 1, S, S], true where a token may not look: behind itself, and into other documents."""
-    later = torch.ones(length, length, dtype=torch.bool, device=device).triu_(1)
-    if cu_lengths is not None:
-        document = torch.bucketize(torch.arange(length, device=device), cu_lengths.to(device)[1:], right=True)
-        later |= document[:, None] != document[None, :]
-    return later[None, None]
+def document_bounds(cu_lengths: torch.Tensor | None, tokens: torch.Tensor, image_places: torch.Tensor | None = None) -> ImagePlaces:
+    """Bounds of the documents of tokens [1, S]; None: they are one document."""
+    bounds = torch.tensor([0, tokens.shape[1]], dtype=torch.int32, device=tokens.device) if cu_lengths is None else cu_lengths
+    longest = int(bounds.diff().max())
+    return ImagePlaces(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest, image_places=image_places
+    )
+
+
+def _language_spec(config: VlmConfig, num_layers: int) -> TransformerBlockSubmodules:
+    spec = transformer_block_spec(
+        num_layers, causal=True, packed=True, qk_layernorm=config.model.language_layers.qk_layernorm, transformer_engine=config.transformer_engine
+    )
+    if config.num_deepstack:
+        for layer in spec.layer_specs or ():
+            layer.module, layer.params = AddingLayer, {"num_added": config.num_deepstack}
+    return spec
+
+
+def _vision_part(config: VlmConfig, cut: ModuleCut, vp_stage: int, rank: int) -> VisionTransformer | VisionTower:
+    """The layers of the ViT that ``cut`` puts on a place."""
+    place, own = (vp_stage, rank), cut.config(config.transformer_config(config.vision))
+    ends = {"pre_process": place == cut.first, "post_process": place == cut.last}
+    engine = config.transformer_engine
+    if config.tower is None:
+        return VisionTransformer(own, config.image, cut.rows[vp_stage][rank], **ends, vp_stage=cut.vp_stage(vp_stage), transformer_engine=engine)
+    return VisionTower(
+        own, config.image, config.tower, cut.rows[vp_stage][rank], **ends, vp_stage=cut.vp_stage(vp_stage), depth=config.vision.num_layers,
+        transformer_engine=engine,
+    )
 
 
 def initialize_weights(stage: VlmStage, config: VlmConfig) -> None:
@@ -481,21 +646,30 @@ class VlmDescription:
         return self.metadata(item)
 
     def metadata(self, batch: dict[str, Any]) -> Microbatch:
-        """Patches of each image, tokens of the packed sequence."""
+        """Patches of each image or frame, tokens of the packed sequence."""
         microbatch: Microbatch = {LANGUAGE: [batch["tokens"].shape[1]]}
-        images = batch.get("images")
-        if images is not None and len(images):
-            microbatch[VISION] = [self.config.image.patches] * len(images)
+        if self.config.tower is not None:
+            lengths = self._frames(batch).prod(dim=1).tolist()
+        else:
+            lengths = [self.config.image.patches] * (0 if batch.get("images") is None else len(batch["images"]))
+        if lengths:
+            microbatch[VISION] = lengths
         return microbatch
+
+    def _frames(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Patches along height and width of each frame, int64 [F, 2]; on the host, where bound batches have the grids already."""
+        grids = batch.get("image_grid_thw")
+        return torch.zeros(0, 2, dtype=torch.int64) if grids is None else frames_of(grids.cpu())
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         arguments = _FORWARD_SIGNATURE.bind(None, *args, **kwargs).arguments
         del arguments["self"]
+        if arguments.get("image_grid_thw") is not None:
+            arguments["image_grid_thw"] = arguments["image_grid_thw"].cpu()
         return arguments
 
     def num_instances(self, batch: dict[str, Any]) -> dict[str, int]:
-        images = batch.get("images")
-        return {VISION: 0 if images is None else len(images), LANGUAGE: 1}
+        return {VISION: len(self.metadata(batch).get(VISION, ())), LANGUAGE: 1}
 
     def without_stem_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch if batch.get("images") is None else {**batch, "images": batch["images"].to("meta")}
@@ -508,12 +682,18 @@ class VlmDescription:
 
     def boundary(self, producer: PlanStage, consumer: PlanStage, batch: Any, first_instance: int) -> PayloadSpec:
         config = self.config
+        last_layer = sum(producer.layers)  # the number of layers up to the producer's end
+        kept = 0 if config.tower is None else sum(layer < last_layer for layer in config.tower.deepstack_layers)
         if producer.module == VISION and consumer.module == VISION:
-            shape = (config.image.patches, producer.instances, config.vision.hidden_size)
+            rows = (config.image.patches, producer.instances) if config.tower is None else (producer.tokens * (1 + kept), 1)
+            shape = (*rows, config.vision.hidden_size)
         elif producer.module == VISION:
-            shape = (producer.instances * config.image.tokens, 1, config.language.hidden_size)
+            shape = (producer.tokens // config.image.merge**2 * (1 + kept), 1, config.language.hidden_size)
         else:
             tokens = producer.tokens // config.parallel.tensor if config.sequence_parallel else producer.tokens
+            left = max(0, config.num_deepstack - last_layer)
+            if left:
+                tokens += left * (int(self._frames(batch).prod(dim=1).sum()) // config.image.merge**2)
             shape = (tokens, 1, config.language.hidden_size)
         return PayloadSpec(shape, config.dtype)
 
@@ -529,12 +709,20 @@ class VlmDescription:
         model = unwrap(chunk, VlmStage)
         own = inputs.get(stage.module, ())
         if stage.module == VISION:
-            images = None if own else batch["images"][first_instance : first_instance + stage.instances]
             model.set_input_tensor(own[0] if own else None)
-            return chunk(images=images)
+            if self.config.tower is None:
+                return chunk(images=None if own else batch["images"][first_instance : first_instance + stage.instances])
+            frames = self._frames(batch)
+            mine = frames[first_instance : first_instance + stage.instances]
+            start = int(frames[:first_instance].prod(dim=1).sum())
+            grids = torch.cat([torch.ones(len(mine), 1, dtype=torch.int64), mine], dim=1)
+            return chunk(images=None if own else batch["images"][start : start + stage.tokens], image_grid_thw=grids)
         if own:
             model.set_input_tensor(own[0])
         else:
-            embeddings = inputs.get(VISION, ())
-            model.set_input_tensor(torch.cat(list(embeddings)) if len(embeddings) > 1 else embeddings[0] if embeddings else None)
-        return chunk(**{name: value for name, value in batch.items() if name != "images"})
+            # By payload the tokens of its images, for the embeddings and then for each of the first layers.
+            payloads = inputs.get(VISION, ())
+            parts = [payload.chunk(1 + self.config.num_deepstack) for payload in payloads]
+            together = payloads[0] if len(payloads) == 1 else torch.cat([part for layer in zip(*parts, strict=True) for part in layer]) if parts else None
+            model.set_input_tensor(together)
+        return chunk(**{name: value for name, value in batch.items() if name not in ("images", "image_grid_thw")})

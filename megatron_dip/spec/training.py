@@ -52,6 +52,68 @@ class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             )
 
 
+class LayerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """How a module's layers are built, beyond their sizes: fields and defaults of Megatron's TransformerConfig and GPTModel."""
+
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    layernorm_epsilon: float = 1e-5
+    add_bias_linear: bool = True
+    add_qkv_bias: bool = False
+    """Biases of queries, keys and values where the other products have none."""
+    qk_layernorm: bool = False
+    """Queries and keys are normed, head by head."""
+    kv_channels: int | None = None
+    """Width of an attention head; absent = hidden_size / num_attention_heads."""
+    activation: Literal["gelu", "gelu_tanh", "silu"] | None = None
+    """Of the MLP; absent = SiLU where it is gated, else GELU."""
+    rotary_base: int = 10000
+    """Of rotary positions of a language model."""
+    mrope_section: list[int] | None = None
+    """Pairs of a head's channels that turn by a token's frame, row and column; absent = all turn by its place in the document."""
+    mrope_interleaved: bool = False
+    """Those pairs alternate (Qwen3-VL) instead of lying behind each other (Qwen2.5-VL)."""
+
+    def validate(self, where: str) -> None:
+        if self.layernorm_epsilon <= 0:
+            raise InputError(f"{where}.layernorm_epsilon", self.layernorm_epsilon, "not above 0", "use 1e-5")
+        if self.kv_channels is not None and (self.kv_channels < 2 or self.kv_channels % 2):
+            raise InputError(f"{where}.kv_channels", self.kv_channels, "is no even number from 2", "give the width of an attention head")
+        if self.rotary_base < 1:
+            raise InputError(f"{where}.rotary_base", self.rotary_base, "must be at least 1", "use 10000")
+        if self.mrope_section is not None and (len(self.mrope_section) != 3 or min(self.mrope_section) < 0):
+            raise InputError(f"{where}.mrope_section", self.mrope_section, "is not three numbers", "give the pairs for frame, row and column")
+
+
+class TowerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A vision module for images of any size and number, as Qwen2.5-VL and Qwen3-VL have it: packed patches with rotary 2-D positions."""
+
+    frames_per_patch: int = 1
+    """Frames of a video that one patch covers; a still image is repeated (``temporal_patch_size`` of Qwen's configs)."""
+    patch_bias: bool = True
+    """Whether the product that embeds patches has a bias."""
+    window_size: int | None = None
+    """Height and width in pixels of the windows that layers attend within; absent = all layers attend to the whole frame."""
+    full_attention_layers: list[int] = []
+    """Layers, from 0, that attend to the whole frame in spite of ``window_size``."""
+    learned_positions: int | None = None
+    """Height and width of a grid of learned positions, interpolated to each image's patches; absent = rotary ones alone."""
+    deepstack_layers: list[int] = []
+    """Layers, from 0, whose outputs are merged too and added behind the first layers of the language model, one behind each."""
+
+    def validate(self, where: str, image: ImageSpec, num_layers: int) -> None:
+        unit = image.patch * image.merge
+        if self.frames_per_patch < 1:
+            raise InputError(f"{where}.frames_per_patch", self.frames_per_patch, "must be at least 1", "use 1 for still images")
+        if self.window_size is not None and self.window_size < unit:
+            raise InputError(f"{where}.window_size", self.window_size, f"holds no token of {unit} x {unit} pixels", "make windows larger")
+        if self.learned_positions is not None and self.learned_positions < 1:
+            raise InputError(f"{where}.learned_positions", self.learned_positions, "must be at least 1", "give the grid's side")
+        for field in ("full_attention_layers", "deepstack_layers"):
+            layers: list[int] = getattr(self, field)
+            if any(not 0 <= layer < num_layers for layer in layers) or sorted(set(layers)) != layers:
+                raise InputError(f"{where}.{field}", layers, f"are not rising numbers of the {num_layers} layers", "count layers from 0")
+
+
 class VisionLanguageModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The model: its modules, and how images enter it."""
 
@@ -61,10 +123,18 @@ class VisionLanguageModel(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     """Tokens of a packed sequence of the backbone."""
     init_method_std: float = 0.02
     """Standard deviation of the matrices at the start; Megatron's word and default."""
+    tower: TowerSpec | None = None
+    """A vision module for images of any size, up to ``image.size`` a side; absent = all images have that size, positions are learned."""
+    vision_layers: LayerOptions = LayerOptions()
+    language_layers: LayerOptions = LayerOptions()
 
     def validate(self, where: str) -> None:
         self.modules.validate(where)
         self.image.validate(f"{where}.image")
+        self.vision_layers.validate(f"{where}.vision_layers")
+        self.language_layers.validate(f"{where}.language_layers")
+        if self.tower is not None:
+            self.tower.validate(f"{where}.tower", self.image, self.modules.module("vit").num_layers)
 
 
 class VideoSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

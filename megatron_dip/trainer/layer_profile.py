@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.cost.modules import STEM_INPUT, VIT_MERGE
 from megatron_dip.models.layers import Norm, projector_spec, transformer_block_spec
-from megatron_dip.models.vlm import document_mask
+from megatron_dip.models.vlm import document_bounds
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
 from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint, Strategy
@@ -165,7 +165,7 @@ class _Layer:
 
     def __init__(self, module: ModuleSpec, config: TransformerConfig, settings: ProfileSettings) -> None:
         self._module, self._config, self._settings = module, config, settings
-        spec = transformer_block_spec(1, causal=module.is_causal)
+        spec = transformer_block_spec(1, causal=module.is_causal, packed=module.is_causal)
         if module.cross_attention:
             _add_cross_attention(spec)
         self.block = TransformerBlock(config=config, spec=spec, pre_process=True, post_process=False).to(_place(settings))
@@ -181,16 +181,21 @@ class _Layer:
         return list(self.block.parameters())
 
     def __call__(self, count: int, length: int) -> tuple[torch.Tensor | None, Callable[[torch.Tensor | None], torch.Tensor]]:
-        mask = document_mask(None, length, _place(self._settings)) if self._module.is_causal else None
         rotary = self._rotary(length) if self._rotary is not None else None
-        context = None
+        context, bounds, shape = None, None, (length, count)
+        if self._module.is_causal:  # as in training: documents of a packed sequence
+            shape = (count * length, 1)
+            tokens = torch.empty(1, count * length, device=_place(self._settings))
+            bounds = document_bounds(torch.arange(0, count * length + 1, length, dtype=torch.int32, device=tokens.device), tokens)
         if self._module.cross_attention:
             context = _random((self._settings.context_tokens, count, self._module.hidden_size), self._settings)
 
         def forward(hidden: torch.Tensor | None) -> torch.Tensor:
-            return self.block(hidden_states=hidden, attention_mask=mask, context=context, rotary_pos_emb=rotary)
+            return self.block(
+                hidden_states=hidden, attention_mask=None, context=context, rotary_pos_emb=rotary, packed_seq_params=bounds
+            )
 
-        return _random((length, count, self._module.hidden_size), self._settings), forward
+        return _random((*shape, self._module.hidden_size), self._settings), forward
 
 
 def _add_cross_attention(spec: TransformerBlockSubmodules) -> None:

@@ -72,8 +72,13 @@ def draw_samples(statistics: str, seed: int) -> Iterator[Sample]:
     names = list(IMAGE_TEXT_SETS) if statistics == "mixed" else [statistics]
     while True:
         document = draw_document(rng, IMAGE_TEXT_SETS[names[int(rng.integers(len(names)))]])
-        sides = np.exp(rng.normal(0.0, _SIDE_SIGMA, (document.num_images, 2))) * (_MEDIAN_WIDTH, _MEDIAN_HEIGHT)
-        yield Sample(text=document.text_tokens, images=[[max(28, round(w)), max(28, round(h))] for w, h in sides.tolist()])
+        yield Sample(text=document.text_tokens, images=[draw_image_size(rng) for _ in range(document.num_images)])
+
+
+def draw_image_size(rng: np.random.Generator) -> list[int]:
+    """Width and height in pixels."""
+    width, height = np.exp(rng.normal(0.0, _SIDE_SIGMA, 2)) * (_MEDIAN_WIDTH, _MEDIAN_HEIGHT)
+    return [max(28, round(width)), max(28, round(height))]
 
 
 def pack_samples(samples: Iterable[Sample], rule: ImageRule | None, sequence_length: int, count: int) -> list[Microbatch]:

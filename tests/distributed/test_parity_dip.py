@@ -35,16 +35,16 @@ def run_dip(rank: int, num_ranks: int, cases: Sequence[Case], plans: Sequence[li
     return [run_case(case, build, dip_forward_backward(plan)) for case, plan in zip(cases, plans, strict=True)]
 
 
-def check(cases: Sequence[Case], tolerance: float) -> None:
+def check(cases: Sequence[Case], tolerance: float, moved: float = 1e-3) -> None:
     """Runs all cases in one spawn, on as many ranks as the first one needs, and compares each with one process: losses and gradients,
-    or after optimizer steps losses, gradient norms and weights."""
+    or after optimizer steps losses, gradient norms and weights, these to ``moved`` (see :func:`largest_move`)."""
     expected = references(cases)
     by_rank = launch(run_dip, cases[0].parallel.num_gpus, cases, [plans_of(case) for case in cases])
     for index, case in enumerate(cases):
         results, alone = [results[index] for results in by_rank], [expected[index]]
         np.testing.assert_allclose(losses_of(results), losses_of(alone), rtol=tolerance, err_msg=str(case))
         if case.steps:
-            assert largest_move(merge_ranks(results, "weights"), merge_ranks(alone, "weights")) <= 1e-3, case
+            assert largest_move(merge_ranks(results, "weights"), merge_ranks(alone, "weights")) <= moved, case
             for result in results:
                 np.testing.assert_allclose(result.grad_norms, alone[0].grad_norms, rtol=tolerance, err_msg=str(case))
         else:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
-from megatron_dip.spec.training import ImageSpec, OptimizerSpec, VisionLanguageModel
+from megatron_dip.spec.training import ImageSpec, LayerOptions, OptimizerSpec, TowerSpec, VisionLanguageModel
 from megatron_dip.spec.workload import Parallel
+from megatron_dip.workloads.image_patches import token_positions
 from tests.distributed.launcher import launch
 
 IMAGE_TOKEN = 2
@@ -63,7 +64,59 @@ def tiny_model(case: Case) -> VisionLanguageModel:
         num_query_groups=2, vocab_size=32, gated_mlp=case.gated, tied_embeddings=case.tied, trainable=case.trainable[1],
     )
     image = ImageSpec(size=8, channels=1, patch=2, merge=2, token_id=IMAGE_TOKEN)
-    return VisionLanguageModel(modules=ModelSpec(modules=[vit, lm]), image=image, sequence_length=48)
+    modules = ModelSpec(modules=[vit, lm])
+    if case.option("tower") is None:
+        return VisionLanguageModel(modules=modules, image=image, sequence_length=48)
+    return any_size_model(modules, str(case.option("tower")))
+
+
+def any_size_model(modules: ModelSpec, kind: str) -> VisionLanguageModel:
+    """With a tower for images of any size, as Qwen2.5-VL (``windows``) or Qwen3-VL (``deepstack``) have it."""
+    image = ImageSpec(size=16, channels=1, patch=2, merge=2, token_id=IMAGE_TOKEN)
+    if kind == "windows":
+        tower = TowerSpec(frames_per_patch=2, patch_bias=False, window_size=8, full_attention_layers=[1, 5])
+        return VisionLanguageModel(
+            modules=modules, image=image, sequence_length=64, tower=tower,
+            vision_layers=LayerOptions(normalization="RMSNorm", layernorm_epsilon=1e-6, activation="silu"),
+            language_layers=LayerOptions(normalization="RMSNorm", add_bias_linear=False, add_qkv_bias=True, kv_channels=8, mrope_section=[1, 1, 2]),
+        )
+    tower = TowerSpec(learned_positions=4, deepstack_layers=[0, 3, 6])
+    return VisionLanguageModel(
+        modules=modules, image=image, sequence_length=64, tower=tower,
+        vision_layers=LayerOptions(layernorm_epsilon=1e-6, activation="gelu_tanh"),
+        language_layers=LayerOptions(
+            normalization="RMSNorm", add_bias_linear=False, qk_layernorm=True, kv_channels=8, mrope_section=[2, 1, 1], mrope_interleaved=True
+        ),
+    )
+
+
+FRAME_SIZES = ((1, 2, 2), (1, 4, 6), (2, 2, 4), (1, 8, 2), (1, 6, 4))
+"""Patches along time, height and width of images and a clip, one after another."""
+
+
+def make_any_size_microbatch(seed: int, num_images: int, model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """A packed sequence of 64 tokens: text, images of mixed sizes and aspects, a clip of two frames, and a second document of text alone."""
+    generator = torch.Generator().manual_seed(seed)
+    tower = model.tower
+    assert tower is not None
+    grids = [FRAME_SIZES[(seed + index) % len(FRAME_SIZES)] for index in range(num_images)]
+    counts = [time * rows * columns // 4 for time, rows, columns in grids]
+    tokens = torch.randint(3, 32, (1, 64), generator=generator)
+    place = 2
+    for count in counts:
+        tokens[0, place : place + count] = IMAGE_TOKEN
+        place += count + 2
+    assert place < 60, place
+    bounds = [0, place + 1 + int(torch.randint(0, 3, (1,), generator=generator)), 64]
+    positions = token_positions((tokens[0] == IMAGE_TOKEN).numpy(), grids, bounds, 2)
+    mask = (torch.rand(1, 64, generator=generator) < 0.7).float()
+    mask[0, 0] = 1.0
+    values = tower.frames_per_patch * model.image.patch**2
+    return {
+        "images": torch.randn(4 * sum(counts), values, generator=generator), "image_grid_thw": torch.tensor(grids, dtype=torch.int64).view(-1, 3),
+        "tokens": tokens, "labels": tokens.roll(-1, 1), "loss_mask": mask, "position_ids": torch.from_numpy(positions)[:, None],
+        "cu_lengths": torch.tensor(bounds, dtype=torch.int32),
+    }
 
 
 def make_microbatch(seed: int, num_images: int) -> dict[str, torch.Tensor]:
@@ -90,7 +143,11 @@ def counts_of(case: Case, replica: int, step: int) -> tuple[int, ...]:
 
 
 def microbatches(case: Case, replica: int, step: int = 0) -> list[dict[str, torch.Tensor]]:
-    return [make_microbatch(1000 * replica + 100 * step + index, count) for index, count in enumerate(counts_of(case, replica, step))]
+    numbered = [(1000 * replica + 100 * step + index, count) for index, count in enumerate(counts_of(case, replica, step))]
+    if case.option("tower") is None:
+        return [make_microbatch(seed, count) for seed, count in numbered]
+    model = tiny_model(case)
+    return [make_any_size_microbatch(seed, count, model) for seed, count in numbered]
 
 
 def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -101,8 +158,9 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tens
 
 def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
     item = next(data_iterator)
+    grids = {"image_grid_thw": item["image_grid_thw"]} if "image_grid_thw" in item else {}
     output = model(
-        item["images"], item["tokens"], position_ids=item["position_ids"], cu_lengths=item["cu_lengths"], labels=item["labels"]
+        item["images"], item["tokens"], position_ids=item["position_ids"], cu_lengths=item["cu_lengths"], labels=item["labels"], **grids
     )
     return output, partial(loss_func, item["loss_mask"])
 
@@ -237,7 +295,7 @@ def references(cases: Sequence[Case]) -> list[Result]:
     alone = [
         replace(
             case, parallel=Parallel(), chunks=(1, 1), sub_microbatch_size=2, seed=0, overlap_grad_reduce=False,
-            distributed_optimizer=False, options=(),
+            distributed_optimizer=False, options=tuple(option for option in case.options if option[0] == "tower"),
         )
         for case in cases
     ]

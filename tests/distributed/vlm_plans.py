@@ -14,7 +14,7 @@ from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint, Strategy
 from megatron_dip.spec.workload import Microbatch
 from tests.distributed.dip_runs import even_cut
-from tests.distributed.tiny_vlm import Case, counts_of, tiny_model
+from tests.distributed.tiny_vlm import Case, counts_of, microbatches, tiny_model
 from tests.program.graphs import random_order
 
 STRATEGIES = {
@@ -39,7 +39,12 @@ def costs_of(case: Case, memory_capacity_bytes: int | None = None) -> ProfileCos
 
 
 def metadata_of(case: Case, replica: int, step: int = 0) -> list[Microbatch]:
-    return [{"lm": [48], **({"vit": [16] * count} if count else {})} for count in counts_of(case, replica, step)]
+    if case.option("tower") is None:
+        return [{"lm": [48], **({"vit": [16] * count} if count else {})} for count in counts_of(case, replica, step)]
+    lengths = [
+        [rows * columns for time, rows, columns in item["image_grid_thw"].tolist() for _ in range(time)] for item in microbatches(case, replica, step)
+    ]
+    return [{"lm": [64], **({"vit": frames} if frames else {})} for frames in lengths]
 
 
 def make_plan(case: Case, replica: int = 0, step: int = 0, *, forward_only: bool = False) -> Plan:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_dip.models.built_in import ChainCost
-from megatron_dip.models.vlm import VlmConfig, VlmDescription, document_mask, merge_patches
+from megatron_dip.models.vlm import VlmConfig, VlmDescription, document_bounds, merge_patches
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.training import ImageSpec
@@ -24,17 +24,11 @@ def config(parallel: Parallel | None = None, **changes: Any) -> VlmConfig:
     return VlmConfig(model=tiny_model(Case()), parallel=parallel or Parallel(), **changes)
 
 
-def test_documents_do_not_see_each_other() -> None:
-    mask = document_mask(torch.tensor([0, 2, 5], dtype=torch.int32), 5, torch.device("cpu"))
-    document = [0, 0, 1, 1, 1]
-    for query in range(5):
-        for key in range(5):
-            assert bool(mask[0, 0, query, key]) == (key > query or document[key] != document[query])
-
-
-def test_without_documents_the_mask_is_causal() -> None:
-    mask = document_mask(None, 4, torch.device("cpu"))
-    assert torch.equal(mask[0, 0], torch.ones(4, 4, dtype=torch.bool).triu(1))
+def test_bounds_of_documents() -> None:
+    bounds = document_bounds(torch.tensor([0, 2, 5], dtype=torch.int32), torch.zeros(1, 5))
+    assert bounds.cu_seqlens_q.tolist() == bounds.cu_seqlens_kv.tolist() == [0, 2, 5]
+    assert bounds.max_seqlen_q == 3
+    assert document_bounds(None, torch.zeros(1, 4)).cu_seqlens_q.tolist() == [0, 4]
 
 
 def test_merge_joins_neighbouring_patches() -> None:
@@ -53,7 +47,7 @@ def test_merge_joins_neighbouring_patches() -> None:
     ("change", "message"),
     [
         ({"images": torch.zeros(2, 1, 9, 8)}, r"images = \[2, 1, 9, 8\].*\[N, 1, 8, 8\]"),
-        ({"images": torch.zeros(1, 1, 8, 8)}, "tokens = 8.*1 images need 4"),
+        ({"images": torch.zeros(1, 1, 8, 8)}, "tokens = 8.*its images need 4"),
         ({"tokens": torch.zeros(2, 48, dtype=torch.int64)}, "one packed sequence"),
         ({"tokens": torch.full((1, 49), 5)}, "longer than the model's 48"),
         ({"labels": torch.zeros(1, 47, dtype=torch.int64)}, r"labels = \[1, 47\]"),
