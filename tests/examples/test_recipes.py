@@ -43,16 +43,10 @@ def test_dry_run_plans_simulates_and_says_what_would_run(recipe: str, tmp_path: 
     assert [call.split()[1] for call in calls] == ["workload", "plan", "simulate"]
     assert f"workload {name} --tensor {setup.tensor} --pipeline {setup.pipeline}" in calls[0]
     command = result.stdout.splitlines()[-1].strip()
-    if recipe.startswith("vlm"):
-        language = setup.model.module("lm")
-        assert f"--num-layers {language.num_layers} --hidden-size {language.hidden_size} --ffn-hidden-size {language.ffn_hidden_size} " in command
-        assert f"--num-attention-heads {language.num_attention_heads}" in command
-        assert f"--num-query-groups {language.num_query_groups}" in command
-        assert "--sequence-parallel" in command
-    else:
-        assert "t2v/train.py" in command.replace("/t2v_s/../", "/").replace("/t2v_l/../", "/")
-        assert f"--setup {name}" in command
-        assert "--sequence-parallel" not in command
+    family = recipe.split("/")[0]
+    assert f"{family}/train.py" in command.replace(f"/{recipe.split('/')[1]}/../", "/")
+    assert f"--setup {name}" in command
+    assert ("--sequence-parallel" in command) == (family == "vlm")
     assert f"--pipeline-model-parallel-size {setup.pipeline}" in command
     assert "--pipeline-schedule dip" in command
     assert command.endswith("--train-iters 7")

@@ -3,12 +3,8 @@
 set -euo pipefail
 
 SETUP=vlm-l TENSOR=8 PIPELINE=8 GPUS_PER_NODE=8
-MODEL_FLAGS=(
-    --num-layers 80 --hidden-size 8192 --ffn-hidden-size 29568 --num-attention-heads 64
-    --group-query-attention --num-query-groups 8 --rotary-base 1000000 --add-qkv-bias
-    --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope
-    --seq-length 8192 --max-position-embeddings 8192
-)
+TRAIN_SCRIPT=${TRAIN_SCRIPT:-$(dirname "${BASH_SOURCE[0]}")/../train.py}
+MODEL_FLAGS=(--setup vlm-l)
 
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 recipe "$@"

@@ -1,0 +1,117 @@
+"""Microbatches of a vision-language model: packed documents of text and images; made on the fly by the statistics of a setup.
+
+Letters: S tokens of the packed sequence, N images, D documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_dip.spec.training import VisionLanguageModel
+from megatron_dip.workloads.generators import IMAGE_TEXT_SETS, draw_document
+from megatron_dip.workloads.image_patches import fit_size, token_positions
+from megatron_dip.workloads.samples import draw_image_size
+
+IGNORED = 0
+"""Label where no loss is taken."""
+
+
+@dataclass(slots=True)
+class Document:
+    tokens: list[int]
+    """With the image token in every place that an image fills."""
+    images: list[NDArray[np.float32]] = field(default_factory=list)
+    """[C, height, width] each, or where the model takes any size the patches of each [V, values]."""
+    grids: list[tuple[int, int, int]] = field(default_factory=list)
+    """Patches along time, height and width of each, where the model takes any size."""
+
+
+def pack(model: VisionLanguageModel, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+    """One packed sequence, filled with padding, which is a document of its own without a loss. The loss is that of all text tokens."""
+    image, tower = model.image, model.tower
+    parts = [document.tokens for document in documents]
+    missing = model.sequence_length - sum(map(len, parts))
+    assert missing >= 0, "documents are packed up to the model's sequence length"
+    lengths = [len(part) for part in parts] + ([missing] if missing else [])
+    tokens = np.array([token for part in parts for token in part] + [0] * missing, np.int64)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    is_image = tokens == image.token_id
+    labels, mask = np.roll(tokens, -1), np.ones(len(tokens), np.float32)
+    mask[bounds[1:] - 1] = 0.0  # what follows is another document
+    mask[np.roll(is_image, -1)] = 0.0
+    if missing:
+        mask[-missing:] = 0.0
+    labels[mask == 0] = IGNORED
+    images = [one for document in documents for one in document.images]
+    grids = [grid for document in documents for grid in document.grids]
+    item = {"tokens": tokens[None], "labels": labels[None], "loss_mask": mask[None], "cu_lengths": bounds.astype(np.int32)}
+    if tower is None:
+        shape = (0, image.channels, image.size, image.size)
+        item["images"] = np.stack(images) if images else np.zeros(shape, np.float32)
+        item["position_ids"] = np.concatenate([np.arange(length) for length in lengths])[None]
+    else:
+        values = image.channels * tower.frames_per_patch * image.patch**2
+        item["images"] = np.concatenate(images) if images else np.zeros((0, values), np.float32)
+        item["image_grid_thw"] = np.array(grids, np.int64).reshape(-1, 3)
+        if model.language_layers.mrope_section is not None:
+            item["position_ids"] = token_positions(is_image, grids, bounds.tolist(), image.merge)[:, None]
+        else:
+            item["position_ids"] = np.concatenate([np.arange(length) for length in lengths])[None]
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in item.items()}
+
+
+_SETS = {"LAION-2B": 0.1, "OBELICS": 0.45, "MMC4": 0.25, "ScienceQA": 0.1, "text": 0.35}
+
+
+def draw_microbatch(model: VisionLanguageModel, seed: int, number: int) -> dict[str, torch.Tensor]:
+    """Documents with the statistics of public data sets, of random words and pixels; all of it follows from (seed, number).
+
+    Of a microbatch most documents are of one data set. Text is shortened in the ratio of the model's sequence to the paper's 8192 tokens.
+    """
+    random = np.random.default_rng((seed, number))
+    names = list(_SETS)
+    mix = random.dirichlet(list(_SETS.values()))
+    documents: list[Document] = []
+    left = model.sequence_length
+    while True:
+        source = draw_document(random, IMAGE_TEXT_SETS[names[int(random.choice(len(names), p=mix))]])
+        words = max(1, source.text_tokens * model.sequence_length // 8192)
+        document = _random_document(model, random, source.num_images, words, left)
+        if document is None:
+            return pack(model, documents)
+        documents.append(document)
+        left -= len(document.tokens)
+
+
+def _random_document(model: VisionLanguageModel, random: np.random.Generator, num_images: int, words: int, left: int) -> Document | None:
+    """None: it would be longer than ``left`` tokens."""
+    image, tower = model.image, model.tower
+    vocabulary = model.modules.module("lm").vocab_size
+    assert vocabulary is not None
+    grids = []
+    for _ in range(num_images):
+        if tower is None:
+            grids.append((1, image.size // image.patch, image.size // image.patch))
+        else:
+            width, height = draw_image_size(random)
+            grids.append((1, *fit_size(width, height, image)))
+    counts = [rows * columns // image.merge**2 for _, rows, columns in grids]
+    if words + sum(counts) > left:
+        return None
+    text = random.integers(1, vocabulary, words)
+    text[text == image.token_id] = 1
+    tokens: list[int] = []
+    ends = np.linspace(0, words, num_images + 1).astype(int)
+    for index, count in enumerate(counts):
+        tokens += [image.token_id] * count + text[ends[index] : ends[index + 1]].tolist()
+    if not counts:
+        tokens = text.tolist()
+    values = 0 if tower is None else image.channels * tower.frames_per_patch * image.patch**2
+    shapes = [(image.channels, image.size, image.size) if tower is None else (rows * columns, values) for _, rows, columns in grids]
+    pixels = [random.standard_normal(shape, dtype=np.float32) for shape in shapes]
+    return Document(tokens, pixels, [] if tower is None else grids)
