@@ -25,12 +25,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "plan.json"
+DIGITS = ROOT / "examples" / "vlm" / "digits"
 MEASURED = ROOT / "docs" / "results" / "measured"
 SMALL = {
     "format": "megatron-dip/workload/1",
@@ -71,8 +73,8 @@ class Target:
     source: Any
     flags: tuple[str, ...] = ()
     """Flags whose values are mutated too."""
-    suffix: str = ".json"
-    """Of the mutated file."""
+    file: str = "input.json"
+    """Name of the mutated file."""
 
 
 @dataclass(slots=True)
@@ -111,7 +113,18 @@ def targets() -> list[Target]:
                ("--seed", "--data", "--images", "--iteration", "--iterations", "--tensor", "--pipeline", "--data-parallel", "--device", "--microbatches")),
         Target("estimate", ("estimate", "{input}", "--gpus", "2", "--microbatches", "2", "--evaluations", "1", "--sequence-length", "1024"), HUB_CONFIG,
                ("--gpus", "--device", "--data", "--sequence-length", "--seed", "--save-partition", "--save-workload")),
-        Target("lengths", ("lengths", "{input}", "--output", "{output}.jsonl"), samples, suffix=".jsonl"),
+        Target("lengths", ("lengths", "{input}", "--output", "{output}.jsonl"), samples, file="input.jsonl"),
+        Target("estimate samples", ("estimate", "{config}", "--gpus", "2", "--microbatches", "2", "--evaluations", "1", "--sequence-length", "1024", "--data",
+                                    "{input}"), "\n".join(json.dumps({"text": 300, "images": [[64, 48]] * (at % 3)}) for at in range(6)), file="input.jsonl"),
+        Target("estimate workload", ("estimate", "{input}", "--gpus", "2", "--evaluations", "1", "--json"), workload),
+        Target("check workload", ("check", str(GOLDEN), "--workload", "{input}"), workload, ("--replica",)),
+        # Ends at the partition at the latest, so no rank starts.
+        Target("train config", ("train", "{folder}", "--device", "cpu", "--partition", "/dev/null"), json.loads((DIGITS / "config.json").read_text()),
+               ("--pipeline", "--tensor", "--data", "--plan-time", "--evaluations", "--iterations", "--threads", "--profile", "--save", "--record", "--timeout"),
+               file="config.json"),
+        Target("checkpoint", ("checkpoint", "inspect", "{folder}"), {"sharded_backend": "torch_dist", "sharded_backend_version": 1}, file="metadata.json"),
+        Target("playground", ("playground", "--output", "{output}.html", "--ranks", "1", "--microbatches", "1", "--images", "0", "--evaluations", "1"), None,
+               ("--ranks", "--microbatches", "--images", "--evaluations", "--seed", "--device")),
         Target("schema", ("schema", "plan"), None, ("--x",)),
     ]
 
@@ -161,7 +174,8 @@ def raw(data: bytes, rng: random.Random) -> bytes:
 def make_case(target: Target, folder: Path, rng: random.Random) -> list[str]:
     """Writes the input into ``folder`` and returns the arguments."""
     (folder / "workload.json").write_text(json.dumps(SMALL))
-    given = folder / f"input{target.suffix}"
+    (folder / "hub.json").write_text(json.dumps(HUB_CONFIG))
+    given = folder / target.file
     arguments = list(target.arguments)
     change_flag = bool(target.flags) and (target.source is None or rng.random() < 0.25)
     if target.source is not None:
@@ -175,10 +189,17 @@ def make_case(target: Target, folder: Path, rng: random.Random) -> list[str]:
             given.write_text(text)
     for flag in rng.sample(target.flags, min(len(target.flags), rng.choice((1, 1, 2)))) if change_flag else ():
         arguments += [flag, rng.choice(WORDS)]
-    paths = {"{input}": str(given), "{output}": str(folder / "out"), "{workload}": str(folder / "workload.json")}
+    return _placed(arguments, target, folder)
+
+
+def _placed(arguments: Sequence[str], target: Target, folder: Path) -> list[str]:
+    paths = {
+        "{input}": folder / target.file, "{output}": folder / "out", "{workload}": folder / "workload.json", "{config}": folder / "hub.json", "{folder}": folder,
+    }
+    placed = list(arguments)
     for place, path in paths.items():
-        arguments = [word.replace(place, path) for word in arguments]
-    return arguments
+        placed = [word.replace(place, str(path)) for word in placed]
+    return placed
 
 
 def run_case(arguments: list[str], folder: Path, channel: Any) -> None:
@@ -272,11 +293,11 @@ def warm_up() -> None:
             rng = random.Random(0)
             make_case(target, folder, rng)
             text = target.source if isinstance(target.source, str) else json.dumps(target.source)
-            given = folder / f"input{target.suffix}"
+            given = folder / target.file
             given.write_text(text)
-            words = [word.replace("{input}", str(given)).replace("{output}", str(folder / "out"))
-                     .replace("{workload}", str(folder / "workload.json")) for word in target.arguments]
-            assert main(words) in (0, 1), words
+            words = _placed(target.arguments, target, folder)
+            assert main(words) in ((0, 1) if target.name not in ("train config", "checkpoint", "check workload") else (0, 1, 2)), words
+            given.unlink()
 
 
 def main() -> int:

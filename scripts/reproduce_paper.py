@@ -59,7 +59,7 @@ from megatron_dip.workloads.generators import default_parallel, make_workload
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SEED = 1_000_000
 MICROBATCHES = 32
-LIMITS = ChoiceLimits(short=40, thorough=6)
+LIMITS = ChoiceLimits(short=24, thorough=4)
 Section = dict[str, Any]
 
 

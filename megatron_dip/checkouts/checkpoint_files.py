@@ -50,7 +50,7 @@ def read_checkpoint(path: Path) -> CheckpointFiles:
     found = re.search(r"iter_(\d+)$", folder.name)
     iteration = int(found.group(1)) if found else None
     if (folder / "metadata.json").is_file():
-        format_name = json.loads((folder / "metadata.json").read_text()).get("sharded_backend", "unknown")
+        format_name = _named_format(folder / "metadata.json")
         if format_name != "torch_dist":
             raise InputError(
                 "PATH", str(folder), f"the format {format_name!r} is read by none of the releases that DIP serves",
@@ -78,6 +78,16 @@ def read_checkpoint(path: Path) -> CheckpointFiles:
     if sizes["expert"] == 1:
         del sizes["expert"]
     return CheckpointFiles(folder, "torch", iteration, sizes, {})
+
+
+def _named_format(file: Path) -> object:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError("PATH", str(file), f"cannot be read ({str(error)[:200]})", "give a whole checkpoint: this file is damaged") from None
+    if not isinstance(found, dict):
+        raise InputError("PATH", str(file), "holds no JSON object", "give a whole checkpoint: this file is damaged")
+    return found.get("sharded_backend", "unknown")
 
 
 def _whole_metadata(folder: Path) -> Metadata:
@@ -200,10 +210,14 @@ def _words(cut: object) -> str:
     return "under the stock schedule" if cut is None else f"cut into layers {cut}"
 
 
+_LONGEST_TRACKED = 60
+"""Characters of a tracker's text that are read: a number, or ``release``."""
+
+
 def _iteration_folder(path: Path) -> Path:
     tracker = path / _TRACKER
     if tracker.is_file():
-        text = tracker.read_text().strip()
+        text = tracker.read_text(errors="replace").replace("\0", "").strip()[:_LONGEST_TRACKED]
         path = path / (text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text)
     if not path.is_dir():
         raise InputError("PATH", str(path), "no such folder", "give a folder that --save wrote, or one iteration's folder in it")

@@ -45,6 +45,7 @@ COMMANDS = (
 _INTERRUPTED, _PIPE_CLOSED = 130, 141
 """Exit statuses as a shell gives them for the signals."""
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG})
+_NO_PATHS = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR})
 BRIEF_COMMANDS = frozenset({"estimate", "plan", "workload", "check", "simulate"})
 _NUMBAS_BLAS = "scipy.linalg.cython_blas"
 """Imported by numba with its first kernel, where scipy is installed at all, for kernels that call BLAS; ours do not."""
@@ -122,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
     except OSError as error:
+        if error.errno in _NO_PATHS:
+            _say(f"error: {str(error.filename)[:80]} cannot be a path here: {error.strerror}. Remedy: name another file.")
+            return EXIT_CODE
         if error.errno not in _NO_ROOM:
             raise
         _say(f"error: cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}. Remedy: make room, or write elsewhere.")

@@ -232,3 +232,14 @@ def test_missing_and_truncated_files_are_found(saved: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert name in error
     assert ("damaged" if (name, harm) == (".metadata", "cut off") else harm) in error
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("iter_0000007/metadata.json", b"9" * 10_000), ("iter_0000007/metadata.json", b"[]"), ("iter_0000007/metadata.json", b"[" * 100_000),
+     ("latest_checkpointed_iteration.txt", b"9" * 10_000), ("latest_checkpointed_iteration.txt", b"\xff\x00" * 500)],
+)
+def test_damaged_small_files_are_named(saved: Path, capsys: pytest.CaptureFixture[str], file: str, content: bytes) -> None:
+    (saved / file).write_bytes(content)
+    assert main(["checkpoint", "inspect", str(saved)]) == EXIT_CODE
+    assert "PATH = " in capsys.readouterr().err

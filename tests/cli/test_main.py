@@ -140,3 +140,9 @@ def test_a_word_that_is_not_known_is_answered_by_who_knows_better(capsys: pytest
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("estimate", "a" * 3000, "--gpus", "2"), ("lengths", "a" * 3000), ("checkpoint", "inspect", "a" * 3000), ("patch", "a" * 3000)])
+def test_names_that_no_file_can_have_end_in_one_line(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
+    assert main(command) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
