@@ -149,7 +149,7 @@ class AnalyticCost:
                 found["selective"] = Strategy(extra_forward=detail.selective_forward, activation=detail.selective_activation)
             found |= {
                 "full": Strategy(extra_forward=1.0, activation=kept),
-                "offload": Strategy(offload=Offload(bytes_per_second=self.device.host_gbs * 1e9, activation=kept)),
+                "offload": Strategy(offload=Offload(bytes_per_second=self.device.host_gbs * 1e9, activation=0.0)),
             }
             if len(self._strategies) >= _CACHE_LIMIT:
                 self._strategies.clear()

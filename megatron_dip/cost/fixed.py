@@ -1,4 +1,4 @@
-"""One memory strategy for every layer, as part of the costs: what a run with a fixed recompute setting costs."""
+"""Memory strategies that are fixed or left out, as part of the costs: what a run with a fixed recompute setting costs."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ class FixedStrategyCost(WrappedCost):
 
     def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
         return {"none": Strategy()}
+
+
+class WithoutOffload(WrappedCost):
+    """Costs under which no layer is offloaded."""
+
+    def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
+        return {name: strategy for name, strategy in self.costs.strategies(module, lengths).items() if strategy.offload is None}
 
 
 class FixedLeast(FixedStrategyCost):

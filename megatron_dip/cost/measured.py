@@ -148,18 +148,25 @@ def stage_ns(sample: StageSample, costs: CostModel) -> float:
 
 
 def strategy_share(sample: StageSample, strategy: Sequence[str], costs: CostModel) -> StageSample:
-    """The sample as if its backward had recomputed nothing, by these costs' shares.
+    """The sample as if all had been kept, by these costs' shares: backwards recompute, and copies to the host may take longer than layers.
 
     Args:
         strategy: name of each layer's memory strategy, as the stage ran; empty for stages that have none.
     """
-    if sample.kind != "bw" or not strategy:
+    if not strategy:
         return sample
     lengths = (sample.tokens // sample.instances,) * sample.instances
-    known = costs.strategies(sample.module, lengths)
-    shares = sum(known[name].extra_forward for name in strategy if name in known)
+    known, layer = costs.strategies(sample.module, lengths), costs.part(sample.module, "layer", lengths)
+    used = [known[name] for name in strategy if name in known]
+    extra, time = 0.0, layer.forward_ns
+    if sample.kind == "bw":
+        extra = sum(one.extra_forward for one in used) * layer.forward_ns
+        time = layer.backward_input_ns if sample.split else layer.backward_input_ns + layer.backward_weight_ns
+    for one in used:
+        if one.offload is not None:
+            moved = layer.activation_bytes * one.activation * (1.0 - one.offload.activation)
+            extra += max(0.0, moved * 1e9 / one.offload.bytes_per_second - time)
     bare = stage_ns(sample, costs)
-    extra = shares * costs.part(sample.module, "layer", lengths).forward_ns
     return replace(sample, duration_ns=round(sample.duration_ns * bare / (bare + extra))) if extra > 0 else sample
 
 

@@ -12,15 +12,12 @@ from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.memory import input_bytes
 from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.spec.model import ModelSpec
-from megatron_dip.spec.profile import Strategy
 
 ChunkShape = tuple[str, int, bool, bool]
 """(module, layers, whether it has the embedding or stem, whether it has the projector or head)."""
 
 
 class RunCosts(WrappedCost):
-    """Without the memory strategies that chunks cannot carry out (offloading)."""
-
     def __init__(self, costs: CostModel, model: ModelSpec, chunk_bytes: Mapping[ChunkShape, int]) -> None:
         """Args:
         chunk_bytes: weights, gradients and optimizer state of a chunk of each shape on one rank; of unlike chunks of a shape the most.
@@ -28,9 +25,6 @@ class RunCosts(WrappedCost):
         super().__init__(costs)
         self._model = model
         self._chunk_bytes = dict(chunk_bytes)
-
-    def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
-        return {name: strategy for name, strategy in self.costs.strategies(module, lengths).items() if strategy.offload is None}
 
     def static_bytes(self, module: str, num_layers: int, *, first: bool, last: bool) -> int:
         return self._chunk_bytes[module, num_layers, first, last]

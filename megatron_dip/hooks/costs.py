@@ -13,7 +13,7 @@ import torch
 
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.device import device_names, load_device
-from megatron_dip.cost.fixed import FixedLeast
+from megatron_dip.cost.fixed import FixedLeast, WithoutOffload
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.modules import Kernels
 from megatron_dip.cost.profile import ProfileCost
@@ -74,7 +74,8 @@ def run_costs(built: TrainedModel, partition: Partition, args: Any, options: Dip
         shape = (module, rows[vp_stage][rank], (vp_stage, rank) == (0, 0), (vp_stage, rank) == (len(rows) - 1, len(rows[0]) - 1))
         held = weights.frozen_bytes + round(weights.trained_parameters * trained)
         of_chunks[shape] = max(of_chunks.get(shape, 0), held)
-    return RunCosts(make_costs(built.spec, args, options, built_kernels(chunks)), built.spec, of_chunks)
+    costs = make_costs(built.spec, args, options, built_kernels(chunks))
+    return RunCosts(costs if options.host_memory_bytes != 0 else WithoutOffload(costs), built.spec, of_chunks)
 
 
 def costs_file(folder: str | None, spec: ModelSpec, args: Any, options: DipOptions) -> Path | None:

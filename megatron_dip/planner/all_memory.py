@@ -9,7 +9,7 @@ In: a schedule and its program. Out: the same task graph with these bytes counte
 - the inputs of all microbatches are there from the first stage on, and go with a microbatch's last forward on the rank; what stems read
   (images, on rank 0) goes with the last stem stage and is there from the first one on, or from the start within a small budget
   (:class:`megatron_dip.cost.memory.StemBudget`);
-- a backward that recomputes needs one whole layer's activation for its time.
+- layers that are recomputed or offloaded are there whole while they run (:mod:`megatron_dip.schedule.rooms`).
 
 Not counted: what operators need for themselves, the allocator's unused blocks, the libraries' own buffers.
 """
@@ -34,11 +34,22 @@ from megatron_dip.spec.workload import Microbatch
 
 
 def recomputing_room(problem: StageProblem) -> NDArray[np.int64]:
-    """[P] the most that a backward on each rank would need to recompute one layer."""
+    """[P] the most that a backward on each rank would need besides what is held, where nothing is offloaded."""
+    rooms = problem.rooms
+    needed = np.where(rooms.ahead > 0, 0, rooms.backward + rooms.weight)
     most = np.zeros(problem.fastest.num_ranks, dtype=np.int64)
     ranks = problem.fastest.rank[problem.pair_forward]
-    np.maximum.at(most, ranks, problem.recompute_bytes[problem.pair_class].max(axis=1))
+    np.maximum.at(most, ranks, needed[problem.pair_class].max(axis=1))
     return most
+
+
+def offloading_room(problem: StageProblem) -> NDArray[np.int64]:
+    """[P] the most that offloaded layers on each rank need on their way, beyond what :func:`recomputing_room` has."""
+    rooms = problem.rooms
+    ahead = np.where(rooms.ahead > 0, np.maximum(rooms.forward, rooms.backward + rooms.weight + rooms.ahead) + rooms.between, 0)
+    most = np.zeros(problem.fastest.num_ranks, dtype=np.int64)
+    np.maximum.at(most, problem.fastest.rank[problem.pair_forward], ahead[problem.pair_class].max(axis=1))
+    return np.maximum(0, most - recomputing_room(problem))
 
 
 def with_all_memory(
@@ -55,10 +66,7 @@ def with_all_memory(
     graph = schedule.graph
     pair = problem.pair_of_task[tasks]
     start, end = graph.mem_start_bytes.copy(), graph.mem_end_bytes.copy()
-    backward = np.flatnonzero(graph.kind == BACKWARD)
-    again = problem.recompute_bytes[problem.pair_class[pair[backward]], choice[pair[backward]]]
-    start[backward] += again
-    end[backward] -= again
+    _add_rooms(problem, schedule, pair, choice, start, end)
 
     has_backward = problem.pair_backward[pair] >= 0
     producer, consumer = program.producer, program.consumer
@@ -89,6 +97,35 @@ def with_all_memory(
             np.add.at(start, np.where(inputs.is_late, first, row[0])[there], inputs.stem[there])
             np.subtract.at(end, last[there], inputs.stem[there])
     return replace(schedule, graph=replace(graph, mem_start_bytes=start, mem_end_bytes=end))
+
+
+def _add_rooms(
+    problem: StageProblem, schedule: Schedule, pair: NDArray[np.int32], choice: NDArray[np.int32], start: NDArray[np.int64],
+    end: NDArray[np.int64],
+) -> None:
+    """Args:
+    pair: [tasks of the schedule] each one's pair.
+    """
+    graph, rooms = schedule.graph, problem.rooms
+    cell = (problem.pair_class[pair], choice[pair])
+    has_backward, has_weight = problem.pair_backward[pair] >= 0, problem.pair_weight[pair] >= 0
+    forward = (graph.kind == FORWARD) & has_backward
+    backward, weight = graph.kind == BACKWARD, graph.kind == WEIGHT
+    between, until_weight = rooms.between[cell], np.where(has_weight, rooms.weight[cell], 0)
+    start[forward] += (rooms.forward[cell] + between)[forward]
+    end[forward] -= rooms.forward[cell][forward]
+    start[backward] += (rooms.backward[cell] + until_weight)[backward]
+    ahead = rooms.ahead[cell]
+    end[backward] -= (rooms.backward[cell] + ahead + between)[backward]
+    end[weight] -= until_weight[weight]
+    for row in schedule.order:
+        if not len(row):
+            continue
+        before = np.concatenate((row[:1], row[:-1]))
+        # Behind its own forward nothing is fetched ahead: what is needed first has not gone yet.
+        since = np.where(pair[before] == pair[row], row, before)
+        fetches = backward[row]
+        np.add.at(start, since[fetches], ahead[row[fetches]])
 
 
 def _first_and_last(stages: NDArray[np.int64], microbatch: NDArray[np.int32], num_microbatches: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -8,19 +8,22 @@ compiled without it, and the rest is Python in small steps (:mod:`megatron_dip.p
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dip.cost.fixed import WithoutOffload
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.online import split
-from megatron_dip.planner.all_memory import CapturedInputs, captured_inputs, recomputing_room, with_all_memory
+from megatron_dip.planner.all_memory import CapturedInputs, captured_inputs, offloading_room, recomputing_room, with_all_memory
 from megatron_dip.planner.courtesy import no_collections
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
@@ -32,7 +35,7 @@ from megatron_dip.schedule.exact_memory import load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.result import Schedule, time_order
-from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions
+from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions, Seed
 from megatron_dip.schedule.warm import load_kernels
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.long import LongList
@@ -123,12 +126,19 @@ def plan_iteration(
         if budget is None and options.evaluations is None:
             budget = 0.3
 
-    def build(split_backward: bool) -> StageProblem:
-        with no_collections():
-            return build_problem(
-                model, partition, sub_microbatches, costs, split_backward=split_backward, forward_only=options.forward_only,
-                only_strategy=options.strategy,
-            )
+    def builder(costs: CostModel) -> Callable[[bool], StageProblem]:
+        def build(split_backward: bool) -> StageProblem:
+            with no_collections():
+                return build_problem(
+                    model, partition, sub_microbatches, costs, split_backward=split_backward, forward_only=options.forward_only,
+                    only_strategy=options.strategy,
+                )
+
+        return build
+
+    build = builder(costs)
+    # Where memory binds, what keeps all on the device is searched first: with offloading to choose as well no plan is worse.
+    on_device = builder(WithoutOffload(costs)) if capacity is not None and (build(False).rooms.ahead > 0).any() else None
 
     search_options = SearchOptions(
         method=options.search, time_budget_s=budget, evaluations=options.evaluations, threads=options.threads, seed=options.seed,
@@ -140,30 +150,57 @@ def plan_iteration(
     def fits(lowered: _Lowered) -> bool:
         return capacity is None or max(lowered.schedule.peak_memory(initial)) <= capacity
 
-    def solve(limit: NDArray[np.int64], share: float = 1.0) -> _Lowered:
-        spent = replace(
-            search_options, time_budget_s=None if budget is None else share * budget,
-            evaluations=None if options.evaluations is None else max(1, round(share * options.evaluations)),
-        )
-        solved = search_forms(build, limit, spent, False if options.forward_only else options.split_backward)
-        if options.memory == "exact":
-            solved = replace(solved, result=with_exact_memory(solved.problem, limit, solved.result))
-        with no_collections():
-            lowered = _lower(solved, inputs)
-            if options.hardware_queues == 1:
-                lowered = _best_on_one_queue(lowered, lambda other: _lower(other, inputs), fits)
-        return lowered
+    def searching(build: Callable[[bool], StageProblem], part: float, known: _Lowered | None = None) -> _Solve:
+        """Searches with so much of the budget, from what is known on."""
+        start = None
+        if known is not None and (known.solved.problem.pair_weight < 0).all():
+            start = partial(with_more_candidates, known.solved)
+
+        def solve(limit: NDArray[np.int64], share: float = 1.0) -> _Lowered:
+            spent = replace(
+                search_options, time_budget_s=None if budget is None else part * share * budget,
+                evaluations=None if options.evaluations is None else max(1, round(part * share * options.evaluations)),
+            )
+            solved = search_forms(build, limit, spent, False if options.forward_only else options.split_backward, start=start)
+            if options.memory == "exact":
+                solved = replace(solved, result=with_exact_memory(solved.problem, limit, solved.result))
+            with no_collections():
+                lowered = _lower(solved, inputs)
+                if options.hardware_queues == 1:
+                    lowered = _best_on_one_queue(lowered, lambda other: _lower(other, inputs), fits)
+            return lowered
+
+        return solve
 
     room = np.zeros(partition.num_ranks, dtype=np.int64)
     if inputs is not None and capacity is not None:
-        room = recomputing_room(build(False)) + inputs.room()
-    lowered = _fit(solve, limit, room, initial, capacity, options)
+        room = recomputing_room((on_device or build)(False)) + inputs.room()
+    solve, kept = searching(build, 1.0), None
+    if on_device is not None:
+        with contextlib.suppress(InputError):
+            kept = _fit(searching(on_device, ON_DEVICE_SHARE), limit, room, initial, capacity, replace(options, may_exceed_memory=False))
+        binds = kept is None or bool(kept.solved.result.choice.any())
+        solve = searching(build if binds else on_device, 1.0 if kept is None else 1.0 - ON_DEVICE_SHARE, kept)
+        if binds and inputs is not None:
+            room = room + offloading_room(build(False))
+    try:
+        lowered = _fit(solve, limit, room, initial, capacity, options if kept is None else replace(options, may_exceed_memory=False))
+    except InputError:
+        if kept is None:
+            raise
+        lowered = kept
+    if kept is not None and kept.schedule.makespan_ns < lowered.schedule.makespan_ns:
+        lowered = kept
     if options.lower_peaks:
         lowered = _with_lower_peaks(solve, lowered, limit - room)
     with no_collections():
         plan = _make_plan(lowered, partition, capacity, initial, options.seed)
         check_plan(plan, microbatches)
     return msgspec.structs.replace(plan, planning_ns=time.perf_counter_ns() - began)
+
+
+_Solve = Callable[..., "_Lowered"]
+"""(bytes on each rank, share of the budget) -> the best schedule found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +213,25 @@ class _Lowered:
     tasks: NDArray[np.int64]
     """[its tasks] their numbers in the problem"""
     program: Program
+
+
+ON_DEVICE_SHARE = 0.5
+"""Of a budget, for plans that offload nothing, where others may."""
+
+
+def with_more_candidates(known: Solved, problem: StageProblem) -> Seed:
+    """A schedule in a problem with more memory strategies: each pair takes a candidate that is no slower and holds no more than its own,
+    or, where the few that there may be leave none, the one that is nearest in what it holds."""
+    of_known, result = known.problem, known.result
+    cells: dict[tuple[int, int], int] = {}
+    for cell in sorted({(int(kind), int(chosen)) for kind, chosen in zip(of_known.pair_class, result.choice, strict=True)}):
+        kind, count = cell[0], problem.num_candidates[cell[0]]
+        held, time = problem.held_bytes[kind, :count], (problem.forward_ns + problem.backward_ns)[kind, :count]
+        wanted = of_known.held_bytes[cell]
+        as_good = np.flatnonzero((held <= wanted) & (time <= of_known.forward_ns[cell] + of_known.backward_ns[cell]))
+        cells[cell] = int(as_good[0]) if len(as_good) else int(np.argmin(np.where(held <= wanted, wanted - held, UNLIMITED)))
+    choice = np.array([cells[int(kind), int(chosen)] for kind, chosen in zip(of_known.pair_class, result.choice, strict=True)], dtype=np.int32)
+    return Seed(orders=list(result.schedule.order), choice=choice, priorities=result.priorities)
 
 
 def _best_on_one_queue(lowered: _Lowered, lower_too: Callable[[Solved], _Lowered], fits: Callable[[_Lowered], bool]) -> _Lowered:

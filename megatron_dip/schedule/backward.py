@@ -55,7 +55,7 @@ def with_weights_behind(result: SearchResult, split: StageProblem) -> Seed:
 
 def search_forms(
     build: Callable[[bool], StageProblem], limit: NDArray[np.int64], options: SearchOptions, split_backward: SplitBackward, *,
-    with_bound: bool = True,
+    with_bound: bool = True, start: Callable[[StageProblem], Seed] | None = None,
 ) -> Solved:
     """The best schedule in the wanted form of the backward.
 
@@ -64,6 +64,7 @@ def search_forms(
         limit: [P] bytes that live stages may hold on each rank, UNLIMITED for no limit.
         options: where both forms are searched, ``evaluations`` may be tried in each, and seconds are shared (:data:`WHOLE_SHARE`).
         with_bound: compute a lower bound, at which a search ends.
+        start: a schedule of whole backwards to start from (method ``anneal``).
 
     Raises:
         DoesNotFit: no schedule keeps the limit.
@@ -79,8 +80,8 @@ def search_forms(
 
     seeded = options.method == "anneal"
     if split_backward is False or (split_backward is True and not seeded):
-        return solve(split_backward, 1.0)
-    whole = solve(False, WHOLE_SHARE)
+        return solve(split_backward, 1.0, start if seeded and not split_backward else None)
+    whole = solve(False, WHOLE_SHARE, start if seeded else None)
     split = solve(True, 1.0 - WHOLE_SHARE, (lambda problem: with_weights_behind(whole.result, problem)) if seeded else None)
     evaluations = whole.evaluations + split.evaluations
     wins = split_backward is True or split.result.schedule.makespan_ns < whole.result.schedule.makespan_ns

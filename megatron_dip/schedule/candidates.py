@@ -5,8 +5,11 @@ leanest. Source: DIP (arXiv 2504.14145), section on per-layer memory optimisatio
 from a multiple-choice knapsack over the layers' strategies. The layers of a chunk are alike, so a knapsack's solution is a number of
 layers for each strategy, and all of them can be listed.
 
-Not modelled: strategies of the first and last extras (embedding, head), which always keep their activations. Of an offload, the
-transfers run beside the compute of their own layer: a layer takes the longer of the two.
+Not modelled: strategies of the first and last extras (embedding, head), which always keep their activations.
+
+Offloaded layers: copies each way have the rank's host link to themselves (both ways at once) and run one after the other, so that a layer
+takes the longer of its compute and its copy, and copies cannot hide more than there is time for. Where ranks of a node share a link,
+``bytes_per_second`` is a rank's share of it. What is on its way counts in :mod:`megatron_dip.schedule.rooms`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dip.cost.interface import PartCost
+from megatron_dip.schedule.rooms import layer_place
 from megatron_dip.spec.profile import Strategy
 
 MAX_CANDIDATES = 10
@@ -34,6 +38,8 @@ class LayerOption:
     forward_ns: float
     backward_input_ns: float
     activation_bytes: float
+    place: tuple[int, float] = (2, 0.0)
+    """Where such layers stand among a stage's"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +53,27 @@ class Candidates:
     activation_bytes: NDArray[np.float64]
     """[S]"""
     counts: tuple[tuple[tuple[str, int], ...], ...]
-    """S tuples of (strategy, layers under it)."""
+    """S tuples of (strategy, layers under it), from a stage's first layers to its last."""
 
     def strategy_list(self, index: int) -> list[str]:
         """The strategy of each layer, layers under one strategy together."""
         return [label for label, count in self.counts[index] for _ in range(count)]
 
 
-def layer_options(layer: PartCost, strategies: Mapping[str, Strategy], *, has_backward: bool) -> list[LayerOption]:
+def layer_options(
+    layer: PartCost, strategies: Mapping[str, Strategy], *, has_backward: bool, weight_beside: bool = False
+) -> list[LayerOption]:
     """``none`` and each strategy that is worth choosing: no other but ``none`` is at least as good in both time and bytes.
 
     ``none`` stays even where an offload hides behind compute, since it moves nothing. A module without a backward holds nothing, so only the plain forward remains.
+
+    Args:
+        weight_beside: the weights' part of the backward runs while the next layer is fetched, too.
     """
-    options = [_apply("none", strategies["none"], layer)]
+    beside_ns = layer.backward_weight_ns if weight_beside else 0.0
+    options = [_apply("none", strategies["none"], layer, beside_ns)]
     if has_backward:
-        options += [_apply(label, strategy, layer) for label, strategy in strategies.items() if label != "none"]
+        options += [_apply(label, strategy, layer, beside_ns) for label, strategy in strategies.items() if label != "none"]
     options.sort(key=lambda option: (option.forward_ns + option.backward_input_ns, option.label != "none", option.activation_bytes))
     kept: list[LayerOption] = []
     for option in options:
@@ -70,7 +82,7 @@ def layer_options(layer: PartCost, strategies: Mapping[str, Strategy], *, has_ba
     return kept
 
 
-def _apply(label: str, strategy: Strategy, layer: PartCost) -> LayerOption:
+def _apply(label: str, strategy: Strategy, layer: PartCost, beside_ns: float) -> LayerOption:
     forward = layer.forward_ns
     backward = layer.backward_input_ns + strategy.extra_forward * layer.forward_ns
     held = strategy.activation * layer.activation_bytes
@@ -78,8 +90,8 @@ def _apply(label: str, strategy: Strategy, layer: PartCost) -> LayerOption:
         moved = held * (1.0 - strategy.offload.activation)
         held *= strategy.offload.activation
         transfer = moved * 1e9 / strategy.offload.bytes_per_second
-        forward, backward = max(forward, transfer), max(backward, transfer)
-    return LayerOption(label, forward, backward, held)
+        forward, backward = max(forward, transfer), max(backward, transfer - beside_ns)
+    return LayerOption(label, forward, backward, held, layer_place(strategy))
 
 
 def pair_candidates(options: list[LayerOption], num_layers: int, limit: int = MAX_CANDIDATES) -> Candidates:
@@ -106,7 +118,10 @@ def pair_candidates(options: list[LayerOption], num_layers: int, limit: int = MA
         forward_ns=chosen @ forward,
         backward_input_ns=chosen @ backward,
         activation_bytes=chosen @ held,
-        counts=tuple(tuple((option.label, int(n)) for option, n in zip(options, row, strict=True) if n) for row in chosen),
+        counts=tuple(
+            tuple((option.label, int(n)) for option, n in sorted(zip(options, row, strict=True), key=lambda pair: pair[0].place) if n)
+            for row in chosen
+        ),
     )
 
 

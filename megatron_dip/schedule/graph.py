@@ -29,7 +29,7 @@ taking stage) to the end of the taking stage's backward, or of its forward where
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from megatron_dip.cost.interface import CostModel, PartCost
 from megatron_dip.schedule.candidates import Candidates, layer_options, pair_candidates
 from megatron_dip.schedule.result import Schedule
+from megatron_dip.schedule.rooms import Rooms, layer_rooms
 from megatron_dip.spec.model import ModelSpec, StageBackward
 from megatron_dip.spec.partition import Partition, SubMicrobatch
 from megatron_dip.spec.profile import Strategy
@@ -70,8 +71,8 @@ class StageProblem:
     """[C, S] duration of the backward (its input part when split); 0 without one"""
     held_bytes: NDArray[np.int64]
     """[C, S] activation from forward to backward"""
-    recompute_bytes: NDArray[np.int64]
-    """[C, S] what the backward needs for a moment to recompute one layer; in no task's bytes, 0 where nothing is recomputed"""
+    rooms: Rooms
+    """[C, S] what layers need for a moment where not all is kept; in no task's bytes"""
     message_bytes: NDArray[np.int64]
     """[Q] what the pair's forward sends, and its backward gets"""
     candidates: tuple[Candidates, ...]
@@ -289,7 +290,7 @@ def build_problem(
         fastest=graph, sub_microbatches=tuple(sub_microbatches), pair_forward=pair_forward, pair_backward=pair_backward,
         pair_weight=pair_weight, pair_class=pair_class, pair_sub_microbatch=sub_index.astype(np.int32),
         num_candidates=arrays.num_candidates, forward_ns=arrays.forward_ns, backward_ns=arrays.backward_ns,
-        held_bytes=arrays.held_bytes, recompute_bytes=arrays.recompute_bytes,
+        held_bytes=arrays.held_bytes, rooms=arrays.rooms,
         message_bytes=np.concatenate([unit.message_bytes for unit in units]), candidates=tuple(table.candidates), class_layers=np.array(table.layers, dtype=np.int32),
         pair_of_task=pair_of_task,
     )
@@ -348,7 +349,7 @@ class _ClassArrays:
     weight_ns: NDArray[np.int64]
     held_bytes: NDArray[np.int64]
     passing_bytes: NDArray[np.int64]
-    recompute_bytes: NDArray[np.int64]
+    rooms: Rooms
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +368,7 @@ class _ClassRow:
     """[candidates]; likewise below"""
     backward_ns: NDArray[np.int64]
     held_bytes: NDArray[np.int64]
-    recompute_bytes: NDArray[np.int64]
+    rooms: Rooms
     weight_ns: int
     passing_bytes: int
     """What layers without a graph need for a moment beyond ``held_bytes``, whatever the candidate"""
@@ -439,7 +440,11 @@ class _ClassTable:
 
     def _add_class(self, shape: _StageShape, layer: PartCost, first: PartCost, last: PartCost, strategies: dict[str, Strategy]) -> None:
         backward = shape.backward
-        options = layer_options(layer, strategies, has_backward=backward.needed)
+        options = layer_options(
+            layer, strategies, has_backward=backward.needed,
+            # By the format of plans a layer under a profile alone takes the longer of its input part and its copy.
+            weight_beside=not self._split and backward.weight_layers == backward.layers and self._costs.counts_all_memory(),
+        )
         if self._only is not None and backward.needed:
             options = [option for option in options if option.label == self._only] or options[:1]
         mixes = pair_candidates(options, backward.layers)
@@ -462,7 +467,8 @@ class _ClassTable:
         self._rows.append(_ClassRow(
             forward_ns=_whole(mixes.forward_ns + frozen_layers * layer.forward_ns + sum(part.forward_ns for part, _, _ in extras)),
             backward_ns=_whole(backward_ns) if backward.needed else np.zeros(len(mixes.forward_ns), dtype=np.int64),
-            held_bytes=held, recompute_bytes=_recomputed_layer(layer, strategies, mixes), weight_ns=round(weight) if self._split else 0, passing_bytes=max(0, passing - int(held.min())),
+            held_bytes=held, rooms=layer_rooms(layer, strategies, mixes.counts, split=self._split and backward.has_weights),
+            weight_ns=round(weight) if self._split else 0, passing_bytes=max(0, passing - int(held.min())),
         ))
         self.candidates.append(mixes)
         self.layers.append(shape.num_layers)
@@ -477,18 +483,12 @@ class _ClassTable:
             num_candidates=np.array([len(row.forward_ns) for row in self._rows], dtype=np.int32),
             forward_ns=padded(row.forward_ns for row in self._rows), backward_ns=padded(row.backward_ns for row in self._rows),
             weight_ns=np.array([row.weight_ns for row in self._rows], dtype=np.int64),
-            held_bytes=padded(row.held_bytes for row in self._rows), recompute_bytes=padded(row.recompute_bytes for row in self._rows),
+            held_bytes=padded(row.held_bytes for row in self._rows),
+            rooms=Rooms(**{
+                name: padded(getattr(row.rooms, name) for row in self._rows) for name in ("forward", "backward", "ahead", "between", "weight")
+            }),
             passing_bytes=np.array([row.passing_bytes for row in self._rows], dtype=np.int64),
         )
-
-
-def _recomputed_layer(layer: PartCost, strategies: Mapping[str, Strategy], mixes: Candidates) -> NDArray[np.int64]:
-    """[candidates] the most of one layer's activation that is not kept and is made again in the backward."""
-    missing = [
-        max((1.0 - strategies[label].activation for label, _ in counts if strategies[label].extra_forward > 0), default=0.0)
-        for counts in mixes.counts
-    ]
-    return _whole(layer.activation_bytes * np.array(missing))
 
 
 _NO_BACKWARD = StageBackward(needed=False, first=False, layers=0, last=False, weight_first=False, weight_layers=0, weight_last=False)

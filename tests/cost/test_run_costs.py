@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_dip.cost.analytic import AnalyticCost
-from megatron_dip.cost.fixed import FixedLeast
+from megatron_dip.cost.fixed import FixedLeast, WithoutOffload
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.modules import Kernels
 from megatron_dip.cost.profile import ProfileCost
@@ -30,7 +30,8 @@ def test_a_limit_means_all_memory_with_measured_and_with_analytic_costs() -> Non
         assert costs.memory_capacity_bytes() == 1000
         assert costs.counts_all_memory()
         assert costs.input_bytes("lm", [10, 5], at_first=False) == 28 * 15
-        assert "offload" not in costs.strategies("lm", [5])
+        assert "offload" in costs.strategies("lm", [5])
+    assert list(RunCosts(WithoutOffload(analytic), MODEL, built).strategies("lm", [5])) == ["none", "full"]
 
 
 def test_what_the_user_asks_to_recompute_is_the_least() -> None:

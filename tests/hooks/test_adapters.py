@@ -50,8 +50,8 @@ class Case:
     """Layers of the language model that get an adapter once they are built."""
     frozen_names: str = ""
     """Regular expression: weights that are frozen once the chunks are built."""
-    recompute: bool = False
-    """Every layer that can recomputes in full."""
+    strategy: str | None = None
+    """Memory strategy of every layer that has it."""
     experts: int | None = None
     expert_layers: tuple[int, ...] = ()
     """Of a language model that lists its layers in its spec: 1 for a layer of experts, 0 for a dense one; () = all of experts."""
@@ -393,7 +393,7 @@ def run_case(rank: int, ranks: int, case: Case) -> Outcome:
 
     if rank == case.blind_rank:
         items = [{**item, "mask": None} for item in items]
-    with recomputing_everything() if case.recompute else contextlib.nullcontext():
+    with everything_under(case.strategy) if case.strategy else contextlib.nullcontext():
         reports = dip_schedule(stock)(
             forward_step_func=forward_step, data_iterator=iter(items), model=chunks, num_microbatches=len(items), seq_length=TEXT_LENGTH,
             micro_batch_size=case.sequences, forward_only=False,
@@ -441,12 +441,12 @@ def change_built(models: list[Any], case: Case) -> None:
 
 
 @contextlib.contextmanager
-def recomputing_everything() -> Iterator[None]:
-    """Plans under which every layer that has a backward recomputes in full."""
+def everything_under(strategy: str) -> Iterator[None]:
+    """Plans under which every layer that has a backward uses one memory strategy."""
     from megatron_dip.hooks import megatron_lm
 
     original = megatron_lm.plan_iteration
-    megatron_lm.plan_iteration = lambda *args: original(*args[:-1], replace(args[-1], strategy="full"))
+    megatron_lm.plan_iteration = lambda *args: original(*args[:-1], replace(args[-1], strategy=strategy))
     try:
         yield
     finally:

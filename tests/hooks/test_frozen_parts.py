@@ -148,10 +148,13 @@ def test_frozen_parts_equal_the_whole_model_and_need_no_more_than_they_must(rank
     check_all(list(CASES.values()), ranks)
 
 
-def test_frozen_parts_with_recomputed_layers_and_split_backwards() -> None:
+def test_frozen_parts_with_recomputed_and_offloaded_layers_and_split_backwards() -> None:
     """Megatron's re-entrant checkpoints would lose gradients behind what is frozen."""
-    check_all([replace(case, recompute=True) for case in CASES.values()], 1)
-    check_all([replace(case, flags=(*case.flags, "--dip-split-backward")) for case in CASES.values()], 1)
+    check_all([replace(case, strategy="full") for case in CASES.values()], 1)
+    check_all([
+        replace(case, flags=(*case.flags, "--dip-split-backward"), strategy="offload" if index % 2 else None)
+        for index, case in enumerate(CASES.values())
+    ], 1)
 
 
 def test_the_projectors_chunk_alone_keeps_something_of_a_frozen_tower() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from megatron_dip.cost.fixed import WithoutOffload
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.wrapped import WrappedCost
@@ -29,8 +30,8 @@ from megatron_dip.schedule.result import Schedule
 from megatron_dip.schedule.search import SearchOptions, search
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
-from megatron_dip.spec.profile import ModuleProfile, Strategy
-from megatron_dip.spec.tasks import BACKWARD, FORWARD
+from megatron_dip.spec.profile import ModuleProfile, Offload, Strategy
+from megatron_dip.spec.tasks import BACKWARD, FORWARD, WEIGHT
 from megatron_dip.spec.workload import Microbatch
 from tests.strategies import Case, cases, grid, module, profile, vlm_case
 
@@ -63,8 +64,17 @@ def peaks(problem: StageProblem, schedule: Schedule, tasks: np.ndarray, choice: 
             use[2 * index] += held
             held += int(graph.mem_end_bytes[task])
             use[2 * index + 1] += held
+            cell = (problem.pair_class[pair[task]], choice[pair[task]])
+            stages_of_pair = {int(graph.kind[other]): at[int(other)] for other in row if pair[other] == pair[task]}
+            if graph.kind[task] == FORWARD and BACKWARD in stages_of_pair:
+                live(2 * index, 2 * index + 1, int(problem.rooms.forward[cell]))
+                live(2 * index, 2 * stages_of_pair[BACKWARD] + 1, int(problem.rooms.between[cell]))
             if graph.kind[task] == BACKWARD:
-                live(2 * index, 2 * index + 1, int(problem.recompute_bytes[problem.pair_class[pair[task]], choice[pair[task]]]))
+                live(2 * index, 2 * index + 1, int(problem.rooms.backward[cell]))
+                since = index - 1 if index - 1 in at.values() and index - 1 != stages_of_pair[FORWARD] else index
+                live(2 * since, 2 * index + 1, int(problem.rooms.ahead[cell]))
+                if WEIGHT in stages_of_pair:
+                    live(2 * index, 2 * stages_of_pair[WEIGHT] + 1, int(problem.rooms.weight[cell]))
         before = -1
         posted: dict[int, int] = {}
         waited: dict[int, int] = {}
@@ -114,7 +124,7 @@ def test_buffers_are_counted_where_programs_hold_them(case: Case, split_backward
     left = np.zeros(case.partition.num_ranks, dtype=np.int64)
     np.add.at(left, counted.graph.rank, counted.graph.mem_start_bytes + counted.graph.mem_end_bytes)
     assert not left.any()
-    again = problem.recompute_bytes[problem.pair_class, choice]
+    again = np.where(problem.rooms.ahead > 0, 0, problem.rooms.backward)[problem.pair_class, choice]
     assert (again <= recomputing_room(problem)[problem.fastest.rank[problem.pair_forward]]).all()
 
 
@@ -130,6 +140,55 @@ def test_plans_keep_a_limit_with_all_that_they_hold_or_say_so(case: Case, tenths
     for peak, capacity in zip(plan.peak_memory, plan.memory_capacity, strict=True):
         assert peak <= capacity
         assert capacity == limit or capacity == peak > limit
+
+
+class Offloading(AllMemory):
+    """Layers may be offloaded, at the rate of the case; recomputed they may be as the case has it."""
+
+    def __init__(self, costs: CostModel, nanoseconds: float) -> None:
+        super().__init__(costs)
+        self._nanoseconds = nanoseconds
+
+    def strategies(self, module: str, lengths: Sequence[int]) -> dict[str, Strategy]:
+        moved = self.part(module, "layer", lengths).activation_bytes
+        rate = max(1.0, moved * 1e9 / self._nanoseconds)
+        return {**super().strategies(module, lengths), "offload": Strategy(offload=Offload(bytes_per_second=rate, activation=0.0))}
+
+
+@settings(max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(cases(max_ranks=2), st.integers(3, 9), st.booleans(), st.sampled_from([1.0, 30.0, 300.0]))
+def test_offloading_gives_no_worse_plan_and_keeps_the_limit(case: Case, tenths: int, split_backward: bool, nanoseconds: float) -> None:
+    free = plan_iteration(case.model, case.partition, case.microbatches, AllMemory(case.costs()), PlanOptions(evaluations=10))
+    costs = Offloading(case.costs(max(1, max(free.peak_memory) * tenths // 10)), nanoseconds)
+    found = []
+    for of, evaluations in ((WithoutOffload(costs), 10), (costs, 20)):
+        options = PlanOptions(evaluations=evaluations, split_backward=split_backward)
+        try:
+            found.append(plan_iteration(case.model, case.partition, case.microbatches, of, options))
+        except InputError as error:
+            assert error.field == "memory_capacity_bytes"  # noqa: PT017
+            found.append(None)
+    without, with_offload = found
+    if without is not None:
+        assert with_offload is not None
+        assert with_offload.claimed_makespan <= without.claimed_makespan
+    if with_offload is not None:
+        check_plan(with_offload, case.microbatches)
+        assert with_offload.memory_capacity is not None
+        assert all(peak <= limit for peak, limit in zip(with_offload.peak_memory, with_offload.memory_capacity, strict=True))
+
+
+def test_where_memory_binds_layers_are_offloaded_beside_those_that_keep_all() -> None:
+    case = vlm_case()
+    free = plan_iteration(case.model, case.partition, case.microbatches, AllMemory(case.costs()), PlanOptions(evaluations=50))
+    limit = max(free.peak_memory) * 8 // 10
+    plan = plan_iteration(
+        case.model, case.partition, case.microbatches, Offloading(case.costs(limit), 1.0), PlanOptions(evaluations=200)
+    )
+    offloading = [stage.strategy for stage in plan.stages if "offload" in stage.strategy]
+    assert offloading
+    for strategies in offloading:
+        assert strategies == sorted(strategies, key=["selective", "full", "offload", "none"].index)
 
 
 @pytest.mark.parametrize("beside", [(1_000, 1_040, 1_060, 1_070), (3_000, 3_600, 4_200, 5_000, 5_500)])
