@@ -50,6 +50,8 @@ class DipOptions:
     balance: BalanceMode
     """Whether replicas deal the microbatches of a global batch among them: ``exchange`` moves their data; ``auto`` does where it can."""
     memory_limit_bytes: int | None
+    follows_device_memory: bool
+    """The limit is what the device has; ``memory_limit_bytes`` is None until a run asks for it."""
     host_memory_bytes: int | None
     """For offloaded activations of one rank; None: half of what the machine has free, shared by its ranks."""
     split_backward: bool
@@ -57,6 +59,10 @@ class DipOptions:
     seed: int
     log_interval: int
     """Iterations between two log lines about plans; 0 = none."""
+
+
+def _gib_or_auto(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -90,8 +96,9 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        "images. indices: replicas read what they are dealt, where the data set tells lengths ahead (instance_lengths). exchange: whole "
                        "microbatches travel between replicas while the batch before trains. auto (default): indices where lengths are known, else "
                        "exchange with --dip-look-ahead, unless experts are spread over replicas. off: every replica trains what it reads.")
-    group.add_argument("--dip-memory-limit", type=float, default=None, metavar="GIB",
-                       help="Memory that plans may use on a rank. Default: the device's memory; none under --dip-profile.")
+    group.add_argument("--dip-memory-limit", type=_gib_or_auto, default=None, metavar="GIB|auto",
+                       help="Memory that plans may use on a rank. auto: what the device has free, less what the run is measured to hold beside "
+                       "its plans. Default: the device's memory by its description; none under --dip-profile.")
     group.add_argument("--dip-host-memory", type=float, default=None, metavar="GIB",
                        help="Host memory that a rank may take for offloaded activations, 0 = plans offload nothing (default: half of "
                        "what the machine has free, shared by its ranks).")
@@ -234,8 +241,9 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         raise InputError("--dip-time-budget", args.dip_time_budget, "outside (0, 3600]", "give seconds such as 1.0")
     if args.dip_evaluations is not None:
         _at_least("--dip-evaluations", args.dip_evaluations, 1)
-    if args.dip_memory_limit is not None and not 0 < args.dip_memory_limit < 1e6:
-        raise InputError("--dip-memory-limit", args.dip_memory_limit, "outside (0, 1e6)", "give GiB such as 70")
+    limit = args.dip_memory_limit
+    if limit not in (None, "auto") and not 0 < limit < 1e6:
+        raise InputError("--dip-memory-limit", limit, "outside (0, 1e6)", "give GiB such as 70, or auto")
     if args.dip_host_memory is not None and not 0 <= args.dip_host_memory < 1e6:
         raise InputError("--dip-host-memory", args.dip_host_memory, "outside [0, 1e6)", "give GiB such as 100, 0 for no offloading")
     return DipOptions(
@@ -250,7 +258,8 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         evaluations=args.dip_evaluations,
         look_ahead=args.dip_look_ahead,
         balance=args.dip_balance,
-        memory_limit_bytes=None if args.dip_memory_limit is None else int(args.dip_memory_limit * _GIB),
+        memory_limit_bytes=None if limit in (None, "auto") else int(limit * _GIB),
+        follows_device_memory=limit == "auto",
         host_memory_bytes=None if args.dip_host_memory is None else int(args.dip_host_memory * _GIB),
         split_backward=args.dip_split_backward,
         trace_dir=args.dip_trace_dir,

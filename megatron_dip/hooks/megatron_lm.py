@@ -8,6 +8,7 @@ stock model building (Megatron then wraps every chunk), :func:`build_data_iterat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from megatron_dip.hooks.report import report, running_iteration
 from megatron_dip.iteration.built_model import describe_built_model
 from megatron_dip.iteration.feedback import CostFeedback, measure_p2p
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
+from megatron_dip.iteration.memory_in_use import least_device_memory
 from megatron_dip.models.capture import CapturedCall
 from megatron_dip.models.deferral import check_split
 from megatron_dip.models.description import LANGUAGE
@@ -126,15 +128,18 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         return plan_iteration(model, built.partition, microbatches, current_costs(), PlanOptions(
             time_budget_s=None if options.evaluations is not None else budget.seconds(), evaluations=options.evaluations,
             threads=options.planner_threads // side_by_side, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
-            may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues,
+            may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues, reserved_bytes=reserved_bytes(),
             lower_peaks=not forward_only,
         ))
 
     def quick_plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
         return plan_iteration(model, built.partition, microbatches, current_costs(), PlanOptions(
             evaluations=_QUICK_EVALUATIONS, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
-            may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues,
+            may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues, reserved_bytes=reserved_bytes(),
         ))
+
+    def reserved_bytes() -> tuple[int, ...]:
+        return () if forward_backward.memory is None else forward_backward.memory.reserved
 
     def current_costs() -> CostModel:
         return costs if built.feedback is None else built.feedback.current_costs()
@@ -167,12 +172,15 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         unseen_deadline_s=0.0 if options.look_ahead else None,
         timeout_s=_timeout_s(), seed=int(getattr(built.args, "seed", 0)), iteration=lambda: running_iteration(built), num_outputs=description.num_outputs,
         planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming, joined=joined,
+        measures_memory=options.memory_limit_bytes is not None, follows_device_memory=options.follows_device_memory,
         # Replicas that share experts run one joint plan, place by place; where indices are dealt, of what they were dealt.
         balance=work if options.balance in ("auto", "exchange") and joined is None and not by_indices else None,
     )
     if options.split_backward:
         check_split(chunks)
     forward_backward = DipForwardBackward(staged_model=staged, chunks=chunks, partition=built.partition, settings=settings)
+    if options.follows_device_memory:
+        options = replace(options, memory_limit_bytes=least_device_memory(forward_backward.groups, settings.device))
     trained = describe_built_model(description.model_spec, built.partition, built.keys, chunks, forward_backward.groups)
     model, costs = trained.spec, run_costs(trained, built.partition, built.args, options, chunks)
     if options.learns_costs:

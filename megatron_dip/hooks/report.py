@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron_dip.hooks.build import BuiltModel
 from megatron_dip.iteration.balance import BalanceFigures
 from megatron_dip.iteration.forward_backward import DipForwardBackward
+from megatron_dip.iteration.memory_in_use import memory_words
 from megatron_dip.program.one_queue import one_queue_makespan
 from megatron_dip.runtime.startup import hardware_queues
 from megatron_dip.runtime.timing import StageRecord
@@ -44,7 +45,8 @@ def report(built: BuiltModel, forward_backward: DipForwardBackward) -> None:
             f"planning (ms): {planning_ns / 1e6:.1f} | waited for plans so far (ms): {counts.waited_ns / 1e6:.1f} | "
             f"plans replaced so far: {sum(counts.fallbacks.values())} | "
             f"batches not seen ahead: {counts.unseen} | batches foreseen otherwise: {counts.foreseen_otherwise}"
-            + _balance_words(figures),
+            + _balance_words(figures)
+            + ("" if forward_backward.memory is None else memory_words(forward_backward.memory)),
             flush=True,
         )
 

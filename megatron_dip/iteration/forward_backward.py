@@ -42,6 +42,7 @@ from megatron_dip.iteration.linked_replicas import LinkedReplicas, link_replicas
 from megatron_dip.iteration.lookahead import find_lookahead
 from megatron_dip.iteration.loss import IterationLoss, set_auxiliary_loss_scale
 from megatron_dip.iteration.megatron_compute import MegatronCompute, nvtx_range
+from megatron_dip.iteration.memory_in_use import MemoryInUse
 from megatron_dip.iteration.plan_source import Foresight, PlanFunction, PlanSource, UpcomingFunction
 from megatron_dip.iteration.randomness import DrawPlace
 from megatron_dip.models.capture import CapturedCall
@@ -111,6 +112,10 @@ class IterationSettings:
     """Of what forward_step draws; equal on all ranks."""
     iteration: Callable[[], int] | None = None
     """Number of the training iteration at hand, for what forward_step draws in it; None: counted here."""
+    measures_memory: bool = False
+    """Whether what ranks hold is measured on the CPU, where counting takes time; on CUDA it always is."""
+    follows_device_memory: bool = False
+    """Whether plans' limit is what the device has, asked for again while training."""
     balance: Estimate | None = None
     """Work of microbatches: replicas deal the batches ahead by it; None: every replica trains what it reads."""
 
@@ -185,6 +190,14 @@ class DipForwardBackward:
             self._balance = ReplicaBalance(self.groups, settings.balance, plans, settings.timeout_s)
         p2p = PointToPoint(self.groups, self._device) if self.groups.num_ranks > 1 else None
         self._executor = Executor(self.groups.rank, p2p, self._device)
+        self.memory: MemoryInUse | None = None
+        """What this rank holds beside its plans."""
+        if settings.measures_memory or settings.follows_device_memory or self._device.type == "cuda":
+            self.memory = MemoryInUse(self.groups, self._device, self.forget_plans, follows_device=settings.follows_device_memory)
+            if self._staged_model.offload is not None:
+                self._staged_model.offload.meter = self.memory.meter
+            if p2p is not None:
+                p2p.meter = self.memory.meter
         self._deferral: LinearWeightDeferral | None = None
         """Made with the first plan that splits backwards."""
         self._timer: StageTimer | None = None
@@ -250,6 +263,8 @@ class DipForwardBackward:
             batch.calls, config, num_microbatches, forward_only, collect_non_loss_data, pg_collection.cp.size(), self._device,
             self._loss_is_sum,
         )
+        if self.memory is not None:
+            self.memory.count_inputs(batch.inputs)
         batch.calls.clear()  # each is let go when its last stage has run
         batch.inputs.clear()
         set_auxiliary_loss_scale(config, num_microbatches, pg_collection.cp.size(), self._device)
@@ -270,6 +285,8 @@ class DipForwardBackward:
                     chunks, loss.num_tokens if config.calculate_per_token_loss else None, pg_collection=pg_collection,
                     force_all_reduce=force_all_reduce,
                 )
+        if self.memory is not None and not forward_only:
+            self.memory.after_iteration()
         self._iterations += not forward_only
         if config.timers is not None:
             config.timers("forward-backward").stop()
@@ -344,8 +361,12 @@ class DipForwardBackward:
             for microbatch, stage in last_forwards(plan, self.groups.rank).items():
                 after.setdefault(stage, []).insert(0, partial(self._release, loss, microbatch))
             compute = MegatronCompute(self._staged_model, loss, self._deferral, config)
+            if self.memory is not None:
+                self.memory.begin(self._chunks)
             with _saying_what_was_planned(plan, self.groups.rank):
                 self._executor.run(PlanLinks(plan), compute, self._timer, after)
+            if self.memory is not None and not forward_only:
+                self.memory.end(plan)
             finish_param_sync(self._chunks)
         if not forward_only:
             self._training_timer = self._timer
@@ -399,7 +420,7 @@ def _saying_what_was_planned(plan: Plan, rank: int) -> Iterator[None]:
         limit = "no limit" if plan.memory_capacity is None else f"{plan.memory_capacity[rank] / 2**30:.2f} GiB"
         error.add_note(
             f"memory ran out on pipeline rank {rank} (global rank {dist.get_rank()}); its plan counts on {plan.peak_memory[rank] / 2**30:.2f} GiB, "
-            f"limit {limit}. A lower --dip-memory-limit makes plans recompute more"
+            f"limit {limit}. A lower --dip-memory-limit makes plans recompute and offload more; auto takes what the device has"
         )
         raise
 

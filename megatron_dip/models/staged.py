@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from megatron_dip.cost.memory import StemBudget
 from megatron_dip.models.description import ModelDescription
 from megatron_dip.models.trained import transformer_blocks
 from megatron_dip.runtime.interface import BoundCall, ChunkKey, ForwardOutput, OutputPart, PayloadSpec
+from megatron_dip.runtime.memory_meter import tensors_in
 from megatron_dip.runtime.offload import ActivationOffload, host_memory_limit
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan, PlanStage
@@ -276,7 +276,7 @@ class BlockStrategies:
                 self._offload.after_layer()
             return result
         hidden = args[0] if args else kwargs["hidden_states"]
-        with self._offload.layer(layer, [tensor for tensor in _tensors((args, kwargs)) if tensor is not hidden]):
+        with self._offload.layer(layer, [tensor for tensor in tensors_in((args, kwargs)) if tensor is not hidden]):
             return forward(*args, **kwargs)
 
     def _give_input_a_gradient(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -295,16 +295,3 @@ class BlockStrategies:
 
 def _with_gradient(hidden: torch.Tensor) -> torch.Tensor:
     return hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """Those in a layer's arguments, in packed sequences' bounds as well."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [tensor for one in value for tensor in _tensors(one)]
-    if isinstance(value, dict):
-        return _tensors(list(value.values()))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _tensors(list(vars(value).values()))
-    return []

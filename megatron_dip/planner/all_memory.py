@@ -43,15 +43,6 @@ def recomputing_room(problem: StageProblem) -> NDArray[np.int64]:
     return most
 
 
-def offloading_room(problem: StageProblem) -> NDArray[np.int64]:
-    """[P] the most that offloaded layers on each rank need on their way, beyond what :func:`recomputing_room` has."""
-    rooms = problem.rooms
-    ahead = np.where(rooms.ahead > 0, np.maximum(rooms.forward, rooms.backward + rooms.weight + rooms.ahead) + rooms.between, 0)
-    most = np.zeros(problem.fastest.num_ranks, dtype=np.int64)
-    np.maximum.at(most, problem.fastest.rank[problem.pair_forward], ahead[problem.pair_class].max(axis=1))
-    return np.maximum(0, most - recomputing_room(problem))
-
-
 def with_all_memory(
     problem: StageProblem, schedule: Schedule, tasks: NDArray[np.int64], choice: NDArray[np.int32], program: Program,
     inputs: CapturedInputs,

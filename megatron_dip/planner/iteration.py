@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from megatron_dip.cost.fixed import WithoutOffload
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.online import split
-from megatron_dip.planner.all_memory import CapturedInputs, captured_inputs, offloading_room, recomputing_room, with_all_memory
+from megatron_dip.planner.all_memory import CapturedInputs, captured_inputs, recomputing_room, with_all_memory
 from megatron_dip.planner.courtesy import no_collections
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
@@ -81,6 +81,8 @@ class PlanOptions:
     """Where not even the leanest plan fits: make that one, with a warning, since costs are estimates. False: an InputError."""
     lower_peaks: bool = False
     """Of equally fast schedules take one that keeps fewer activations; costs up to 0.45 of the budget more."""
+    reserved_bytes: tuple[int, ...] = ()
+    """Held on each rank all the time besides what costs know: what ranks were measured to hold above their plans. () = nothing."""
     memory_field: str = "memory_capacity_bytes"
     """How messages name the limit on memory."""
 
@@ -119,6 +121,8 @@ def plan_iteration(
             raise InputError("microbatches", list(microbatches), "no microbatch has an instance", "give at least one instance")
         capacity = costs.memory_capacity_bytes()
         initial = static_bytes(model, partition, costs)
+        if options.reserved_bytes:
+            initial = [held + reserved for held, reserved in zip(initial, options.reserved_bytes, strict=True)]
         limit = np.full(partition.num_ranks, UNLIMITED, dtype=np.int64)
         if capacity is not None:
             limit = np.array([capacity - held for held in initial], dtype=np.int64)
@@ -152,11 +156,12 @@ def plan_iteration(
 
     def searching(build: Callable[[bool], StageProblem], part: float, known: _Lowered | None = None) -> _Solve:
         """Searches with so much of the budget, from what is known on."""
-        start = None
-        if known is not None and (known.solved.problem.pair_weight < 0).all():
-            start = partial(with_more_candidates, known.solved)
 
         def solve(limit: NDArray[np.int64], share: float = 1.0) -> _Lowered:
+            start = None
+            if known is not None and (known.solved.problem.pair_weight < 0).all():
+                holds = known.solved.result.schedule.peak_memory([0] * len(limit))
+                start = partial(with_more_candidates, known.solved) if (np.array(holds) <= limit).all() else None
             spent = replace(
                 search_options, time_budget_s=None if budget is None else part * share * budget,
                 evaluations=None if options.evaluations is None else max(1, round(part * share * options.evaluations)),
@@ -181,8 +186,6 @@ def plan_iteration(
             kept = _fit(searching(on_device, ON_DEVICE_SHARE), limit, room, initial, capacity, replace(options, may_exceed_memory=False))
         binds = kept is None or bool(kept.solved.result.choice.any())
         solve = searching(build if binds else on_device, 1.0 if kept is None else 1.0 - ON_DEVICE_SHARE, kept)
-        if binds and inputs is not None:
-            room = room + offloading_room(build(False))
     try:
         lowered = _fit(solve, limit, room, initial, capacity, options if kept is None else replace(options, may_exceed_memory=False))
     except InputError:

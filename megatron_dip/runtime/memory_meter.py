@@ -7,9 +7,11 @@ autograd first saves it or the executor first gives it away until nobody holds i
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -64,3 +66,16 @@ def as_saved(tensor: torch.Tensor) -> torch.Tensor:
 
 def _unpack(saved: torch.Tensor) -> torch.Tensor:
     return saved
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Those in arguments of a call, in lists, dicts and dataclasses (packed sequences' bounds) as well."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for one in value for tensor in tensors_in(one)]
+    if isinstance(value, dict):
+        return tensors_in(list(value.values()))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tensors_in([getattr(value, field.name) for field in dataclasses.fields(value)])
+    return []

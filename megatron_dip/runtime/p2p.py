@@ -33,6 +33,7 @@ import torch.distributed as dist
 
 from megatron_dip.runtime.groups import PipelineGroups
 from megatron_dip.runtime.interface import PayloadSpec
+from megatron_dip.runtime.memory_meter import MemoryMeter
 
 TRANSPORT_TAG = 0
 
@@ -66,6 +67,8 @@ class PointToPoint:
     def __init__(self, groups: PipelineGroups, device: torch.device) -> None:
         self.groups = groups
         self.device = device
+        self.meter: MemoryMeter | None = None
+        """Told what messages are received into."""
         self._timeout = datetime.timedelta(seconds=groups.timeout_s)
         backend = dist.get_backend(groups.up) if groups.up is not None else "gloo"
         self._through_host = device.type == "cuda" and backend == "gloo"
@@ -102,6 +105,8 @@ class PointToPoint:
         """Memory for a message, from the current stream's pool."""
         device = torch.device("cpu") if self._through_host else self.device
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+        if self.meter is not None:
+            self.meter.add(tensor)
         return Buffer(tensor, None if self._receive_stream is None else torch.cuda.current_stream().record_event())
 
     def irecv(self, buffer: Buffer, peer: int) -> Post:

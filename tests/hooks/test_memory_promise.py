@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from scripts.bench_frozen import IMAGES, TEXT, KeptBytes, batch, forward_step, provide
+from scripts.bench_memory import sweep
 from tests.distributed.launcher import launch
 from tests.hooks.test_adapters import prepare
 
@@ -66,3 +67,14 @@ def test_a_plans_peak_is_what_autograd_keeps(frozen: tuple[str, ...]) -> None:
     for promise in launch(run, 2, frozen, timeout_s=240):
         # Local layers without fusions keep some tensors more than the operator graphs have: 7 to 19 % here, 14 to 17 MB of the language model.
         assert 0.8 <= promise.measured / promise.planned <= 1.2, promise
+
+
+def test_under_a_limit_layers_are_offloaded_and_ranks_stay_below_once_they_were_measured() -> None:
+    for outcome in launch(sweep, 2, (0.5,), (), 3, timeout_s=280):
+        free, limited = outcome.rows
+        assert limited.loss == free.loss
+        assert limited.strategies.get("offload", 0) > 0
+        assert limited.limit is not None
+        # The first plan rests on operator graphs, the last one on what ranks were found to hold.
+        assert limited.measured <= limited.limit
+        assert limited.measured - limited.static < 0.6 * (free.measured - free.static)
