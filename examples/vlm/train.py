@@ -4,7 +4,7 @@
         --pipeline-schedule dip --pipeline-model-parallel-size 2 ...
 
 The model is that of a named setup of the DIP paper (``--setup``), or one of a file (``--model``): an example's config.json, the same fields
-in YAML, or the config.json of a Hugging Face checkpoint (Qwen2.5-VL, Qwen3-VL), whose images have any size. ``--mock-data`` draws
+in YAML, or the config.json of a Hugging Face checkpoint (Qwen2-VL, Qwen2.5-VL, Qwen3-VL), whose images have any size. ``--mock-data`` draws
 microbatches with the setup's statistics (images.py); ``--data-path FOLDER`` reads images and text from an energon WebDataset
 (energon_images.py; scripts/write_images.py writes a small one). ``--scale-down`` divides widths, layers, images and sequences for a machine
 that the model does not fit.

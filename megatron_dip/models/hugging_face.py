@@ -1,6 +1,6 @@
 """Checkpoints of Hugging Face's vision-language models as the model that is built here, and back: configs and weights.
 
-Families: Qwen2.5-VL (``qwen2_5_vl``) and Qwen3-VL (``qwen3_vl``), with dense language models. A weight of theirs is one weight of ours, or a
+Families: Qwen2-VL (``qwen2_vl``), Qwen2.5-VL (``qwen2_5_vl``) and Qwen3-VL (``qwen3_vl``), with dense language models. A weight of theirs is one weight of ours, or a
 part of one: Megatron keeps a head's query, key and value together, and the two halves of a gated MLP. Nothing is rounded: weights that go
 there and back are the same bits.
 
@@ -20,10 +20,11 @@ import torch
 from megatron_dip.models.description import LANGUAGE, VISION
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
-from megatron_dip.spec.training import ImageSpec, LayerOptions, TowerSpec, VisionLanguageModel
+from megatron_dip.spec.training import Activation, ImageSpec, LayerOptions, TowerSpec, VisionLanguageModel
 from megatron_dip.workloads.huggingface import read_hub_config
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+_VISION_ACTIVATIONS: dict[str, Activation] = {"qwen2_vl": "quick_gelu", "qwen2_5_vl": "silu", "qwen3_vl": "gelu_tanh"}
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -49,8 +50,7 @@ def model_of_config(config: Mapping[str, Any], *, sequence_length: int, image_si
     side = int(vision_config["num_position_embeddings"] ** 0.5) if is_third else None
     tower = TowerSpec(
         frames_per_patch=int(vision_config.get("temporal_patch_size", 2)), patch_bias=is_third,
-        window_size=None if is_third else int(vision_config["window_size"]),
-        full_attention_layers=[] if is_third else sorted(vision_config["fullatt_block_indexes"]),
+        window_size=_given(vision_config, "window_size"), full_attention_layers=sorted(vision_config.get("fullatt_block_indexes", ())),
         learned_positions=side, deepstack_layers=sorted(vision_config.get("deepstack_visual_indexes", ())),
     )
     language_layers = LayerOptions(
@@ -60,7 +60,7 @@ def model_of_config(config: Mapping[str, Any], *, sequence_length: int, image_si
         mrope_interleaved=is_third,
     )
     vision_layers = LayerOptions(
-        normalization="LayerNorm" if is_third else "RMSNorm", layernorm_epsilon=1e-6, activation="gelu_tanh" if is_third else "silu"
+        normalization="RMSNorm" if family == "qwen2_5_vl" else "LayerNorm", layernorm_epsilon=1e-6, activation=_VISION_ACTIVATIONS[family]
     )
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
     return VisionLanguageModel(
@@ -147,9 +147,10 @@ def _vision_rules(model: VisionLanguageModel) -> Iterator[_Rule]:
         for kind in ("weight", "bias"):
             yield _attention(f"{mine}self_attention.linear_qkv.{kind}", (f"{other}attn.qkv.{kind}",), heads, heads, hidden // heads)
             yield _same(f"{mine}self_attention.linear_proj.{kind}", f"{other}attn.proj.{kind}")
-            if is_third:
-                yield _same(f"{mine}mlp.linear_fc1.{kind}", f"{other}mlp.linear_fc1.{kind}")
-                yield _same(f"{mine}mlp.linear_fc2.{kind}", f"{other}mlp.linear_fc2.{kind}")
+            if not vision.has_gated_mlp:
+                prefix = "linear_" if is_third else ""
+                yield _same(f"{mine}mlp.linear_fc1.{kind}", f"{other}mlp.{prefix}fc1.{kind}")
+                yield _same(f"{mine}mlp.linear_fc2.{kind}", f"{other}mlp.{prefix}fc2.{kind}")
             else:
                 yield _halves(f"{mine}mlp.linear_fc1.{kind}", f"{other}mlp.gate_proj.{kind}", f"{other}mlp.up_proj.{kind}")
                 yield _same(f"{mine}mlp.linear_fc2.{kind}", f"{other}mlp.down_proj.{kind}")

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.activations import quick_gelu
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -252,7 +253,7 @@ class VlmConfig:
         }
 
 
-_ACTIVATIONS = {"gelu": torch.nn.functional.gelu, "gelu_tanh": gelu_tanh, "silu": torch.nn.functional.silu}
+_ACTIVATIONS = {"gelu": torch.nn.functional.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "silu": torch.nn.functional.silu}
 
 
 def check_item(config: VlmConfig, item: Mapping[str, Any]) -> None:

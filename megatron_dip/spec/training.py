@@ -52,6 +52,9 @@ class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             )
 
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
+
+
 class LayerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """How a module's layers are built, beyond their sizes: fields and defaults of Megatron's TransformerConfig and GPTModel."""
 
@@ -64,7 +67,7 @@ class LayerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Queries and keys are normed, head by head."""
     kv_channels: int | None = None
     """Width of an attention head; absent = hidden_size / num_attention_heads."""
-    activation: Literal["gelu", "gelu_tanh", "silu"] | None = None
+    activation: Activation | None = None
     """Of the MLP; absent = SiLU where it is gated, else GELU."""
     rotary_base: int = 10000
     """Of rotary positions of a language model."""

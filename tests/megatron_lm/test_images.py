@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.distributed.launcher import launch
 from tests.megatron_lm.runs import DIP, P2, ROOT, finished, fresh, own_losses, start, words
 
 SCRIPT = ROOT / "examples" / "vlm" / "train.py"
@@ -60,12 +61,16 @@ def test_real_images_are_read_and_bad_ones_are_left_out(patched_tree: Path, tmp_
     assert "has no txt" in run.output
 
 
-def test_weights_of_hugging_face_are_trained_from(patched_tree: Path, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+def write_hub(rank: int, ranks: int, folder: str) -> None:
     from tests.models.test_hugging_face import oracle
 
+    oracle("qwen3_vl").save_pretrained(folder)
+
+
+def test_weights_of_hugging_face_are_trained_from(patched_tree: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     hub, brought = tmp_path / "hub", tmp_path / "brought"
-    oracle("qwen3_vl").save_pretrained(hub)
+    launch(write_hub, 1, str(hub))
     subprocess.run([sys.executable, str(ROOT / "scripts/import_hf.py"), str(hub), str(brought), "--dtype", "fp32"], check=True)
     flags = [*COMMON, *NO_EVALUATION, "--model", str(hub / "config.json"), "--max-image-size", "64", "--packed-length", "256", "--mock-data"]
     run = finished(start(patched_tree, SCRIPT, [*flags, *fresh(brought, 2), *P2, *DIP, "--dip-chunks", "vit=2", "lm=2"], ranks=2), 2)

@@ -32,7 +32,17 @@ def oracle(family: str, tied: bool = False) -> Any:
     except (ImportError, RuntimeError):  # the latter: one for another torch; the models do without
         sys.modules["torchvision"] = None  # type: ignore[assignment]
     torch.manual_seed(0)
-    if family == "qwen2_5_vl":
+    if family == "qwen2_vl":
+        from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+        vision: dict[str, Any] = {
+            "depth": 3, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 32, "patch_size": 4, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, "in_channels": 3,
+        }
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+        config: Any = Qwen2VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, tie_word_embeddings=tied, **TOKENS)
+        model: Any = Qwen2VLForConditionalGeneration(config)
+    elif family == "qwen2_5_vl":
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
         vision = {
@@ -40,8 +50,8 @@ def oracle(family: str, tied: bool = False) -> Any:
             "fullatt_block_indexes": [1, 3], "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
         }
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-        config: Any = Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, tie_word_embeddings=tied, **TOKENS)
-        model: Any = Qwen2_5_VLForConditionalGeneration(config)
+        config = Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, tie_word_embeddings=tied, **TOKENS)
+        model = Qwen2_5_VLForConditionalGeneration(config)
     else:
         from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -175,7 +185,7 @@ def test_checkpoints_come_in_and_go_out(family: str, tmp_path: Path) -> None:
     assert found < 1e-5
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_equals_transformers_on_the_same_weights(family: str) -> None:
     pytest.importorskip("transformers")
     (found,) = launch(compare, 1, family)
