@@ -5,6 +5,8 @@ Letters: S tokens of the packed sequence, N images, D documents.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -113,5 +115,17 @@ def _random_document(model: VisionLanguageModel, random: np.random.Generator, nu
         tokens = text.tolist()
     values = 0 if tower is None else image.channels * tower.frames_per_patch * image.patch**2
     shapes = [(image.channels, image.size, image.size) if tower is None else (rows * columns, values) for _, rows, columns in grids]
-    pixels = [random.standard_normal(shape, dtype=np.float32) for shape in shapes]
+    pixels = [_noise(random, shape) for shape in shapes]
     return Document(tokens, pixels, [] if tower is None else grids)
+
+
+@functools.cache
+def _pool() -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32)
+
+
+def _noise(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Random values: a stretch of one pool, from a drawn place. Drawing 48 large images anew for each microbatch takes a second."""
+    pool, count = _pool(), math.prod(shape)
+    start = int(random.integers(max(1, len(pool) - count)))
+    return pool[start : start + count].reshape(shape) if count <= len(pool) else np.resize(pool, shape)
