@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--packed-length", type=int, default=None, metavar="TOKENS", help=f"of a microbatch (default: the model's, {PACKED_TOKENS})")
     group.add_argument("--freeze", nargs="*", default=[], choices=FREEZABLE, help="parts that are not trained")
     group.add_argument("--image-token-text", default="<image>", help="what stands for an image in a sample's text")
+    group.add_argument("--dataloader-save", default=None, metavar="FOLDER", help="where the data loader's place is saved beside checkpoints")
     return parser
 
 
