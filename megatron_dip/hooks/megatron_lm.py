@@ -26,7 +26,7 @@ from megatron_dip.hooks.report import report, running_iteration
 from megatron_dip.iteration.built_model import describe_built_model
 from megatron_dip.iteration.feedback import CostFeedback, measure_p2p
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
-from megatron_dip.iteration.memory_in_use import least_device_memory
+from megatron_dip.iteration.memory_in_use import least_device_memory, stage_bytes
 from megatron_dip.models.capture import CapturedCall
 from megatron_dip.models.deferral import check_split
 from megatron_dip.models.description import LANGUAGE
@@ -142,7 +142,8 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         return () if forward_backward.memory is None else forward_backward.memory.reserved
 
     def current_costs() -> CostModel:
-        return costs if built.feedback is None else built.feedback.current_costs()
+        now = costs if built.feedback is None else built.feedback.current_costs()
+        return now if forward_backward.memory is None else forward_backward.memory.costs(now)
 
     def call_metadata(call: CapturedCall) -> Microbatch:
         return description.metadata(description.bind(call.args, call.kwargs))
@@ -183,6 +184,8 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         options = replace(options, memory_limit_bytes=least_device_memory(forward_backward.groups, settings.device))
     trained = describe_built_model(description.model_spec, built.partition, built.keys, chunks, forward_backward.groups)
     model, costs = trained.spec, run_costs(trained, built.partition, built.args, options, chunks)
+    if forward_backward.memory is not None:
+        forward_backward.memory.expected = stage_bytes(costs, model, built.partition)
     if options.learns_costs:
         args, is_planner = built.args, forward_backward.is_planner
         built.feedback = CostFeedback(

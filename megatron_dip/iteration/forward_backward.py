@@ -366,7 +366,7 @@ class DipForwardBackward:
             with _saying_what_was_planned(plan, self.groups.rank):
                 self._executor.run(PlanLinks(plan), compute, self._timer, after)
             if self.memory is not None and not forward_only:
-                self.memory.end(plan)
+                self.memory.end(plan, compute.kept_bytes)
             finish_param_sync(self._chunks)
         if not forward_only:
             self._training_timer = self._timer

@@ -4,28 +4,39 @@ On CUDA the allocator's peak since the process began is held against the highest
 steps, evaluation) counts as well. On the CPU saved tensors, messages and inputs are counted iteration by iteration
 (:class:`~megatron_dip.runtime.memory_meter.MemoryMeter`), weights, gradients and optimizer state taken as plans have them.
 
+Costs rest on operator graphs, and layers keep more or less than these have: on the CPU the first iterations measure what stages keep, by
+which the activations of each module are scaled from then on (:meth:`MemoryInUse.costs`).
+
 A rank that holds more than its plan has as much kept free in every later plan (``PlanOptions.reserved_bytes``), and never less again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
+from megatron_dip.cost.interface import CostModel, Part, PartCost
+from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.runtime.groups import PipelineGroups
 from megatron_dip.runtime.memory_meter import MemoryMeter, tensors_in
 from megatron_dip.runtime.offload import host_memory_limit
-from megatron_dip.spec.plan import Plan
+from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.partition import Partition
+from megatron_dip.spec.plan import Plan, PlanStage
+from megatron_dip.spec.profile import Strategy
 
 logger = logging.getLogger(__name__)
 
-COMPARED_FIRST, COMPARED_EVERY = 4, 50
+COMPARED_FIRST, COMPARED_EVERY = 6, 50
 """Training iterations behind which ranks tell each other what they hold: the first ones, then every so many."""
+LEARNED_BEHIND, FOLLOWED_FROM = 2, 4
+"""The iteration behind which activations are scaled; the first one whose plan surely knows."""
 UNUSED_BLOCKS = 0.04
 """Share of the device that the allocator cannot use, until it is measured."""
 
@@ -48,6 +59,11 @@ class MemoryInUse:
     """
 
     def __init__(self, groups: PipelineGroups, device: torch.device, forget: Callable[[], None], *, follows_device: bool = False) -> None:
+        self.expected: Callable[[PlanStage], float | None] | None = None
+        """What costs say that a forward stage keeps until its backward, None where they cannot be held against it. Without it nothing is
+        scaled. Set before training, alike on all ranks."""
+        self.scales: Mapping[str, float] = {}
+        """Module -> what its stages keep over what costs say; 1 where absent."""
         self.meter = MemoryMeter() if device.type == "cpu" else None
         self.figures: MemoryFigures | None = None
         self.reserved: tuple[int, ...] = (0,) * groups.num_ranks
@@ -62,6 +78,8 @@ class MemoryInUse:
         self._iterations = 0
         self._at_start = device_memory(device) if follows_device else None
         self._said: set[int] = set()
+        self._kept: dict[str, tuple[float, float]] = {}
+        """Module -> (bytes that its stages kept, bytes that costs say)."""
 
     def count_inputs(self, captured: Any) -> None:
         """What microbatches bring counts as long as it is held."""
@@ -78,8 +96,13 @@ class MemoryInUse:
         self.meter.leave_out([*weights, *(gradient for gradient in gradients if gradient is not None)])
         self.meter.begin()
 
-    def end(self, plan: Plan) -> None:
-        """Behind a training iteration's last action."""
+    def end(self, plan: Plan, kept_bytes: Mapping[int, int] | None = None) -> None:
+        """Behind a training iteration's last action.
+
+        Args:
+            kept_bytes: forward stage -> what it kept.
+        """
+        self._add_kept(plan, kept_bytes or {})
         rank = self._groups.rank
         # The first plans keep nothing free.
         self._static = plan.memory_initial[rank] if self._static is None else min(self._static, plan.memory_initial[rank])
@@ -97,6 +120,11 @@ class MemoryInUse:
         if self._iterations > COMPARED_FIRST and self._iterations % COMPARED_EVERY:
             return
         assert self.figures is not None, "no training iteration has run"
+        learns = self.expected is not None and self.meter is not None
+        if learns and self._iterations == LEARNED_BEHIND:
+            self._learn_scales()
+        if learns and self._iterations < FOLLOWED_FROM:
+            return
         own = (self._groups.rank, self.figures.planned, self.figures.measured, self._lost())
         every: list[tuple[int, int, int, int]] = [own] * len(self._groups.control_ranks)
         dist.all_gather_object(every, own, group=self._groups.control)
@@ -111,6 +139,33 @@ class MemoryInUse:
             self.reserved = reserved
             self._forget()
 
+    def costs(self, costs: CostModel) -> CostModel:
+        """``costs`` with activations as they were measured."""
+        return KeptBytesCost(costs, self.scales) if self.scales else costs
+
+    def _add_kept(self, plan: Plan, kept_bytes: Mapping[int, int]) -> None:
+        if self.expected is None or self._iterations >= LEARNED_BEHIND:
+            return
+        for number, kept in kept_bytes.items():
+            stage = plan.stages[number]
+            expected = self.expected(stage)
+            if expected is not None:
+                before = self._kept.get(stage.module, (0.0, 0.0))
+                self._kept[stage.module] = (before[0] + kept, before[1] + expected)
+
+    def _learn_scales(self) -> None:
+        """Collective over the replica's ranks."""
+        every: list[dict[str, tuple[float, float]]] = [self._kept] * len(self._groups.control_ranks)
+        dist.all_gather_object(every, self._kept, group=self._groups.control)
+        scales = {}
+        for module in sorted({module for of_rank in every for module in of_rank}):
+            kept, expected = (sum(of_rank.get(module, (0.0, 0.0))[index] for of_rank in every) for index in range(2))
+            if expected > 0:
+                scales[module] = kept / expected
+        self.scales = scales
+        self._kept = {}
+        self._forget()
+
     def _lost(self) -> int:
         """By how much the device has less for plans than it seemed to have at the start."""
         return 0 if self._at_start is None else max(0, self._at_start - device_memory(self._device))
@@ -124,6 +179,49 @@ class MemoryInUse:
                     "pipeline rank %d holds %.3f GiB where its plan has %.3f GiB: later plans keep %.3f GiB more free there", rank,
                     figures.measured / 2**30, figures.planned / 2**30, free / 2**30,
                 )
+
+
+class KeptBytesCost(WrappedCost):
+    """Costs whose modules keep so many times as much."""
+
+    def __init__(self, costs: CostModel, scales: Mapping[str, float]) -> None:
+        super().__init__(costs)
+        self._scales = scales
+
+    def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:
+        cost = self.costs.part(module, part, lengths)
+        return replace(cost, activation_bytes=cost.activation_bytes * self._scales.get(module, 1.0))
+
+    def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:
+        """What recomputed layers keep is their input, whose size is known."""
+        scale = self._scales.get(module, 1.0)
+        return {
+            label: msgspec.structs.replace(strategy, activation=min(1.0, strategy.activation / scale)) if strategy.activation < 1 else strategy
+            for label, strategy in self.costs.strategies(module, lengths).items()
+        }
+
+
+def stage_bytes(costs: CostModel, model: ModelSpec, partition: Partition) -> Callable[[PlanStage], float | None]:
+    """What costs say that a forward stage keeps until its backward where all its layers keep all; None for others, and for modules that are
+    frozen in part."""
+    whole = {
+        module.name for module in model.modules
+        if (parts := model.trainable_parts(module.name)).first and parts.last and all(parts.layers)
+    }
+
+    def expected(stage: PlanStage) -> float | None:
+        if stage.module not in whole or set(stage.strategy) - {"none"}:
+            return None
+        lengths = [stage.tokens // stage.instances] * stage.instances
+        rows = partition.chunks[stage.module]
+        kept = stage.layers[1] * costs.part(stage.module, "layer", lengths).activation_bytes
+        if (stage.vp_stage, stage.rank) == (0, 0):
+            kept += costs.part(stage.module, "first", lengths).activation_bytes
+        if (stage.vp_stage, stage.rank) == (len(rows) - 1, len(rows[0]) - 1):
+            kept += costs.part(stage.module, "last", lengths).activation_bytes
+        return kept
+
+    return expected
 
 
 def device_memory(device: torch.device) -> int:

@@ -54,6 +54,8 @@ class AutogradCompute:
         self._loss_function = loss_function
         self._deferral = deferral
         self._kept: dict[int, _Kept] = {}
+        self.kept_bytes: dict[int, int] = {}
+        """Forward stage with a backward -> what it was measured to keep, inputs included; where there is a meter."""
 
     def payload(self, producer: PlanStage, consumer: PlanStage) -> PayloadSpec:
         return self._model.payload(producer, consumer)
@@ -62,10 +64,12 @@ class AutogradCompute:
         for producer in links.grad_inputs:
             inputs[producer].requires_grad_()
         self._count(inputs.values())
+        before = self._live_bytes()
         with torch.set_grad_enabled(links.backward is not None), self._collecting(links), self._keeping(links, inputs.values()):
             output = self._model.forward(links.forward, inputs, links.consumers)
             loss = None if links.consumers else self._loss_function(links.forward, output.result)
         if links.backward is not None:
+            self.kept_bytes[links.forward.id] = self._live_bytes() - before + sum(inputs[producer].nbytes for producer in links.grad_inputs)
             grad_inputs = {producer: inputs[producer] for producer in links.grad_inputs}
             self._kept[links.forward.id] = _Kept(grad_inputs, output.payloads, loss)
         payloads = {consumer: payload.detach().contiguous() for consumer, payload in output.payloads.items()}
@@ -132,6 +136,9 @@ class AutogradCompute:
     def _watching(self) -> AbstractContextManager[None]:
         meter = None if self._offload is None else self._offload.meter
         return nullcontext() if meter is None else meter.watching()
+
+    def _live_bytes(self) -> int:
+        return 0 if self._offload is None or self._offload.meter is None else self._offload.meter.live_bytes
 
     def _count(self, payloads: Iterable[torch.Tensor]) -> None:
         if self._offload is not None and self._offload.meter is not None:

@@ -12,7 +12,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_dip.iteration import memory_in_use
-from megatron_dip.iteration.memory_in_use import COMPARED_EVERY, COMPARED_FIRST, MemoryFigures, MemoryInUse, device_memory, memory_words
+from megatron_dip.iteration.memory_in_use import (
+    COMPARED_EVERY,
+    COMPARED_FIRST,
+    LEARNED_BEHIND,
+    MemoryFigures,
+    MemoryInUse,
+    device_memory,
+    memory_words,
+    stage_bytes,
+)
+from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from tests.strategies import vlm_case
 
 CPU = torch.device("cpu")
 
@@ -83,3 +94,30 @@ def test_the_device_has_what_others_and_unused_blocks_leave(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (600, 1000))
     assert device_memory(torch.device("cuda", 0)) == 600 + 300 - 100
     assert device_memory(CPU) > 0
+
+
+def test_activations_are_scaled_by_what_stages_keep(groups: Any) -> None:
+    case = vlm_case()
+    costs = case.costs()
+    memory = MemoryInUse(groups, CPU, lambda: None)
+    expected = memory.expected = stage_bytes(costs, case.model, case.partition)
+    plan = plan_iteration(case.model, case.partition, case.microbatches, costs, PlanOptions(evaluations=5))
+    forwards = [stage for stage in plan.stages if stage.kind == "fw" and set(stage.strategy) == {"none"}]
+    # Under a profile a forward takes what it keeps, and no more.
+    assert [expected(stage) for stage in forwards] == [pytest.approx(stage.mem_delta_start, abs=1) for stage in forwards]
+    kept = {stage.id: round({"vit": 1.5, "lm": 0.75}[stage.module] * stage.mem_delta_start) for stage in forwards}
+    for _ in range(LEARNED_BEHIND):
+        assert memory.costs(costs) is costs
+        memory.begin([])
+        memory.end(plan, kept)
+        memory.after_iteration()
+    assert memory.scales == {"vit": pytest.approx(1.5, rel=0.02), "lm": pytest.approx(0.75, rel=0.02)}
+    scaled = memory.costs(costs)
+    given, found = costs.part("vit", "layer", [10]), scaled.part("vit", "layer", [10])
+    assert found.activation_bytes == pytest.approx(memory.scales["vit"] * given.activation_bytes)
+    assert found.forward_ns == given.forward_ns
+    # A recomputed layer keeps its input, as before.
+    for label, strategy in costs.strategies("vit", [10]).items():
+        if strategy.activation < 1:
+            again = scaled.strategies("vit", [10])[label].activation * found.activation_bytes
+            assert again == pytest.approx(strategy.activation * given.activation_bytes)
