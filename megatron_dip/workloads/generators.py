@@ -13,6 +13,7 @@ frame, 16 x 28 patches), and that work is uniform between the lightest and the h
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -159,6 +160,10 @@ class Document:
     text_tokens: int
     """At least 1."""
 
+    @property
+    def tokens(self) -> int:
+        return self.text_tokens + self.num_images * IMAGE_TOKENS
+
 
 def draw_document(rng: np.random.Generator, source: ImageTextSet) -> Document:
     """One document with the statistics of a data set."""
@@ -169,19 +174,40 @@ def draw_document(rng: np.random.Generator, source: ImageTextSet) -> Document:
 
 
 def pack_documents(rng: np.random.Generator) -> Microbatch:
-    """Draws documents until the next does not fit; what is left over is filled with text alone."""
+    """A microbatch of :func:`draw_packed` documents; what is left over is filled with text alone."""
+    return _packed(sum(document.num_images for document in draw_packed(rng)))
+
+
+def draw_packed(rng: np.random.Generator) -> list[Document]:
+    """Draws documents until the next does not fit into a microbatch."""
     sets = [IMAGE_TEXT_SETS[name] for name in _MIX]
     mix = rng.dirichlet(list(_MIX.values()))
+    documents: list[Document] = []
     tokens = num_images = 0
     while True:
         source = sets[int(rng.choice(len(sets), p=mix))]
         document = draw_document(rng, source)
-        count = document.num_images
-        size = document.text_tokens + count * IMAGE_TOKENS
-        if tokens + size > PACKED_TOKENS or num_images + count > MAX_IMAGES:
-            return _packed(num_images)
-        tokens += size
-        num_images += count
+        tokens += document.tokens
+        num_images += document.num_images
+        if tokens > PACKED_TOKENS or num_images > MAX_IMAGES:
+            return documents
+        documents.append(document)
+
+
+def repack_documents(microbatches: Sequence[Sequence[Document]]) -> list[Microbatch]:
+    """The documents of a global batch over as many microbatches, so that these hold equal numbers of images: most images first, each
+    into the microbatch with the fewest (the first of equals) that has room. A document for which none has is left out."""
+    images, tokens = [0] * len(microbatches), [0] * len(microbatches)
+    for document in sorted((one for microbatch in microbatches for one in microbatch), key=lambda one: (-one.num_images, -one.tokens)):
+        room = [
+            place for place in range(len(microbatches))
+            if tokens[place] + document.tokens <= PACKED_TOKENS and images[place] + document.num_images <= MAX_IMAGES
+        ]
+        if room:
+            place = min(room, key=lambda one: images[one])
+            images[place] += document.num_images
+            tokens[place] += document.tokens
+    return [_packed(count) for count in images]
 
 
 def _image_count(rng: np.random.Generator, source: ImageTextSet) -> int:

@@ -6,10 +6,21 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_dip.spec.errors import InputError
-from megatron_dip.spec.named import NAMED_SETUPS
-from megatron_dip.workloads.generators import MAX_SECONDS, T2V_SPREAD, dit_spread, dynamic_bounds, make_workload
+from megatron_dip.spec.named import MAX_IMAGES, NAMED_SETUPS
+from megatron_dip.workloads.generators import (
+    MAX_SECONDS,
+    T2V_SPREAD,
+    dit_spread,
+    draw_packed,
+    dynamic_bounds,
+    make_workload,
+    pack_documents,
+    repack_documents,
+)
 
 LATENT_TOKENS_OF_16_S = 16 * 1792
 
@@ -70,3 +81,25 @@ def test_impossible_wishes_are_refused(options: dict[str, object], field: str) -
     with pytest.raises(InputError) as caught:
         make_workload(**{"name": "vlm-s", **options})  # type: ignore[arg-type]
     assert caught.value.field == field
+
+
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 12))
+def test_documents_packed_anew_are_those_that_were_drawn(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    documents = [draw_packed(rng) for _ in range(count)]
+    images = [len(microbatch.get("vit", [])) for microbatch in repack_documents(documents)]
+    before = [sum(document.num_images for document in of_microbatch) for of_microbatch in documents]
+    drawn = np.random.default_rng(seed)
+    assert [len(pack_documents(drawn).get("vit", [])) for _ in range(count)] == before
+    assert len(images) == count
+    assert sum(images) <= sum(before)
+    assert max(images, default=0) <= MAX_IMAGES
+
+
+def test_documents_packed_anew_leave_nearly_no_image_out_and_spread_evenly() -> None:
+    rng = np.random.default_rng(3)
+    documents = [draw_packed(rng) for _ in range(128)]
+    before = [sum(document.num_images for document in of_microbatch) for of_microbatch in documents]
+    images = [len(microbatch.get("vit", [])) for microbatch in repack_documents(documents)]
+    assert sum(images) > 0.98 * sum(before)
+    assert np.std(images) < np.std(before) / 4
