@@ -25,6 +25,20 @@ _BOUND_OPTIMIZER = "optimizer.distributed.dp_group_idx_"
 
 CUT_ATTRIBUTE = "dip_cut"
 """Of Megatron's namespace, which is saved in every checkpoint: how the run has cut its modules."""
+SIZES_ATTRIBUTE = "dip_sizes"
+"""Likewise: the run's sub-microbatch sizes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedCut:
+    """The cut of the run under DIP that saved a checkpoint."""
+
+    chunks: str
+    """As :data:`CUT_ATTRIBUTE` holds it."""
+    sizes: str | None
+    """As :data:`SIZES_ATTRIBUTE` holds it; None: saved by an earlier version."""
+    is_bound: bool
+    """Whether what is to be loaded fits no other cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +162,32 @@ def check_loadable(args: Any, cut: str) -> None:
             f"is in the old format, one file for each rank, and was saved {_words(saved)}; it fits no other cut ({_words(cut)} this run)",
             "convert it: megatron-dip checkpoint convert PATH TARGET SCRIPT ARGUMENTS (of the run that saved), then --load TARGET --ckpt-format torch_dist",
         )
+
+
+def saved_cut(args: Any) -> SavedCut | None:
+    """The cut that a checkpoint which ``--load`` names was saved under; None: there is no checkpoint, or it was not saved under DIP.
+
+    Args:
+        args: Megatron's namespace.
+
+    Raises:
+        InputError: for what is no checkpoint that pipelines can load.
+    """
+    load = getattr(args, "load", None)
+    if load is None or not (Path(load) / _TRACKER).is_file():
+        return None
+    step = getattr(args, "ckpt_step", None)
+    found = read_checkpoint(Path(load) / f"iter_{step:07d}" if step else Path(load))
+    if found.format == "torch_dist":
+        from megatron.core.dist_checkpointing import load_common_state_dict
+
+        saved = load_common_state_dict(str(found.folder)).get("args")
+        without_optimizer = getattr(args, "finetune", False) or getattr(args, "no_load_optim", False)
+        is_bound = found.has_bound_optimizer and not without_optimizer
+    else:
+        saved, is_bound = _saved_args(found.folder), True
+    chunks = getattr(saved, CUT_ATTRIBUTE, None)
+    return None if chunks is None else SavedCut(chunks=chunks, sizes=getattr(saved, SIZES_ATTRIBUTE, None), is_bound=is_bound)
 
 
 def _check_expert_optimizer(args: Any, folder: Path) -> None:

@@ -33,6 +33,7 @@ COMMANDS = (
     "profile",
     "calibrate",
     "train",
+    "tune",
     "patch",
     "checkpoint",
     "trace",

@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor-parallel ranks (default 1)")
     pipeline.add_argument("--data", type=int, default=1, metavar="D", help="replicas (default 1)")
     pipeline.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda; cpu is refused where CUDA is present")
-    pipeline.add_argument("--partition", type=Path, metavar="FILE", help="dip: how the modules are cut (JSON); default: config.json's K, even layers")
+    pipeline.add_argument(
+        "--partition", metavar="auto|FILE", help="dip: how the modules are cut: a file (JSON); auto: as an earlier run has found best, or as is best by "
+        "--profile or estimated costs and the example's data; default: config.json's K, even layers",
+    )
     pipeline.add_argument("--plan-time", type=float, default=0.01, metavar="S", help="dip: seconds of search for each plan (default 0.01)")
     pipeline.add_argument("--evaluations", type=int, metavar="N", help="dip: orders tried for each plan, instead of --plan-time seconds")
     pipeline.add_argument(
@@ -87,7 +90,8 @@ def make_settings(args: argparse.Namespace, config: ExampleConfig) -> RunSetting
         check_measured(config.model.modules, load_profile(args.profile), "--profile")
     schedule = SchedulePlan(
         name=args.pipeline_schedule, layout=args.stock_layout or ("parameters" if interleaved else "scripts"),
-        virtual=args.virtual_pipeline if interleaved else 1, partition=None if args.partition is None else load_partition(args.partition),
+        virtual=args.virtual_pipeline if interleaved else 1, partition=None if args.partition in (None, "auto") else load_partition(args.partition),
+        auto_partition=args.partition == "auto",
         plan_s=args.plan_time, evaluations=20 if args.deterministic and args.evaluations is None else args.evaluations,
         deterministic=args.deterministic, profile=args.profile, split_backward=args.split_backward,
     )

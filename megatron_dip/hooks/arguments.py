@@ -13,9 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megatron_dip.hooks.observe import ObserveAction
+from megatron_dip.iteration.cut_cache import default_cache_folder
+from megatron_dip.schedule.backward import SplitBackward
 from megatron_dip.spec.errors import InputError
 
 _GIB = 1 << 30
+
+_SPLITS: Mapping[str, SplitBackward] = {"auto": "auto", "on": True, "off": False}
 
 MAX_LOOK_AHEAD = 16
 
@@ -36,6 +41,10 @@ class DipOptions:
     """Whether costs follow measured times; without it plans of equal batches stay equal."""
     partition: Path | None
     """A whole cut (``megatron-dip/partition/1``); replaces ``chunks`` and ``sub_microbatch_size``."""
+    auto_partition: bool
+    """Whether the cut is found for the run (:mod:`megatron_dip.hooks.cut`), since nothing says it."""
+    cache: Path
+    """Folder of kept cuts."""
     chunks: Mapping[str, int]
     """Module -> chunks on each rank (K)."""
     sub_microbatch_size: Mapping[str, int]
@@ -54,7 +63,10 @@ class DipOptions:
     """The limit is what the device has; ``memory_limit_bytes`` is None until a run asks for it."""
     host_memory_bytes: int | None
     """For offloaded activations of one rank; None: half of what the machine has free, shared by its ranks."""
-    split_backward: bool
+    split_backward: SplitBackward
+    """``auto``: where all layers can do both, as is faster for the batch; else whole."""
+    rehearse: Path | None
+    """Measure the run's data and layers, choose its cut, write it here and end; None: train."""
     trace_dir: Path | None
     seed: int
     log_interval: int
@@ -76,12 +88,16 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="Whether plans' costs follow the measured times of stages (learned; kept beside the checkpoints and taken up on "
                        "resuming) or stay as they are given. auto: learned, but given with --dip-profile, with --dip-evaluations, whose plans "
                        "repeat, and where replicas share experts.")
-    group.add_argument("--dip-partition", type=Path, default=None, metavar="FILE",
-                       help="How every module is cut (megatron-dip/partition/1); instead of --dip-chunks and --dip-sub-microbatch-size.")
+    group.add_argument("--dip-partition", type=str, default="auto", metavar="auto|even|FILE",
+                       help="How every module is cut: FILE (megatron-dip/partition/1) says it; even: evenly, with one chunk a rank and whole microbatches; "
+                       "auto: as --dip-chunks and --dip-sub-microbatch-size say, without them as the checkpoint needs it, as kept in --dip-cache for such "
+                       "a run, or by analytic costs.")
+    group.add_argument("--dip-cache", type=Path, default=None, metavar="DIR",
+                       help="Folder of kept cuts, one for each kind of run. Default: $MEGATRON_DIP_CACHE, or megatron-dip in the user's cache folder.")
     group.add_argument("--dip-chunks", nargs="+", default=None, metavar="MODULE=K",
-                       help="Chunks of each module on a pipeline rank, such as vit=2 lm=2. Default: 1.")
+                       help="Chunks of each module on a pipeline rank, such as vit=2 lm=2; 1 for those left out.")
     group.add_argument("--dip-sub-microbatch-size", nargs="+", default=None, metavar="MODULE=B",
-                       help="Instances (images, sequences) in a sub-microbatch of each module, such as vit=8. Default: a microbatch's whole batch.")
+                       help="Instances (images, sequences) in a sub-microbatch of each module, such as vit=8; of those left out a microbatch's whole batch.")
     group.add_argument("--dip-planner-threads", type=int, default=None, metavar="N",
                        help="Threads that search plans beside training. Default: half of a rank's share of the cores.")
     group.add_argument("--dip-time-budget", type=float, default=1.0, metavar="SECONDS",
@@ -102,8 +118,15 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dip-host-memory", type=float, default=None, metavar="GIB",
                        help="Host memory that a rank may take for offloaded activations, 0 = plans offload nothing (default: half of "
                        "what the machine has free, shared by its ranks).")
-    group.add_argument("--dip-split-backward", action="store_true",
-                       help="Plan the input and the weight part of backwards apart.")
+    group.add_argument("--dip-split-backward", nargs="?", choices=("auto", "on", "off"), const="on", default="auto",
+                       help="Plan the input and the weight part of backwards apart: on (also without a word), off, or auto: in each iteration where it "
+                       "is faster, if the layers can do it.")
+    group.add_argument("--dip-observe", type=Path, action=ObserveAction, default=None, metavar="DIR",
+                       help="Under the stock schedule: change nothing, write batches (megatron-dip/workload/1) and stage times of the first iterations to "
+                       "DIR, and say at the end what DIP would have taken.")
+    group.add_argument("--dip-rehearse", type=Path, default=None, metavar="DIR",
+                       help="What `megatron-dip tune` starts a run with: a few iterations that measure data and layers; then the best cut for the run is "
+                       "written to DIR and kept for --dip-partition auto, and the run ends.")
     group.add_argument("--dip-trace-dir", type=Path, default=None, metavar="DIR",
                        help="Write each iteration's plan and measured times here (see `megatron-dip trace`).")
     group.add_argument("--dip-seed", type=int, default=1234, help="Seed of the search.")
@@ -138,6 +161,7 @@ _USE_CHUNKS = "leave it out and say the cut with --dip-chunks or --dip-partition
 _LEAVE_OUT = "leave it out, or use --pipeline-schedule default"
 
 REFUSALS: Sequence[_Refusal] = (
+    _Refusal("dip_observe", "--dip-observe", _is_set, "looks on while the stock schedule trains", _LEAVE_OUT),
     _Refusal("enable_cuda_graph", "--enable-cuda-graph", _is_set, f"CUDA graphs: a capture {_STATIC_ORDER}", _LEAVE_OUT),
     _Refusal("external_cuda_graph", "--external-cuda-graph", _is_set, f"CUDA graphs: a capture {_STATIC_ORDER}", _LEAVE_OUT),
     _Refusal("cuda_graph_impl", "--cuda-graph-impl", lambda value: value not in (None, "none"),
@@ -220,13 +244,14 @@ def validate_dip_args(args: argparse.Namespace) -> None:
 
 def options_from_args(args: argparse.Namespace) -> DipOptions:
     """The flags in their frozen form. Raises InputError for values that cannot be."""
-    if args.dip_partition is not None and (args.dip_chunks is not None or args.dip_sub_microbatch_size is not None):
+    partition = None if args.dip_partition in ("auto", "even") else Path(args.dip_partition)
+    by_hand = args.dip_chunks is not None or args.dip_sub_microbatch_size is not None
+    if partition is not None and by_hand:
         other = "--dip-chunks" if args.dip_chunks is not None else "--dip-sub-microbatch-size"
         raise InputError(other, args.dip_chunks or args.dip_sub_microbatch_size, "is said by --dip-partition too", f"leave out {other} or --dip-partition")
-    for flag in ("dip_profile", "dip_partition"):
-        path = getattr(args, flag)
+    for flag, path in (("--dip-profile", args.dip_profile), ("--dip-partition", partition)):
         if path is not None and not path.is_file():
-            raise InputError("--" + flag.replace("_", "-"), str(path), "no such file", "give the path of a file")
+            raise InputError(flag, str(path), "no such file", "give the path of a file")
     threads = default_planner_threads() if args.dip_planner_threads is None else args.dip_planner_threads
     _at_least("--dip-planner-threads", threads, 1)
     _at_least("--dip-log-interval", args.dip_log_interval, 0)
@@ -250,7 +275,9 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         profile=args.dip_profile,
         device=args.dip_device,
         learns_costs=_learns_costs(args),
-        partition=args.dip_partition,
+        partition=partition,
+        auto_partition=args.dip_partition == "auto" and not by_hand,
+        cache=default_cache_folder() if args.dip_cache is None else args.dip_cache,
         chunks=_by_module("--dip-chunks", args.dip_chunks),
         sub_microbatch_size=_by_module("--dip-sub-microbatch-size", args.dip_sub_microbatch_size),
         planner_threads=threads,
@@ -261,7 +288,8 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         memory_limit_bytes=None if limit in (None, "auto") else int(limit * _GIB),
         follows_device_memory=limit == "auto",
         host_memory_bytes=None if args.dip_host_memory is None else int(args.dip_host_memory * _GIB),
-        split_backward=args.dip_split_backward,
+        split_backward=_SPLITS[args.dip_split_backward],
+        rehearse=args.dip_rehearse,
         trace_dir=args.dip_trace_dir,
         seed=args.dip_seed,
         log_interval=args.dip_log_interval,
@@ -269,6 +297,8 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
 
 
 def _learns_costs(args: argparse.Namespace) -> bool:
+    if args.dip_rehearse is not None:
+        return True
     shares_experts = _above(1)(getattr(args, "expert_model_parallel_size", None))
     if args.dip_costs == "auto":
         return args.dip_profile is None and args.dip_evaluations is None and not shares_experts

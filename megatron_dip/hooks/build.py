@@ -18,25 +18,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dip.checkouts.checkpoint_files import CUT_ATTRIBUTE, check_loadable
 from megatron_dip.hooks.arguments import DipOptions, options_from_args
 from megatron_dip.hooks.costs import make_costs
+from megatron_dip.hooks.cut import WHOLE, RunCut, find_run_cut, note_cut
+from megatron_dip.hooks.rehearsal import Rehearsal, rehearsal_partition
+from megatron_dip.iteration.cut_review import CutReview
 from megatron_dip.iteration.feedback import CostFeedback
 from megatron_dip.iteration.forward_backward import DipForwardBackward
 from megatron_dip.iteration.index_deals import IndexDeals
 from megatron_dip.models.description import LANGUAGE, ModelDescription, unwrap
-from megatron_dip.models.layout import check_enough_layers, chunk_order
+from megatron_dip.models.layout import chunk_order
 from megatron_dip.models.provided import sketch_model
 from megatron_dip.models.registry import describe
-from megatron_dip.partition.offline import even_partition
 from megatron_dip.runtime.interface import ChunkKey
-from megatron_dip.spec.codec import load_partition
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Plan
 
 logger = logging.getLogger(__name__)
-
-_WHOLE = 1 << 20
-"""Sub-microbatch size of a module that is not divided."""
 
 
 @dataclass(slots=True)
@@ -46,7 +44,7 @@ class BuiltModel:
     first_chunk: torch.nn.Module
     """Kept, so that no other model can come to have its identity."""
     description: ModelDescription
-    partition: Partition
+    cut: RunCut
     options: DipOptions
     args: Any
     """Megatron's namespace."""
@@ -56,10 +54,18 @@ class BuiltModel:
     """Of measured stages; None: costs stay as they are given."""
     index_deals: IndexDeals | None = None
     """Where this rank reads training data and their indices are dealt to the replicas."""
+    rehearsal: Rehearsal | None = None
+    """In place of training."""
+    review: CutReview | None = None
+    """Of the cut, on the rank that does it."""
     iterations: int = 0
     """Trained since the start of this process."""
     last_plan: Plan | None = None
     """Of the training iteration before."""
+
+    @property
+    def partition(self) -> Partition:
+        return self.cut.partition
 
 
 _built: dict[int, BuiltModel] = {}
@@ -94,8 +100,12 @@ def build_chunks(
     spec = description.model_spec
     ranks = parallel_state.get_pipeline_model_parallel_world_size()
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    partition = make_partition(spec, ranks, options)
+    cut = find_run_cut(args, options, description, ranks)
+    if options.rehearse is not None:
+        cut = RunCut(partition=rehearsal_partition(spec, ranks), origin="for a rehearsal")
+    partition = cut.partition
     setattr(args, CUT_ATTRIBUTE, str(partition.chunks))
+    note_cut(args, partition)
     check_loadable(args, str(partition.chunks))
     outermost = description.outermost
     if ranks == 1 and partition.num_chunks(outermost) > 1 and spec.module(outermost).tied_embeddings:
@@ -115,10 +125,13 @@ def build_chunks(
         chunks.append(chunk)
     make_costs(spec, args, options)  # what is wrong with the flags is said before training starts
     _built[id(chunks[0])] = BuiltModel(
-        chunks[0], description, partition, options, args, keys
+        chunks[0], description, cut, options, args, keys
     )
     if torch.distributed.get_rank() == 0:
-        logger.warning("DIP cuts %s into layers %s", ", ".join(m.name for m in spec.modules), partition.chunks)
+        logger.warning(
+            "DIP cuts %s into layers %s, sub-microbatches %s (%s)", ", ".join(m.name for m in spec.modules), partition.chunks,
+            {name: "whole" if size >= WHOLE else size for name, size in partition.sub_microbatch_size.items()}, cut.origin,
+        )
     return chunks
 
 
@@ -136,18 +149,3 @@ def _check_expert_parallel(spec: ModelSpec, config: TransformerConfig) -> None:
             "--moe-token-dispatcher-type", dispatcher, "takes equal numbers of tokens on all replicas, and sequences are as long as their images "
             "make them", "use --moe-token-dispatcher-type alltoall",
         )
-
-
-def make_partition(spec: ModelSpec, num_ranks: int, options: DipOptions) -> Partition:
-    """The cut that the flags ask for. Raises InputError where it does not fit the model."""
-    if options.partition is not None:
-        partition = load_partition(options.partition)
-    else:
-        sizes = {module.name: options.sub_microbatch_size.get(module.name, _WHOLE) for module in spec.modules}
-        unknown = [name for name in options.sub_microbatch_size if name not in sizes]
-        if unknown:
-            raise InputError("--dip-sub-microbatch-size", unknown, "the model has no such module", f"use some of {list(sizes)}")
-        partition = even_partition(spec, num_ranks, options.chunks, sizes)
-    partition.validate({module.name: module.num_layers for module in spec.modules}, num_ranks, where="--dip-partition")
-    check_enough_layers(partition)
-    return partition

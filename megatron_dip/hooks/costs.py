@@ -46,7 +46,7 @@ def make_costs(spec: ModelSpec, args: Any, options: DipOptions, kernels: Kernels
         )
         training = Training(
             dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32", distributed_optimizer=bool(args.use_distributed_optimizer),
-            split_backward=options.split_backward,
+            split_backward=options.split_backward is True,
         )
         device = load_device(options.device or detect_device(), "--dip-device")
         costs = AnalyticCost(
@@ -83,10 +83,9 @@ def costs_file(folder: str | None, spec: ModelSpec, args: Any, options: DipOptio
     whatever the partition. None without a folder."""
     if folder is None:
         return None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     same = [
         spec, args.tensor_model_parallel_size, args.context_parallel_size, bool(args.sequence_parallel), bool(args.bf16), bool(args.fp16),
-        str(getattr(args, "fp8", None)), options.device, device,
+        str(getattr(args, "fp8", None)), options.device, device_name(),
     ]
     return Path(folder) / "dip" / f"costs_{hashlib.sha256(msgspec.json.encode(same)).hexdigest()[:16]}.json"
 
@@ -105,9 +104,14 @@ def kept_costs(file: Path | None) -> Profile | None:
     return profile
 
 
+def device_name() -> str:
+    """Of the device that this process trains on, as torch calls it."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def detect_device() -> str:
     """The named device that this process trains on. Raises InputError for one without figures."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    name = device_name()
     known = [device for device in device_names() if device.lower() in name.lower()]
     if not known:
         raise InputError(

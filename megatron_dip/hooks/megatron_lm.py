@@ -7,10 +7,12 @@ stock model building (Megatron then wraps every chunk), :func:`build_data_iterat
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
@@ -21,21 +23,27 @@ from numpy.typing import NDArray
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.hooks.build import BuiltModel, build_chunks, built_model
 from megatron_dip.hooks.costs import costs_file, kept_costs, run_costs
+from megatron_dip.hooks.cut import fixed_choices, run_key
 from megatron_dip.hooks.data import build_data_iterators, upcoming_microbatches
+from megatron_dip.hooks.rehearsal import Rehearsal
 from megatron_dip.hooks.report import report, running_iteration
 from megatron_dip.iteration.built_model import describe_built_model
+from megatron_dip.iteration.cut_review import CutReview
 from megatron_dip.iteration.feedback import CostFeedback, measure_p2p
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 from megatron_dip.iteration.memory_in_use import least_device_memory, stage_bytes
 from megatron_dip.models.capture import CapturedCall
-from megatron_dip.models.deferral import check_split
+from megatron_dip.models.deferral import can_split, check_split
 from megatron_dip.models.description import LANGUAGE
 from megatron_dip.models.staged import DescribedStagedModel
 from megatron_dip.partition.work import WorkEstimate
 from megatron_dip.planner.budget import SearchBudget
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.runtime.groups import PipelineGroups
 from megatron_dip.runtime.startup import hardware_queues
+from megatron_dip.schedule.backward import SplitBackward
 from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.workload import Microbatch
 
@@ -74,6 +82,8 @@ def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
             )
         if built.forward_backward is None:
             built.forward_backward = _start(built, chunks)
+        if built.rehearsal is not None:
+            built.rehearsal.before_iteration(arguments["forward_step_func"], arguments["data_iterator"], arguments["num_microbatches"])
         losses = built.forward_backward(**arguments)
         if not arguments["forward_only"]:
             built.iterations += 1
@@ -81,10 +91,24 @@ def dip_schedule(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
                 plan = built.forward_backward.plan
                 assert plan is not None, "an iteration ran without a plan"
                 built.feedback.after_iteration(plan, built.forward_backward.records)
+            if built.rehearsal is not None:
+                built.rehearsal.after_iteration()
+            if built.review is not None:
+                _review_cut(built, built.review, built.forward_backward)
             report(built, built.forward_backward)
         return losses
 
     return forward_backward
+
+
+def _review_cut(built: BuiltModel, review: CutReview, forward_backward: DipForwardBackward) -> None:
+    batch = forward_backward.last_batch()
+    assert batch is not None, "an iteration ran without a plan"
+    review.after_iteration(batch)
+    iteration, train_iters = running_iteration(built), getattr(built.args, "train_iters", None)
+    interval = getattr(built.args, "exit_interval", None)
+    if (train_iters is not None and iteration >= train_iters) or (interval and iteration % interval == 0):
+        review.begin_last()
 
 
 def _timeout_s() -> float:
@@ -125,16 +149,21 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
     budget = SearchBudget(options.time_budget_s, side_by_side)
 
     def plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
-        return plan_iteration(model, built.partition, microbatches, current_costs(), PlanOptions(
+        partition, split = built.partition, splits
+        if built.rehearsal is not None:
+            form = built.rehearsal.next_form()
+            partition = msgspec.structs.replace(partition, sub_microbatch_size=form.sub_microbatch_size)
+            split = form.split_backward
+        return plan_iteration(model, partition, microbatches, current_costs(), PlanOptions(
             time_budget_s=None if options.evaluations is not None else budget.seconds(), evaluations=options.evaluations,
-            threads=options.planner_threads // side_by_side, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
+            threads=options.planner_threads // side_by_side, seed=options.seed, split_backward=False if forward_only else split, forward_only=forward_only,
             may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues, reserved_bytes=reserved_bytes(),
             lower_peaks=not forward_only,
         ))
 
     def quick_plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
         return plan_iteration(model, built.partition, microbatches, current_costs(), PlanOptions(
-            evaluations=_QUICK_EVALUATIONS, seed=options.seed, split_backward=options.split_backward, forward_only=forward_only,
+            evaluations=_QUICK_EVALUATIONS, seed=options.seed, split_backward=splits is True and not forward_only, forward_only=forward_only,
             may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues, reserved_bytes=reserved_bytes(),
         ))
 
@@ -177,12 +206,14 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         # Replicas that share experts run one joint plan, place by place; where indices are dealt, of what they were dealt.
         balance=work if options.balance in ("auto", "exchange") and joined is None and not by_indices else None,
     )
-    if options.split_backward:
+    if options.split_backward is True:
         check_split(chunks)
     forward_backward = DipForwardBackward(staged_model=staged, chunks=chunks, partition=built.partition, settings=settings)
     if options.follows_device_memory:
         options = replace(options, memory_limit_bytes=least_device_memory(forward_backward.groups, settings.device))
     trained = describe_built_model(description.model_spec, built.partition, built.keys, chunks, forward_backward.groups)
+    can = can_split(chunks) and parallel_state.get_expert_model_parallel_world_size() == 1
+    splits: SplitBackward = options.split_backward if options.split_backward != "auto" or _on_all(can, forward_backward.groups) else False
     model, costs = trained.spec, run_costs(trained, built.partition, built.args, options, chunks)
     if forward_backward.memory is not None:
         forward_backward.memory.expected = stage_bytes(costs, model, built.partition)
@@ -192,9 +223,40 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
             groups=forward_backward.groups, partition=built.partition, model=model, costs=costs,
             # What gloo takes on the host says nothing about NCCL.
             p2p=measure_p2p(forward_backward.groups) if on_cpu else None,
-            profile=kept_costs(costs_file(getattr(args, "load", None), description.model_spec, args, options)) if is_planner else None,
+            profile=(kept_costs(costs_file(getattr(args, "load", None), description.model_spec, args, options)) or built.cut.profile)
+            if is_planner and options.rehearse is None else None,
             forget=forward_backward.forget_plans, is_planner=is_planner, read_every_iteration=on_cpu,
             state_file=costs_file(getattr(args, "save", None), description.model_spec, args, options)
             if is_planner and parallel_state.get_data_parallel_rank() == 0 else None,
+            measures_all=options.rehearse is not None,
         )
+        speaks = is_planner and parallel_state.get_data_parallel_rank() == 0
+        if options.rehearse is not None:
+            built.rehearsal = Rehearsal(
+                args, options, description, forward_backward, built.feedback, built.partition, model,
+                splits=_on_all(can, forward_backward.groups), speaks=speaks,
+            )
+        elif speaks:
+            built.review = _make_review(built, built.feedback, model, splits)
     return forward_backward
+
+
+def _on_all(holds: bool, groups: PipelineGroups) -> bool:
+    """Whether it does on all ranks of the replica; collective over them."""
+    if len(groups.control_ranks) == 1:
+        return holds
+    told = torch.tensor([int(holds)])
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MIN, group=groups.control)
+    return bool(told)
+
+
+def _make_review(built: BuiltModel, feedback: CostFeedback, model: ModelSpec, splits: SplitBackward) -> CutReview:
+    options, description, ranks = built.options, built.description, built.partition.num_ranks
+    fixed = fixed_choices(description, ranks)
+    review = CutReview(
+        model=model, partition=built.partition, costs=feedback.current_costs, profile=lambda: feedback.profile,
+        split_backward=splits, chunks=fixed.chunks, sizes=fixed.sizes,
+        key=run_key(built.args, options, description.model_spec, ranks), folder=options.cache,
+    )
+    atexit.register(review.finish)
+    return review

@@ -23,6 +23,10 @@ from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.workload import Microbatch
 
 
+class DataEnded(InputError):
+    """The data iterator gave fewer items than a batch has."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedBatch:
     calls: list[CapturedCall]
@@ -100,7 +104,7 @@ class BatchCapture:
             if self.call_conditions is not None:
                 conditions = sha256(msgspec.json.encode(given))
         except StopIteration:
-            error = InputError("data_iterator", num_microbatches, "ended before it gave this many microbatches", "give more data or fewer iterations")
+            error = DataEnded("data_iterator", num_microbatches, "ended before it gave this many microbatches", "give more data or fewer iterations")
         except Exception as caught:
             error = caught
         return CapturedBatch(

@@ -78,12 +78,13 @@ class CostFeedback:
         is_planner: whether this rank is the replica's planner.
         read_every_iteration: whether reading a rank's own times costs it nothing (on a GPU reading waits for the device).
         state_file: where the profile is kept for a run that resumes; None: nowhere.
+        measures_all: gather every iteration from all ranks, not only some.
     """
 
     def __init__(
         self, *, groups: PipelineGroups | None, partition: Partition, model: ModelSpec, costs: CostModel, p2p: PointToPoint | None = None,
         profile: Profile | None = None, forget: Callable[[], None] = lambda: None, is_planner: bool = True, read_every_iteration: bool = True,
-        state_file: Path | None = None,
+        state_file: Path | None = None, measures_all: bool = False,
     ) -> None:
         self._groups = groups
         self._partition = partition
@@ -95,6 +96,7 @@ class CostFeedback:
         self._is_planner = is_planner
         self._read_every_iteration = read_every_iteration
         self._state_file = state_file
+        self._measures_all = measures_all
         self._clock_offset_ns: int | None = None
         self._iterations = 0
         self._measured: deque[list[StageSample]] = deque(maxlen=KEPT_ITERATIONS)
@@ -155,7 +157,7 @@ class CostFeedback:
     def is_due(self) -> bool:
         """Whether the iteration that ran last is gathered from all ranks; the same on all of them."""
         measured = self._iterations - SKIPPED
-        return 1 <= measured <= PROFILED_FIRST or (measured > 0 and measured % PROFILED_EVERY == 0)
+        return 1 <= measured <= PROFILED_FIRST or (measured > 0 and (self._measures_all or measured % PROFILED_EVERY == 0))
 
     def after_iteration(self, plan: Plan, own_records: Callable[[], list[StageRecord]]) -> None:
         """To be called on all ranks of the replica, behind each training iteration.

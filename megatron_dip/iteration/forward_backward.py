@@ -34,7 +34,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_dip.iteration.agreement import Agreement, first_line
 from megatron_dip.iteration.balance import BalanceFigures, ReplicaBalance, ReplicaPlans
-from megatron_dip.iteration.capture_batch import BatchCapture, CapturedBatch, is_replaying
+from megatron_dip.iteration.capture_batch import BatchCapture, CapturedBatch, DataEnded, is_replaying
 from megatron_dip.iteration.data_parallel import AT_START, finish_param_sync, grad_sync_points, no_sync, start_param_sync
 from megatron_dip.iteration.dealing import Estimate
 from megatron_dip.iteration.foreseen_metadata import ForeseenMetadata, JointRecording
@@ -292,6 +292,26 @@ class DipForwardBackward:
             config.timers("forward-backward").stop()
         return loss.reports()
 
+    def sample(self, forward_step: Callable[..., Any], iterator: Iterator[Any] | None, num_microbatches: int, count: int) -> list[list[Microbatch]]:
+        """Reads ``count`` batches and gives their microbatches' instance lengths; nothing runs, and the data are let go. All ranks of the replica
+        must call it together.
+
+        Returns:
+            Fewer batches where the data end before; none on ranks that are not given the data.
+        Raises:
+            InputError: a batch that cannot be read.
+        """
+        found: list[list[Microbatch]] = []
+        for _ in range(count):
+            batch = self._capture(forward_step, iterator, num_microbatches, self._draw_place(False))
+            if isinstance(batch.error, DataEnded):
+                break
+            if batch.error is not None:
+                raise batch.error
+            if batch.microbatches is not None:
+                found.append(batch.microbatches)
+        return found
+
     def forget_plans(self) -> None:
         """To be called when the plan function's costs have changed: batches that come again are planned anew."""
         if self._plans is not None:
@@ -311,6 +331,10 @@ class DipForwardBackward:
     def counts(self) -> PlanCounts | None:
         """How plans were had so far; None where this rank does not plan."""
         return None if self._plans is None else self._plans.counts()
+
+    def last_batch(self) -> Sequence[Microbatch] | None:
+        """The last iteration's microbatches on the rank that plans; None elsewhere."""
+        return None if self._plans is None else self._plans.last_batch
 
     def balance_figures(self) -> BalanceFigures | None:
         """What dealing batches to replicas came to so far; None where they are not dealt."""

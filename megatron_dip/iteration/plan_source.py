@@ -152,6 +152,11 @@ class PlanSource:
         """Hands one training batch to the service; from any thread."""
         self._service.submit(batch)
 
+    @property
+    def last_batch(self) -> Sequence[Microbatch] | None:
+        """Microbatches of the last iteration whose plan was taken; of all linked replicas together."""
+        return None if self._last_taken is None else self._last_taken.microbatches
+
     def planned_ns(self, batch: Sequence[Microbatch]) -> int:
         """What a plan of this training batch takes; planned at once, from any thread."""
         return self._service.plan(batch).plan.claimed_makespan

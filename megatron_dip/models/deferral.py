@@ -80,6 +80,15 @@ def check_split(chunks: Sequence[torch.nn.Module]) -> None:
             )
 
 
+def can_split(chunks: Sequence[torch.nn.Module]) -> bool:
+    """Whether :func:`check_split` has nothing to say."""
+    try:
+        check_split(chunks)
+    except InputError:
+        return False
+    return True
+
+
 class LinearWeightDeferral:
     """Takes over the linear layers of ``chunks``; outside of :meth:`collecting` they work as before."""
 

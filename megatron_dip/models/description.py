@@ -51,6 +51,20 @@ class ModelDescription(Protocol):
         """How many values the whole model returns to forward_step; None = one tensor."""
         ...
 
+    @property
+    def undivided(self) -> tuple[str, ...]:
+        """Modules whose microbatch cannot be divided into sub-microbatches."""
+        ...
+
+    def typical_microbatch(self, sequences: int, length: int) -> Microbatch:
+        """What to expect of a microbatch before any data was seen.
+
+        Args:
+            sequences: of the run's micro batch size.
+            length: tokens of a sequence.
+        """
+        ...
+
     def item_metadata(self, item: Any) -> Microbatch:
         """Instance lengths of one item of the data iterator, before forward_step reads it: what :meth:`metadata` will say of its batch.
 

@@ -63,6 +63,11 @@ class GptDescription:
 
     num_outputs = None
 
+    undivided = (LANGUAGE,)
+
+    def typical_microbatch(self, sequences: int, length: int) -> Microbatch:
+        return {LANGUAGE: [length] * sequences}
+
     def item_metadata(self, item: Any) -> Microbatch:
         """What :meth:`metadata` will say of a batch of the data loader. Raises InputError for items of another form."""
         if not isinstance(item, dict) or "tokens" not in item:

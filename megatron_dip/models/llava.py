@@ -156,6 +156,13 @@ class LlavaDescription:
     num_outputs = 2
     """LLaVAModel returns losses or logits, and a loss mask."""
 
+    undivided = (LANGUAGE,)
+
+    def typical_microbatch(self, sequences: int, length: int) -> Microbatch:
+        """Half of a sequence's embeddings are those of tiles, one tile at least."""
+        tiles = max(1, length // (2 * self._sketch.img_seq_len))
+        return {VISION: [self._vision.length] * (tiles * sequences), LANGUAGE: [length] * sequences}
+
     def item_metadata(self, item: Any) -> Microbatch:
         """What :meth:`metadata` will say of a batch of the data loaders of pretrain_vlm.py and examples/multimodal, which these scripts pad
         as context and sequence parallelism ask for. Raises InputError for items of another form."""

@@ -246,6 +246,16 @@ class MimoDescription:
                 microbatch[name] = [modality.tower.length] * count
         return microbatch
 
+    undivided = (LANGUAGE,)
+
+    def typical_microbatch(self, sequences: int, length: int) -> Microbatch:
+        """Half of a sequence's embeddings are those of inputs, alike of all modalities, one input of each at least."""
+        share = length // (2 * max(1, len(self._modalities)))
+        inputs = {
+            name: [modality.tower.length] * (sequences * max(1, share // modality.tower.length)) for name, modality in self._modalities.items()
+        }
+        return {**inputs, LANGUAGE: [length] * sequences}
+
     def item_metadata(self, item: Any) -> Microbatch:
         """What :meth:`metadata` will say of a batch of examples/mimo's data loaders. Raises InputError for items of another form."""
         if not isinstance(item, dict) or not {"input_ids", "modality_inputs"} <= item.keys():

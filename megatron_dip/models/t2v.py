@@ -398,6 +398,15 @@ class TextToVideoDescription:
 
     num_outputs = None
 
+    undivided = ()
+
+    def typical_microbatch(self, sequences: int, length: int) -> Microbatch:
+        """Clips of the length, each with a caption of a sixteenth."""
+        microbatch: Microbatch = {DIFFUSION: [length] * sequences}
+        if self.config.language is not None:
+            microbatch[LANGUAGE] = [max(1, length // 16)] * sequences
+        return microbatch
+
     def item_metadata(self, item: Any) -> Microbatch:
         """Raises InputError for tensors that do not fit the model."""
         check_batch(self.config, item)

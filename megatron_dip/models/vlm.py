@@ -641,6 +641,13 @@ class VlmDescription:
 
     num_outputs = None
 
+    undivided = ()
+
+    def typical_microbatch(self, sequences: int, length: int) -> Microbatch:
+        """Packed sequences of which images are a half."""
+        patches, longest = self.config.image.patches, min(length, self.config.model.sequence_length)
+        return {VISION: [patches] * max(1, sequences * longest // (2 * patches)), LANGUAGE: [longest] * sequences}
+
     def item_metadata(self, item: Any) -> Microbatch:
         """Raises InputError for tensors that do not fit the model."""
         check_item(self.config, item)

@@ -144,12 +144,13 @@ class _Descent:
         self.free = [max(cheapest_work_ns(model, batch, costs) / num_ranks, 1.0) for batch in judged]
         everything = [microbatch for batch in judged for microbatch in batch]
         self.microbatches: list[Microbatch] = everything[:: max(1, len(everything) // _WORK_SAMPLE)]
-        self.known: dict[tuple[str, bool], tuple[float, ...]] = {}
-        """(partition, thoroughly) -> ns of each judged batch"""
+        self.known: dict[tuple[str, bool], list[float]] = {}
+        """(partition, thoroughly) -> ns of judged batches, in their order, as far as these were needed"""
         self.unseen: list[str] = []
         self.chunk_options: list[list[int]] = []
         self.size_options: list[list[int]] = []
         self._work: dict[tuple[int, int], ModuleWork] = {}
+        self._built: dict[Cut, Partition] = {}
 
     def find_options(self, batches: Sequence[Batch]) -> None:
         """K and B that are tried for each module."""
@@ -178,23 +179,51 @@ class _Descent:
         return self._work[index, size]
 
     def build(self, cut: Cut) -> Partition:
-        return balanced_partition(self.model, self.num_ranks, cut, [self.work(index, size) for index, size in enumerate(cut.sizes)])
+        if cut not in self._built:
+            work = [self.work(index, size) for index, size in enumerate(cut.sizes)]
+            self._built[cut] = balanced_partition(self.model, self.num_ranks, cut, work)
+        return self._built[cut]
 
-    def times(self, cut: Cut, thorough: bool) -> tuple[float, ...]:
-        """ns of each judged batch; another levelling may change nothing, so that a partition is judged once."""
-        partition = self.build(cut)
-        key = (repr(partition), thorough)
-        if key not in self.known:
-            self.known[key] = tuple(self.evaluate(partition, batch, thorough) for batch in self.judged)
-            if self.progress is not None:
-                self.progress(len(self.known), min(self.ratio(times) for times in self.known.values()))
-        return self.known[key]
+    def _known(self, cut: Cut, thorough: bool) -> list[float]:
+        """Another levelling may change nothing: a partition is judged once."""
+        return self.known.setdefault((repr(self.build(cut)), thorough), [])
+
+    def times(self, cut: Cut, thorough: bool) -> list[float]:
+        """ns of each judged batch."""
+        self.score(cut, thorough)
+        return self._known(cut, thorough)
 
     def ratio(self, times: Sequence[float]) -> float:
-        return sum(time / free for time, free in zip(times, self.free, strict=True)) / len(times)
+        """Of time over free bound, mean over all judged batches; no batch that is not known yet can be below its bound."""
+        known = sum(time / free for time, free in zip(times, self.free, strict=False))
+        return (known + len(self.judged) - len(times)) / len(self.judged)
 
-    def score(self, cut: Cut, thorough: bool) -> float:
-        return self.ratio(self.times(cut, thorough)) * (1.0 + _TOLL * sum(cut.chunks))
+    def score(self, cut: Cut, thorough: bool, limit: float = math.inf) -> float:
+        """What the descent goes by; or, where that is at least ``limit``, some number from there up to it: batches are judged until it shows."""
+        partition, times = self.build(cut), self._known(cut, thorough)
+        before = len(times)
+        toll = 1.0 + _TOLL * sum(cut.chunks)
+        while len(times) < len(self.judged) and self.ratio(times) * toll < limit:
+            times.append(self.evaluate(partition, self.judged[len(times)], thorough))
+        if len(times) > before and self.progress is not None:
+            complete = [self.ratio(of_one) for of_one in self.known.values() if len(of_one) == len(self.judged)]
+            self.progress(len(self.known), min(complete, default=math.inf))
+        return self.ratio(times) * toll
+
+    def best_of(self, cuts: Sequence[Cut], thorough: bool, count: int) -> list[Cut]:
+        """The ``count`` cuts of least score, the best one first, equal ones in their order. The others are judged only until that shows."""
+        left = list(cuts)
+        found: list[Cut] = []
+        while left and len(found) < count:
+            bounds = [self.score(cut, thorough, 0.0) for cut in left]
+            first = min(range(len(left)), key=bounds.__getitem__)
+            others = [bound for index, bound in enumerate(bounds) if index != first]
+            # Up to where it would not be the first any more, at least by one batch.
+            exact = self.score(left[first], thorough, math.nextafter(min(others, default=math.inf), math.inf))
+            is_known = math.isinf(exact) or len(self._known(left[first], thorough)) == len(self.judged)
+            if is_known and exact <= min(others, default=math.inf):
+                found.append(left.pop(first))
+        return found
 
     def full(self, thorough: bool, limit: int) -> bool:
         return sum(key[1] == thorough for key in self.known) >= limit
@@ -202,12 +231,12 @@ class _Descent:
     def run(self) -> Cut:
         """Two short descents: the better of two valleys, and a wider choice for the thorough look; then one thorough descent."""
         starts = self.starts()
-        ranked = sorted(dict.fromkeys(starts), key=lambda cut: self.score(cut, False))
-        ends = [self.descend(cut, False, self.limits.short * (number + 1) // 2) for number, cut in enumerate(ranked[:2])]
+        ranked = self.best_of(list(dict.fromkeys(starts)), False, 2)
+        ends = [self.descend(cut, False, self.limits.short * (number + 1) // 2) for number, cut in enumerate(ranked)]
         near = [neighbour for end in ends for neighbour in [end, *self.neighbours(end)]]
         tried = [cut for cut in dict.fromkeys([*ends, *near, *starts]) if (repr(self.build(cut)), False) in self.known]
-        finalists = sorted(tried, key=lambda cut: self.score(cut, False))[: max(1, self.limits.thorough // 3)]
-        best = min(finalists, key=lambda cut: self.score(cut, True))
+        finalists = self.best_of(tried, False, max(1, self.limits.thorough // 3))
+        best, = self.best_of(finalists, True, 1)
         return self.descend(best, True, self.limits.thorough)
 
     def starts(self) -> list[Cut]:
@@ -233,7 +262,8 @@ class _Descent:
             for neighbour in self.neighbours(cut):
                 if self.full(thorough, limit):
                     return cut
-                if self.score(neighbour, thorough) < self.score(cut, thorough):
+                score = self.score(cut, thorough)
+                if self.score(neighbour, thorough, score) < score:
                     cut, improved = neighbour, True
                     break
         return cut

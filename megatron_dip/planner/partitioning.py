@@ -60,55 +60,79 @@ def joint_partition(
     Raises:
         InputError: no partition fits (with what the nearest one lacks, where, and what would help).
     """
-    capacity = costs.memory_capacity_bytes()
     given, drifted = judged_batches(model, batches, drift=drift)
-    num_judged = len(given) + len(drifted)
-    lacking: list[tuple[int, int, int]] = []  # (most bytes missing on a rank, that rank, bytes it holds all the time)
+    judge = _Judge(model, num_ranks, costs, split_backward, strategy, len(given) + len(drifted))
 
-    # What plans count besides is known only once they are lowered: the choice keeps room for it, unless nothing fits so.
-    keeps_room = capacity is not None and costs.counts_all_memory()
+    def choose() -> PartitionChoice:
+        return choose_partition(
+            model, num_ranks, batches, costs, judge, chunks=chunks, sizes=sizes, progress=progress, drift=drift, limits=limits,
+        )
 
-    def evaluate(partition: Partition, batch: Batch, fine: bool) -> float:
+    try:
+        if judge.keeps_room:
+            with contextlib.suppress(NothingFits):
+                return choose()
+            judge.keeps_room = False
+        return choose()
+    except NothingFits:
+        missing, rank, held = min(judge.lacking)
+        raise InputError(
+            "memory_capacity_bytes", judge.capacity,
+            f"none of {len(judge.lacking)} partitions fits: of the nearest one {missing} bytes are missing on pipeline rank {rank}, where {held} bytes "
+            "are held all the time and the leanest memory strategy is taken everywhere",
+            "use more pipeline or tensor ranks, smaller microbatches, or a memory strategy that keeps less (full recompute, offload)",
+        ) from None
+
+
+def expected_ns(
+    model: ModelSpec, num_ranks: int, batches: Sequence[Batch], costs: CostModel, partition: Partition, *, split_backward: SplitBackward = False,
+    strategy: str | None = None,
+) -> float:
+    """Mean planned time of the batches on a partition, searched as thoroughly as the choice's last candidates; math.inf where one does not fit."""
+    judge = _Judge(model, num_ranks, costs, split_backward, strategy, len(batches))
+    return sum(judge(partition, batch, True) for batch in batches) / len(batches)
+
+
+class _Judge:
+    """Planned time of a batch on a partition, by a search limited in evaluations."""
+
+    def __init__(
+        self, model: ModelSpec, num_ranks: int, costs: CostModel, split_backward: SplitBackward, strategy: str | None, num_judged: int
+    ) -> None:
+        """Args:
+        num_judged: batches among which the evaluations of a candidate are shared.
+        """
+        self._model, self._num_ranks, self._costs = model, num_ranks, costs
+        self._split_backward: SplitBackward = split_backward
+        self._strategy, self._num_judged = strategy, num_judged
+        self.capacity = costs.memory_capacity_bytes()
+        self.keeps_room = self.capacity is not None and costs.counts_all_memory()
+        """What plans count besides is known only once they are lowered: room is kept for it, unless nothing fits so."""
+        self.lacking: list[tuple[int, int, int]] = []
+        """(most bytes missing on a rank, that rank, bytes it holds all the time) of each candidate that did not fit."""
+
+    def __call__(self, partition: Partition, batch: Batch, fine: bool) -> float:
+        model, costs, num_ranks = self._model, self._costs, self._num_ranks
         limit = np.full(num_ranks, UNLIMITED, dtype=np.int64)
         sub_microbatches = split(batch, model, partition, costs)
-        if capacity is not None:
-            limit = capacity - np.array(static_bytes(model, partition, costs), dtype=np.int64)
-        if keeps_room:
-            problem = build_problem(model, partition, sub_microbatches, costs, only_strategy=strategy)
+        if self.capacity is not None:
+            limit = self.capacity - np.array(static_bytes(model, partition, costs), dtype=np.int64)
+        if self.keeps_room:
+            problem = build_problem(model, partition, sub_microbatches, costs, only_strategy=self._strategy)
             limit -= recomputing_room(problem) + captured_inputs(model, batch, costs, num_ranks).room()
             limit -= np.maximum(limit, 0) // _MESSAGES_PART
         stages = sum(2 * num_ranks * partition.num_chunks(sub.module) for sub in sub_microbatches)
         tries, most_stages = (_THOROUGH, _THOROUGH_STAGES) if fine else (_SHORT, _SHORT_STAGES)
-        tried = max(_LEAST, min(tries, most_stages // stages) // num_judged)
-        options = SearchOptions(evaluations=tried if split_backward is False else max(1, tried // 2))
+        tried = max(_LEAST, min(tries, most_stages // stages) // self._num_judged)
+        options = SearchOptions(evaluations=tried if self._split_backward is False else max(1, tried // 2))
         try:
             solved = search_forms(
-                lambda form: build_problem(model, partition, sub_microbatches, costs, split_backward=form, only_strategy=strategy),
-                limit, options, split_backward, with_bound=False,
+                lambda form: build_problem(model, partition, sub_microbatches, costs, split_backward=form, only_strategy=self._strategy),
+                limit, options, self._split_backward, with_bound=False,
             )
             return float(solved.result.schedule.makespan_ns)
         except DoesNotFit as error:
-            assert capacity is not None
+            assert self.capacity is not None
             rank = int(np.argmax(error.missing))
-            lacking.append((int(error.missing[rank]), rank, capacity - int(limit[rank])))
+            self.lacking.append((int(error.missing[rank]), rank, self.capacity - int(limit[rank])))
             return math.inf
-
-    def choose() -> PartitionChoice:
-        return choose_partition(
-            model, num_ranks, batches, costs, evaluate, chunks=chunks, sizes=sizes, progress=progress, drift=drift, limits=limits,
-        )
-
-    try:
-        if keeps_room:
-            with contextlib.suppress(NothingFits):
-                return choose()
-            keeps_room = False
-        return choose()
-    except NothingFits:
-        missing, rank, held = min(lacking)
-        raise InputError(
-            "memory_capacity_bytes", capacity,
-            f"none of {len(lacking)} partitions fits: of the nearest one {missing} bytes are missing on pipeline rank {rank}, where {held} bytes "
-            "are held all the time and the leanest memory strategy is taken everywhere",
-            "use more pipeline or tensor ranks, smaller microbatches, or a memory strategy that keeps less (full recompute, offload)",
-        ) from None

@@ -269,6 +269,8 @@ class SchedulePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Chunks a rank under ``interleaved``."""
     partition: Partition | None = None
     """Of ``dip``; absent = the example's ``chunks`` for these ranks, or even layers by its ``virtual_pipeline``."""
+    auto_partition: bool = False
+    """Of ``dip`` without ``partition``: the cut that an earlier run has kept, or the best one for the example's data; learned on, and kept for the next run."""
     plan_s: float = 0.01
     """Seconds of search for each plan of ``dip``."""
     profile: str | None = None

@@ -24,6 +24,7 @@ from megatron_dip.cost.device import device_names
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.iteration.built_model import describe_built_model
+from megatron_dip.iteration.cut_review import CutReview
 from megatron_dip.iteration.feedback import CostFeedback, measure_p2p
 from megatron_dip.iteration.forward_backward import DipForwardBackward, IterationSettings
 from megatron_dip.iteration.index_deals import IndexDeals
@@ -42,6 +43,7 @@ from megatron_dip.spec.timeline import Bar, Timeline, plan_timeline
 from megatron_dip.spec.training import BalanceRecord, RunSettings, SchedulePlan
 from megatron_dip.spec.workload import Microbatch, Training, check_measured
 from megatron_dip.trainer.build import build_dip_model
+from megatron_dip.trainer.cut import auto_partition, cut_review
 from megatron_dip.trainer.systems import Example, System, measured_timeline, whole_model
 
 _LOOKED_THROUGH = 8
@@ -59,9 +61,21 @@ class DipSystem(System):
         """
         spec = example.config.model.modules
         ranks = settings.parallel.pipeline
-        self.partition = schedule.partition or example.config.given_partition(ranks) or even_partition(
-            spec, ranks, example.config.virtual_pipeline, example.config.sub_microbatch_size
+        given: Profile | None = None
+        if schedule.profile is not None:
+            given = load_profile(schedule.profile)
+            check_measured(spec, given, "--profile")
+        analytic = AnalyticCost(
+            spec, settings.parallel, Training(dtype="fp32", distributed_optimizer=settings.distributed_optimizer),
+            _rough_device(settings.device),
         )
+        costs: CostModel = analytic if given is None else ProfileCost(given, field="--profile")
+        if schedule.partition is None and schedule.auto_partition:
+            self.partition = auto_partition(example, settings, costs)
+        else:
+            self.partition = schedule.partition or example.config.given_partition(ranks) or even_partition(
+                spec, ranks, example.config.virtual_pipeline, example.config.sub_microbatch_size
+            )
         model = build_dip_model(
             whole_model(example, settings), self.partition, overlap_grad_reduce=settings.overlap_grad_reduce,
             distributed_optimizer=settings.distributed_optimizer,
@@ -70,10 +84,6 @@ class DipSystem(System):
         self._schedule = schedule
         self._model_spec = spec
         device = torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
-        analytic = AnalyticCost(
-            spec, settings.parallel, Training(dtype="fp32", distributed_optimizer=settings.distributed_optimizer),
-            _rough_device(settings.device),
-        )
         self._budget = SearchBudget(schedule.plan_s)
         self._index_deals: IndexDeals | None = None
         """Where every replica takes what it is dealt from the data set."""
@@ -94,16 +104,11 @@ class DipSystem(System):
         self._model_spec = describe_built_model(
             spec, self.partition, model.staged.chunk_keys, model.chunks, self.forward_backward.groups
         ).spec
-        self._given_costs: CostModel = analytic
+        self._given_costs = costs
         """The same on all ranks, whatever they measure."""
-        given: Profile | None = None
-        if schedule.profile is not None:
-            given = load_profile(schedule.profile)
-            check_measured(spec, given, "--profile")
-            self._given_costs = ProfileCost(given, field="--profile")
         self.feedback = CostFeedback(
             groups=self.forward_backward.groups, partition=self.partition, model=self._model_spec,
-            costs=self._given_costs,
+            costs=costs,
             # What gloo takes on the host says nothing about NCCL.
             p2p=measure_p2p(self.forward_backward.groups) if settings.device == "cpu" and warmed_by is None and given is None else None,
             profile=given, forget=self.forward_backward.forget_plans, is_planner=self.forward_backward.is_planner,
@@ -111,6 +116,10 @@ class DipSystem(System):
         )
         if warmed_by is not None and given is None:
             self.feedback.take_over(warmed_by.feedback)
+        self._review: CutReview | None = None
+        """Of the cut, on the rank that does it."""
+        if schedule.auto_partition and schedule.profile is None and not schedule.deterministic and dist.get_rank() == 0:
+            self._review = cut_review(example, settings, self.partition, self._model_spec, self.feedback)
         self._training_plan: Plan | None = None
         self._own_records: list[StageRecord] = []
         self._records: list[list[StageRecord]] | None = None
@@ -170,6 +179,15 @@ class DipSystem(System):
         if self._schedule.profile is None and not self._schedule.deterministic:
             assert self._training_plan is not None
             self.feedback.after_iteration(self._training_plan, lambda: self._own_records)
+        if self._review is not None:
+            batch = self.forward_backward.last_batch()
+            assert batch is not None, "an iteration ran without a plan"
+            self._review.after_iteration(batch)
+
+    def end(self) -> None:
+        if self._review is not None:
+            self._review.begin_last()
+            self._review.finish()
 
     @property
     def profile(self) -> Profile | None:

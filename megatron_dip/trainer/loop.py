@@ -147,6 +147,7 @@ class _Run:
         if settings.timelines is not None:
             system.write_timelines(Path(settings.timelines))
             self.say(f"wrote the last iteration's timelines to {settings.timelines}")
+        system.end()
         counts = system.plan_counts()
         if counts is not None:
             self.say(

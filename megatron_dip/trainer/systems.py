@@ -151,6 +151,9 @@ class System(ABC):
     def after_step(self) -> None:  # noqa: B027  (a static schedule learns nothing)
         """What a schedule learns from the iteration that just ran."""
 
+    def end(self) -> None:  # noqa: B027  (as above)
+        """Behind the last iteration: what there is to say of the run."""
+
     def score(self) -> dict[str, tuple[int, int]]:
         """What was scored -> (right, asked), the same on all ranks; by the example's ``evaluate``, else by its ``evaluation_step``."""
         module = self.example.module

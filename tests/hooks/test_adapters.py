@@ -364,7 +364,7 @@ def run_case(rank: int, ranks: int, case: Case) -> Outcome:
             (value * case.context / len(items)).backward()
 
     parser = argparse.ArgumentParser()
-    args = add_dip_args(parser).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", *case.flags])
+    args = add_dip_args(parser).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", "--dip-partition", "even", *case.flags])
     for name, value in {
         "tensor_model_parallel_size": case.tensor, "pipeline_model_parallel_size": ranks, "data_parallel_size": 1,
         "context_parallel_size": case.context, "sequence_parallel": case.tensor > 1, "bf16": False, "fp16": False, "use_distributed_optimizer": False,

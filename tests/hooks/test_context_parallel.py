@@ -146,7 +146,7 @@ def divided(rank: int, ranks: int, weights: list[Tensors]) -> list[tuple[Outcome
         stock = run(
             kind, [provide_gpt(case, STAGES, pre_process=first, post_process=last)], schedules.forward_backward_pipelining_without_interleaving, of_kind
         )
-        args = add_dip_args(argparse.ArgumentParser()).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", *case.flags])
+        args = add_dip_args(argparse.ArgumentParser()).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", "--dip-partition", "even", *case.flags])
         for name, value in {
             "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": STAGES, "data_parallel_size": 1, "context_parallel_size": CONTEXT,
             "sequence_parallel": False, "bf16": False, "fp16": False, "use_distributed_optimizer": False,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_dip.hooks.arguments import add_dip_args, options_from_args
-from megatron_dip.hooks.build import make_partition
+from megatron_dip.hooks.cut import given_partition
 from megatron_dip.spec.codec import save
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
@@ -24,7 +24,7 @@ SPEC = ModelSpec(modules=[
 
 
 def cut(*words: str) -> Partition:
-    return make_partition(SPEC, RANKS, options_from_args(add_dip_args(argparse.ArgumentParser()).parse_args(words)))
+    return given_partition(SPEC, RANKS, options_from_args(add_dip_args(argparse.ArgumentParser()).parse_args(words)))
 
 
 def test_layers_need_not_divide() -> None:

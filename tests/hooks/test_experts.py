@@ -119,7 +119,7 @@ def spread(rank: int, world: int, ranks: int, weights: Tensors) -> tuple[int, li
 
 
 def arguments_of_two_replicas(ranks: int) -> argparse.Namespace:
-    args = add_dip_args(argparse.ArgumentParser()).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", *REPLICAS[0].flags])
+    args = add_dip_args(argparse.ArgumentParser()).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", "--dip-partition", "even", *REPLICAS[0].flags])
     for name, value in {
         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": ranks, "data_parallel_size": 2, "context_parallel_size": 1,
         "sequence_parallel": False, "bf16": False, "fp16": False, "use_distributed_optimizer": False,

@@ -56,7 +56,7 @@ def run(rank: int, ranks: int) -> Alive:
     from megatron_dip.without_cuda.core import CpuDeviceMode
 
     case = Case(model="clip", images=(1, 2, 1, 2))
-    args = add_dip_args(argparse.ArgumentParser()).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu"])
+    args = add_dip_args(argparse.ArgumentParser()).parse_args(["--dip-evaluations", "5", "--dip-device", "cpu", "--dip-partition", "even", "--dip-split-backward", "off"])
     for name, value in {
         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": ranks, "data_parallel_size": 1, "context_parallel_size": 1,
         "sequence_parallel": False, "bf16": False, "fp16": False, "use_distributed_optimizer": False,

@@ -37,7 +37,7 @@ GPT = [*COMMON, *words("--num-layers 6 --seq-length 32 --max-position-embeddings
 
 NO_EVALUATION = words("--eval-iters 0 --eval-interval 1000 --split 100,0,0")
 
-DIP = words("--pipeline-schedule dip --dip-evaluations 20 --dip-device cpu")
+DIP = words("--pipeline-schedule dip --dip-evaluations 20 --dip-device cpu --dip-partition even")
 
 
 P2 = words("--pipeline-model-parallel-size 2")
