@@ -161,9 +161,10 @@ def _analytic_choice(args: Any, options: DipOptions, description: ModelDescripti
     except InputError as error:
         logger.warning("no cut fits by analytic costs (%s): modules are cut evenly", error)
         return RunCut(partition=given_partition(spec, num_ranks, options), origin="even")
+    expected = ", ".join(f"{len(lengths)} instances of {lengths[0]} tokens of {name}" for name, lengths in microbatch.items())
     basis = "the measured costs of --dip-profile" if options.profile is not None else "analytic costs"
     return RunCut(
-        partition=partition, origin=f"chosen by {basis} for {count} microbatches like {microbatch}, since none is kept for such a run; `megatron-dip "
+        partition=partition, origin=f"chosen by {basis} for {count} microbatches of {expected}, since none is kept for such a run; `megatron-dip "
         "tune` chooses by measured costs and the script's own data",
     )
 

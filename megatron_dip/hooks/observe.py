@@ -126,7 +126,8 @@ class StockObserver:
             self._offset_ns = clock_offset(self._groups)
         is_first = parallel_state.get_pipeline_model_parallel_rank() == 0
         seen: list[Microbatch] = []
-        timer = stage_timer(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"))
+        on_cpu = torch.cuda.current_device() == torch.device("cpu")
+        timer = stage_timer(torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()))
         counts = {0: 0, _BACKWARD: 0}
 
         def timed(function: Callable[..., Any], kind: int) -> Callable[..., Any]:
