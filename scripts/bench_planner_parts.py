@@ -33,10 +33,10 @@ from megatron_dip.planner.iteration import PlanOptions
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
-from megatron_dip.program.program import Program
 from megatron_dip.report.tables import markdown_table
+from megatron_dip.schedule import backward
 from megatron_dip.schedule.bounds import problem_bound_ns
-from megatron_dip.schedule.checker import check_plan
+from megatron_dip.schedule.checker import check_columns, inspect_plan
 from megatron_dip.schedule.exact_memory import choose_exactly
 from megatron_dip.schedule.graph import StageProblem, build_problem
 from megatron_dip.schedule.interleave import UNLIMITED, Policy, interleave, make_costs, make_kernel_graph, make_workspace
@@ -121,7 +121,7 @@ def _kernel_calls(given: Fixed) -> tuple[int, dict[str, Callable[[], object]]]:
     interleave(kernel, costs, free, forward, backward, Policy(), work)
     orders = work.orders()
     program = lower(graph, orders)
-    plan = iteration.plan_iteration(model, given.partition, given.batch, given.costs, PlanOptions(evaluations=1))
+    plan = iteration.plan_columns(model, given.partition, given.batch, given.costs, PlanOptions(evaluations=1))
     packed = message.pack_plan(plan)
 
     def checked_run() -> None:
@@ -138,7 +138,8 @@ def _kernel_calls(given: Fixed) -> tuple[int, dict[str, Callable[[], object]]]:
         "times of an order": lambda: time_order(graph, orders),
         "lowering": lambda: lower(graph, orders),
         "program check and dry run": checked_run,
-        "plan check (plain Python)": lambda: check_plan(plan, given.batch),
+        "plan check": lambda: check_columns(plan, given.batch),
+        "plan check (plain Python)": lambda: inspect_plan(packed.plan, given.batch),
         "packing": lambda: message.pack_plan(plan),
         "unpacking": lambda: message.unpack_plan(packed.data),
     }
@@ -176,11 +177,10 @@ def kernels_report(rows: list[Row]) -> str:
 # --- the interpreter's lock ------------------------------------------------------------------------------------------------------
 
 _PHASES: tuple[tuple[Any, str, str], ...] = (
-    (iteration, "split", "sub-microbatches"), (iteration, "build_problem", "task graph"), (iteration, "problem_bound_ns", "bound"),
-    (iteration, "search", "search"), (iteration, "lower", "lowering"), (iteration, "check_program", "program check"),
-    (iteration, "dry_run", "dry run"), (iteration, "_plan_stages", "the plan's stages"), (Program, "actions", "the plan's actions"),
-    (Program, "inputs", "the plan's inputs"), (Program, "local_inputs", "the plan's inputs"), (Program, "outputs", "the plan's outputs"),
-    (iteration, "check_plan", "plan check (plain Python)"), (message, "pack_plan", "packing"), (message, "unpack_plan", "unpacking"),
+    (iteration, "split", "sub-microbatches"), (iteration, "build_problem", "task graph"), (backward, "problem_bound_ns", "bound"),
+    (backward, "search", "search"), (iteration, "lower", "lowering"), (iteration, "check_program", "program check"),
+    (iteration, "dry_run", "dry run"), (iteration, "_make_columns", "the plan's arrays"), (iteration, "check_columns", "plan check"),
+    (message, "plan_of", "the plan's objects"), (message, "lower_columns", "lowering"), (message, "check_columns", "plan check"), (message, "pack_plan", "packing"), (message, "unpack_plan", "unpacking"),
 )
 
 
@@ -240,9 +240,11 @@ def _watch(given: Fixed, spans: Spans, emit: Emit) -> None:
     model = named_setup(given.name).model
 
     def once(budget_s: float) -> int:
-        plan = iteration.plan_iteration(model, given.partition, given.batch, given.costs, PlanOptions(time_budget_s=budget_s))
-        received = message.unpack_plan(message.pack_plan(plan).data)
-        size = len(plan.stages)
+        plan = message.pack_plan(
+            iteration.plan_columns(model, given.partition, given.batch, given.costs, PlanOptions(time_budget_s=budget_s))
+        )
+        received = message.unpack_plan(plan.data)
+        size = len(received.stages)
         began = time.perf_counter_ns()
         del plan, received
         spans.spans.append(("letting two plans go", began, time.perf_counter_ns()))

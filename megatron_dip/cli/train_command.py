@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 NEEDED = ("torch", "megatron.core", "psutil")
 """What training cannot do without; psutil for Megatron-Core's checkpoints."""
 
+SCHEDULES = ("dip", "1f1b", "interleaved", "optimus", "three-phase", "entrain")
 SUMMARY = "train an example under DIP or Megatron's own schedules"
 
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("example", metavar="EXAMPLE", type=Path, help="folder with config.json and example.py")
     pipeline = parser.add_argument_group("pipeline")
     pipeline.add_argument("--pipeline-schedule", choices=("dip", "1f1b", "interleaved"), default="dip")
+    pipeline.add_argument("--dip-schedule", choices=SCHEDULES, default="dip", help="dip: run its cut in another schedule's order, for comparisons (default: searched)")
     pipeline.add_argument("--pipeline", type=int, default=2, metavar="P", help="pipeline ranks (default 2)")
     pipeline.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor-parallel ranks (default 1)")
     pipeline.add_argument("--data", type=int, default=1, metavar="D", help="replicas (default 1)")
@@ -89,7 +91,7 @@ def make_settings(args: argparse.Namespace, config: ExampleConfig) -> RunSetting
             raise InputError("--profile", args.profile, f"given for schedule {args.pipeline_schedule!r}, which is not planned", "leave one of them out")
         check_measured(config.model.modules, load_profile(args.profile), "--profile")
     schedule = SchedulePlan(
-        name=args.pipeline_schedule, layout=args.stock_layout or ("parameters" if interleaved else "scripts"),
+        name=args.pipeline_schedule, order=args.dip_schedule, layout=args.stock_layout or ("parameters" if interleaved else "scripts"),
         virtual=args.virtual_pipeline if interleaved else 1, partition=None if args.partition in (None, "auto") else load_partition(args.partition),
         auto_partition=args.partition == "auto",
         plan_s=args.plan_time, evaluations=20 if args.deterministic and args.evaluations is None else args.evaluations,

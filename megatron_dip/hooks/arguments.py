@@ -7,7 +7,6 @@ the package sees the flags, or an :class:`InputError` that names the flag and th
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any, Literal, get_args
 
 from megatron_dip.hooks.observe import ObserveAction
 from megatron_dip.iteration.cut_cache import default_cache_folder
+from megatron_dip.iteration.shared_search import SearchRanks, cores_of_rank
 from megatron_dip.schedule.backward import SplitBackward
+from megatron_dip.schedule.rules import ScheduleName
 from megatron_dip.spec.errors import InputError
 
 _GIB = 1 << 30
@@ -49,9 +50,13 @@ class DipOptions:
     """Module -> chunks on each rank (K)."""
     sub_microbatch_size: Mapping[str, int]
     """Module -> instances in a full sub-microbatch (B)."""
+    schedule: ScheduleName
+    """Whose order of stages runs."""
     planner_threads: int
-    time_budget_s: float
-    """Search time for one iteration's plan."""
+    search_ranks: SearchRanks
+    """Which ranks of a replica search."""
+    time_budget_s: float | None
+    """Most search time for one iteration's plan; None = as long as iterations are."""
     evaluations: int | None
     """Schedules to try for each plan instead of a time; equal seeds then give equal plans."""
     look_ahead: int
@@ -98,10 +103,15 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="Chunks of each module on a pipeline rank, such as vit=2 lm=2; 1 for those left out.")
     group.add_argument("--dip-sub-microbatch-size", nargs="+", default=None, metavar="MODULE=B",
                        help="Instances (images, sequences) in a sub-microbatch of each module, such as vit=8; of those left out a microbatch's whole batch.")
+    group.add_argument("--dip-schedule", choices=get_args(ScheduleName), default="dip",
+                       help="Run the cut's stages in another schedule's order, for comparisons: everything else stays. dip: the order is searched.")
     group.add_argument("--dip-planner-threads", type=int, default=None, metavar="N",
                        help="Threads that search plans beside training. Default: half of a rank's share of the cores.")
-    group.add_argument("--dip-time-budget", type=float, default=1.0, metavar="SECONDS",
-                       help="Search time for one iteration's plan.")
+    group.add_argument("--dip-search-ranks", choices=get_args(SearchRanks), default="auto",
+                       help="Which ranks of a replica search its plans, each with other random numbers; the best order wins. auto: all, where each "
+                       "rank has two cores or more, else the first one alone.")
+    group.add_argument("--dip-time-budget", type=float, default=None, metavar="SECONDS",
+                       help="Most search time for one iteration's plan. Default: until it is needed, which the length of iterations foretells.")
     group.add_argument("--dip-evaluations", type=int, default=None, metavar="N",
                        help="Schedules tried for a plan instead of a time: equal seeds then give equal plans.")
     group.add_argument("--dip-look-ahead", type=int, default=1, metavar="N",
@@ -262,7 +272,7 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         )
     if args.dip_balance == "exchange" and args.dip_look_ahead == 0:
         raise InputError("--dip-balance", "exchange", "deals batches that are read ahead", "give --dip-look-ahead 1 or more")
-    if not 0 < args.dip_time_budget <= 3600:
+    if args.dip_time_budget is not None and not 0 < args.dip_time_budget <= 3600:
         raise InputError("--dip-time-budget", args.dip_time_budget, "outside (0, 3600]", "give seconds such as 1.0")
     if args.dip_evaluations is not None:
         _at_least("--dip-evaluations", args.dip_evaluations, 1)
@@ -280,7 +290,9 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         cache=default_cache_folder() if args.dip_cache is None else args.dip_cache,
         chunks=_by_module("--dip-chunks", args.dip_chunks),
         sub_microbatch_size=_by_module("--dip-sub-microbatch-size", args.dip_sub_microbatch_size),
+        schedule=args.dip_schedule,
         planner_threads=threads,
+        search_ranks=args.dip_search_ranks,
         time_budget_s=args.dip_time_budget,
         evaluations=args.dip_evaluations,
         look_ahead=args.dip_look_ahead,
@@ -312,8 +324,7 @@ def _learns_costs(args: argparse.Namespace) -> bool:
 
 def default_planner_threads() -> int:
     """Half of this process' share of the machine's cores, at least one: training keeps the other half."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // (2 * local_ranks))
+    return max(1, cores_of_rank() // 2)
 
 
 def _at_least(flag: str, value: int, low: int) -> None:

@@ -37,14 +37,14 @@ from megatron_dip.models.deferral import can_split, check_split
 from megatron_dip.models.description import LANGUAGE
 from megatron_dip.models.staged import DescribedStagedModel
 from megatron_dip.partition.work import WorkEstimate
-from megatron_dip.planner.budget import SearchBudget
-from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.planner.budget import FIRST_S, SearchBudget
+from megatron_dip.planner.iteration import LOWER_PEAKS_COST, PlanOptions, plan_columns
 from megatron_dip.runtime.groups import PipelineGroups
 from megatron_dip.runtime.startup import hardware_queues
 from megatron_dip.schedule.backward import SplitBackward
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
-from megatron_dip.spec.plan import Plan
+from megatron_dip.spec.plan_columns import PlanColumns
 from megatron_dip.spec.workload import Microbatch
 
 __all__ = ["build_data_iterators", "build_model_chunks", "dip_schedule", "install_schedule"]
@@ -148,22 +148,24 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
 
     budget = SearchBudget(options.time_budget_s, side_by_side)
 
-    def plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
+    def plan(microbatches: Sequence[Microbatch], forward_only: bool) -> PlanColumns:
         partition, split = built.partition, splits
         if built.rehearsal is not None:
             form = built.rehearsal.next_form()
             partition = msgspec.structs.replace(partition, sub_microbatch_size=form.sub_microbatch_size)
             split = form.split_backward
-        return plan_iteration(model, partition, microbatches, current_costs(), PlanOptions(
-            time_budget_s=None if options.evaluations is not None else budget.seconds(), evaluations=options.evaluations,
-            threads=options.planner_threads // side_by_side, seed=options.seed, split_backward=False if forward_only else split, forward_only=forward_only,
+        return plan_columns(model, partition, microbatches, current_costs(), PlanOptions(
+            time_budget_s=None if options.evaluations is not None else budget.seconds() / (1 if forward_only else LOWER_PEAKS_COST),
+            evaluations=options.evaluations,
+            threads=options.planner_threads // side_by_side, seed=options.seed, schedule=options.schedule,
+            split_backward=False if forward_only else split, forward_only=forward_only,
             may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues, reserved_bytes=reserved_bytes(),
-            lower_peaks=not forward_only,
-        ))
+            lower_peaks=not forward_only, is_needed=budget.is_needed if options.evaluations is None else None,
+        ), search=forward_backward.search)
 
-    def quick_plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
-        return plan_iteration(model, built.partition, microbatches, current_costs(), PlanOptions(
-            evaluations=_QUICK_EVALUATIONS, seed=options.seed, split_backward=splits is True and not forward_only, forward_only=forward_only,
+    def quick_plan(microbatches: Sequence[Microbatch], forward_only: bool) -> PlanColumns:
+        return plan_columns(model, built.partition, microbatches, current_costs(), PlanOptions(
+            evaluations=_QUICK_EVALUATIONS, seed=options.seed, schedule=options.schedule, split_backward=splits is True and not forward_only, forward_only=forward_only,
             may_exceed_memory=True, memory_field="--dip-memory-limit", hardware_queues=queues, reserved_bytes=reserved_bytes(),
         ))
 
@@ -198,10 +200,11 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         metadata=description.item_metadata, call_metadata=call_metadata, call_conditions=call_conditions,
         plan_function=plan, quick_plan_function=None if options.evaluations is not None else quick_plan,
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
-        backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * options.time_budget_s + 1, budget=budget,
+        backend="gloo" if on_cpu else "nccl", plan_deadline_s=2 * (options.time_budget_s or FIRST_S) + 1, budget=budget,
         unseen_deadline_s=0.0 if options.look_ahead else None,
         timeout_s=_timeout_s(), seed=int(getattr(built.args, "seed", 0)), iteration=lambda: running_iteration(built), num_outputs=description.num_outputs,
-        planner_threads=side_by_side, look_ahead=options.look_ahead, upcoming=upcoming, joined=joined,
+        planner_threads=side_by_side, search_ranks=options.search_ranks, search_threads=options.planner_threads,
+        look_ahead=options.look_ahead, upcoming=upcoming, joined=joined,
         measures_memory=options.memory_limit_bytes is not None, follows_device_memory=options.follows_device_memory,
         # Replicas that share experts run one joint plan, place by place; where indices are dealt, of what they were dealt.
         balance=work if options.balance in ("auto", "exchange") and joined is None and not by_indices else None,

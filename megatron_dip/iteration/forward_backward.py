@@ -44,7 +44,9 @@ from megatron_dip.iteration.loss import IterationLoss, set_auxiliary_loss_scale
 from megatron_dip.iteration.megatron_compute import MegatronCompute, nvtx_range
 from megatron_dip.iteration.memory_in_use import MemoryInUse
 from megatron_dip.iteration.plan_source import Foresight, PlanFunction, PlanSource, UpcomingFunction
+from megatron_dip.iteration.planning_figures import MeasuredIteration, measure_iteration
 from megatron_dip.iteration.randomness import DrawPlace
+from megatron_dip.iteration.shared_search import SearchRanks, search_of
 from megatron_dip.models.capture import CapturedCall
 from megatron_dip.models.deferral import LinearWeightDeferral
 from megatron_dip.planner.budget import SearchBudget
@@ -56,9 +58,11 @@ from megatron_dip.runtime.groups import PipelineGroups, new_process_groups
 from megatron_dip.runtime.interface import StagedModel
 from megatron_dip.runtime.p2p import PeerError, PointToPoint
 from megatron_dip.runtime.timing import StageRecord, StageTimer, clock_offset, gather_records, stage_timer
+from megatron_dip.schedule.search import SearchFunction, search
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Plan
+from megatron_dip.spec.plan_columns import PlanColumns, plan_of
 from megatron_dip.spec.workload import Microbatch
 
 _REFUSED = {
@@ -100,6 +104,10 @@ class IterationSettings:
     """How long, where its batch was not read ahead; None: as long."""
     planner_threads: int = 1
     """Batches planned side by side."""
+    search_ranks: SearchRanks = "one"
+    """Which ranks of a replica search plans."""
+    search_threads: int = 1
+    """That search beside training on ranks other than the planner."""
     look_ahead: int = 1
     """How many of the next iterations' batches are planned while one runs, where the data iterator can look ahead."""
     upcoming: UpcomingFunction | None = None
@@ -169,13 +177,14 @@ class DipForwardBackward:
             settings.look_ahead, settings.upcoming, joint,
         )
         if self.groups.peers is not None:
-            _check_alike({"--dip-balance": settings.balance is not None, "--dip-look-ahead": settings.look_ahead})
+            _check_alike({"--dip-search-ranks": settings.search_ranks, "--dip-balance": settings.balance is not None, "--dip-look-ahead": settings.look_ahead})
         link: LinkedReplicas | None = None
         if settings.joined is not None:
             module, joined_ranks = settings.joined
             link = link_replicas(
                 parallel_state.get_data_parallel_rank(), joined_ranks, self.groups.control_ranks[0], module, settings.timeout_s
             )
+        self.shared_search = search_of(self.groups, settings.search_ranks, settings.search_threads, settings.timeout_s)
         self._plans: PlanSource | None = None
         """On the planner rank."""
         if self.is_planner:
@@ -184,6 +193,8 @@ class DipForwardBackward:
                 deadline_s=settings.plan_deadline_s, num_threads=settings.planner_threads, look_ahead=settings.look_ahead, link=link,
                 unseen_deadline_s=settings.unseen_deadline_s,
             )
+            if settings.budget is not None:
+                settings.budget.ask(self._plans.is_needed)
         self._balance: ReplicaBalance | None = None
         if settings.balance is not None and settings.look_ahead > 0 and self.groups.peers is not None:
             plans = None if self._plans is None else ReplicaPlans(submit=self._plans.submit_dealt, planned_ns=self._plans.planned_ns)
@@ -328,6 +339,12 @@ class DipForwardBackward:
             self._clock_offset_ns = clock_offset(self.groups)
         return gather_records(self.records(), self.groups, self._clock_offset_ns)
 
+    def measured(self) -> MeasuredIteration:
+        """What the last iteration's stages came to on all pipeline ranks. All ranks of the replica must call it together."""
+        if self._clock_offset_ns is None:
+            self._clock_offset_ns = clock_offset(self.groups)
+        return measure_iteration(self.records(), self.groups, self._clock_offset_ns)
+
     def counts(self) -> PlanCounts | None:
         """How plans were had so far; None where this rank does not plan."""
         return None if self._plans is None else self._plans.counts()
@@ -335,6 +352,11 @@ class DipForwardBackward:
     def last_batch(self) -> Sequence[Microbatch] | None:
         """The last iteration's microbatches on the rank that plans; None elsewhere."""
         return None if self._plans is None else self._plans.last_batch
+
+    @property
+    def search(self) -> SearchFunction:
+        """What plan functions search with: all ranks of the replica that search, or this one."""
+        return search if self.shared_search is None else self.shared_search
 
     def balance_figures(self) -> BalanceFigures | None:
         """What dealing batches to replicas came to so far; None where they are not dealt."""
@@ -521,6 +543,6 @@ def _joint_recording(groups: PipelineGroups, timeout_s: float) -> JointRecording
     return joint
 
 
-def _unpacked(plan: Plan) -> PackedPlan:
+def _unpacked(plan: Plan | PlanColumns) -> PackedPlan:
     """For a planner rank that has nobody to send to."""
-    return PackedPlan(plan, b"", b"")
+    return PackedPlan(plan_of(plan) if isinstance(plan, PlanColumns) else plan, b"", b"")

@@ -19,16 +19,18 @@ from megatron_dip.planner.linked import own_part, union_of
 from megatron_dip.planner.message import PackedPlan
 from megatron_dip.planner.service import MAX_WAITING, PlanCounts, PlanService
 from megatron_dip.runtime.p2p import PeerError
+from megatron_dip.schedule.checker import check_columns, check_plan
 from megatron_dip.spec.plan import Plan
+from megatron_dip.spec.plan_columns import PlanColumns, plan_of
 from megatron_dip.spec.workload import Microbatch
 
-PlanFunction = Callable[[Sequence[Microbatch], bool], Plan]
-"""(microbatches of this replica, forward only) -> plan"""
+PlanFunction = Callable[[Sequence[Microbatch], bool], Plan | PlanColumns]
+"""(microbatches of this replica, forward only) -> plan; as columns it is one whose actions are what its order lowers to"""
 
 UpcomingFunction = Callable[[int], Sequence[int]]
 """(iterations) -> number of microbatches in each of the next training iterations; fewer numbers where training ends before"""
 
-PackFunction = Callable[[Plan], PackedPlan]
+PackFunction = Callable[[Plan | PlanColumns], PackedPlan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +171,10 @@ class PlanSource:
         """To be called when the plan function's costs have changed: batches that come again are planned anew."""
         self._service.forget()
 
+    def is_needed(self) -> bool:
+        """For plan functions: whether training waits for the plan that the calling thread makes."""
+        return self._service.is_needed()
+
     def counts(self) -> PlanCounts:
         return self._service.counts()
 
@@ -196,17 +202,38 @@ class PlanSource:
         return packed
 
     def _own_part(self, make: PlanFunction) -> PlanFunction:
-        """A plan function that takes the microbatches of all linked replicas and gives this one's part of their joint plan."""
+        """A plan function that takes the microbatches of all linked replicas and gives this one's part of their joint plan, checked."""
         link = self._link
         if link is None:
-            return make
+            return _checked(make)
 
         def plan(joint: Sequence[Microbatch], forward_only: bool) -> Plan:
             of_replicas = link.split(joint)
-            return own_part(make(union_of(of_replicas), forward_only), of_replicas, link.index, link.module)
+            joint_plan = make(union_of(of_replicas), forward_only)
+            if isinstance(joint_plan, PlanColumns):
+                joint_plan = plan_of(joint_plan)
+            return own_part(joint_plan, of_replicas, link.index, link.module)
 
         return plan
 
 
 def _then(pack: PackFunction, make: PlanFunction) -> Callable[[Sequence[Microbatch], bool], PackedPlan]:
     return lambda microbatches, forward_only: pack(make(microbatches, forward_only))
+
+
+def _checked(make: PlanFunction) -> PlanFunction:
+    """A plan function whose plans hold and are for the very microbatches, whatever made them.
+
+    Raises:
+        PlanInvalid: where ``make`` gives another.
+    """
+
+    def plan(microbatches: Sequence[Microbatch], forward_only: bool) -> Plan | PlanColumns:
+        made = make(microbatches, forward_only)
+        if isinstance(made, PlanColumns):
+            check_columns(made, microbatches)
+        else:
+            check_plan(made, microbatches)
+        return made
+
+    return plan

@@ -1,9 +1,10 @@
 """Plans one iteration: from the microbatches' metadata to a checked plan that the ranks can run.
 
-In: the model, its partition, one replica's microbatches, costs, a budget. Out: a :class:`~megatron_dip.spec.plan.Plan`. Every plan
-that leaves here was lowered, dry-run on all ranks under rendezvous sends, and held against a checker that shares no code with the
-scheduler. Threads that plan beside training hold the interpreter's lock only for moments: graph, search, lowering and dry run are
-compiled without it, and the rest is Python in small steps (:mod:`megatron_dip.planner.courtesy`).
+In: the model, its partition, one replica's microbatches, costs, a budget. Out: a plan, as arrays
+(:class:`~megatron_dip.spec.plan_columns.PlanColumns`) or as a :class:`~megatron_dip.spec.plan.Plan`. Every plan that leaves here was
+lowered, dry-run on all ranks under rendezvous sends, and held against a checker that shares no code with the scheduler. Threads that plan
+beside training hold the interpreter's lock only for moments: graph, search, lowering, dry run and check are compiled without it, and the
+rest is Python in small steps (:mod:`megatron_dip.planner.courtesy`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -25,24 +26,26 @@ from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.online import split
 from megatron_dip.planner.all_memory import CapturedInputs, captured_inputs, recomputing_room, with_all_memory
 from megatron_dip.planner.courtesy import no_collections
+from megatron_dip.program.columns import no_actions, with_program
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
 from megatron_dip.program.posting import one_queue_ns
 from megatron_dip.program.program import Program
 from megatron_dip.schedule.backward import Solved, SplitBackward, search_forms
-from megatron_dip.schedule.checker import check_plan
+from megatron_dip.schedule.checker import check_columns
 from megatron_dip.schedule.exact_memory import load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.result import Schedule, time_order
-from megatron_dip.schedule.search import DoesNotFit, SearchMethod, SearchOptions, Seed
+from megatron_dip.schedule.rules import ScheduleName, by_rule
+from megatron_dip.schedule.search import DoesNotFit, SearchFunction, SearchMethod, SearchOptions, Seed, search
 from megatron_dip.schedule.warm import load_kernels
 from megatron_dip.spec.errors import InputError
-from megatron_dip.spec.long import LongList
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
-from megatron_dip.spec.plan import Dep, Plan, PlanStage
-from megatron_dip.spec.tasks import KIND_NAMES, WEIGHT, TaskGraph
+from megatron_dip.spec.plan import Plan
+from megatron_dip.spec.plan_columns import PlanColumns, plan_of
+from megatron_dip.spec.tasks import WEIGHT, TaskGraph
 from megatron_dip.spec.workload import Microbatch
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,8 @@ class PlanOptions:
     searched, so many of each."""
     threads: int = 1
     seed: int = 0
+    schedule: ScheduleName = "dip"
+    """The rule whose order is taken; ``dip``: the order is searched."""
     search: SearchMethod = "anneal"
     split_backward: SplitBackward = False
     """Plan the backward's input and weight parts apart; ``auto``: where that is faster for these microbatches."""
@@ -76,6 +81,9 @@ class PlanOptions:
     hardware_queues: int | None = None
     """Of the device (``CUDA_DEVICE_MAX_CONNECTIONS``). With one, of the best few schedules found that one is taken which ends first on
     such a device, posts and their waiting counted; ``claimed_makespan`` leaves them out as ever. None = as many as there are streams."""
+
+    is_needed: Callable[[], bool] | None = None
+    """Asked while searching: True ends the search with what it has found, since training waits for the plan. None: nobody waits."""
 
     may_exceed_memory: bool = False
     """Where not even the leanest plan fits: make that one, with a warning, since costs are estimates. False: an InputError."""
@@ -107,7 +115,19 @@ class PlanOptions:
 def plan_iteration(
     model: ModelSpec, partition: Partition, microbatches: Sequence[Microbatch], costs: CostModel, options: PlanOptions
 ) -> Plan:
-    """Plans one replica's iteration.
+    """Plans one replica's iteration; see :func:`plan_columns`."""
+    with no_collections():
+        return plan_of(plan_columns(model, partition, microbatches, costs, options))
+
+
+def plan_columns(
+    model: ModelSpec, partition: Partition, microbatches: Sequence[Microbatch], costs: CostModel, options: PlanOptions, *,
+    search: SearchFunction = search,
+) -> PlanColumns:
+    """Plans one replica's iteration. The plan is made and checked as arrays, without the interpreter's lock.
+
+    Args:
+        search: what searches each problem, here or on several ranks.
 
     Raises:
         InputError: no microbatch has any work, an impossible budget, or memory that cannot suffice (with what would help).
@@ -146,6 +166,7 @@ def plan_iteration(
 
     search_options = SearchOptions(
         method=options.search, time_budget_s=budget, evaluations=options.evaluations, threads=options.threads, seed=options.seed,
+        is_needed=options.is_needed,
     )
     inputs = None
     if costs.counts_all_memory():
@@ -153,6 +174,10 @@ def plan_iteration(
 
     def fits(lowered: _Lowered) -> bool:
         return capacity is None or max(lowered.schedule.peak_memory(initial)) <= capacity
+
+    split_backward = False if options.forward_only else options.split_backward
+    if options.schedule != "dip":
+        search, split_backward = by_rule(options.schedule, model.topological()), split_backward is True
 
     def searching(build: Callable[[bool], StageProblem], part: float, known: _Lowered | None = None) -> _Solve:
         """Searches with so much of the budget, from what is known on."""
@@ -166,7 +191,7 @@ def plan_iteration(
                 search_options, time_budget_s=None if budget is None else part * share * budget,
                 evaluations=None if options.evaluations is None else max(1, round(part * share * options.evaluations)),
             )
-            solved = search_forms(build, limit, spent, False if options.forward_only else options.split_backward, start=start)
+            solved = search_forms(build, limit, spent, split_backward, start=start, search=search)
             if options.memory == "exact":
                 solved = replace(solved, result=with_exact_memory(solved.problem, limit, solved.result))
             with no_collections():
@@ -194,12 +219,12 @@ def plan_iteration(
         lowered = kept
     if kept is not None and kept.schedule.makespan_ns < lowered.schedule.makespan_ns:
         lowered = kept
-    if options.lower_peaks:
+    if options.lower_peaks and options.schedule == "dip" and not (options.is_needed is not None and options.is_needed()):
         lowered = _with_lower_peaks(solve, lowered, limit - room)
     with no_collections():
-        plan = _make_plan(lowered, partition, capacity, initial, options.seed)
-        check_plan(plan, microbatches)
-    return msgspec.structs.replace(plan, planning_ns=time.perf_counter_ns() - began)
+        columns = _make_columns(lowered, partition, capacity, initial, options.seed)
+        check_columns(columns, microbatches)
+    return replace(columns, head=msgspec.structs.replace(columns.head, planning_ns=time.perf_counter_ns() - began))
 
 
 _Solve = Callable[..., "_Lowered"]
@@ -270,6 +295,8 @@ _PEAK_SHARES = (0.4, 0.6, 0.8)
 """Of the activations' peaks, as limits under which a schedule is looked for that is as fast."""
 _PEAK_SEARCH_SHARE = 0.15
 """Of the budget, for each of these; on top of it."""
+LOWER_PEAKS_COST = 1 + len(_PEAK_SHARES) * _PEAK_SEARCH_SHARE
+"""Times the budget that a plan with ``lower_peaks`` may take."""
 _AS_FAST = 1.002
 """Makespans that differ by less than this count as equal."""
 
@@ -345,20 +372,18 @@ def _memory_error(error: DoesNotFit, capacity: int, initial: Sequence[int], opti
     )
 
 
-def _make_plan(lowered: _Lowered, partition: Partition, capacity: int | None, initial: list[int], seed: int) -> Plan:
+def _make_columns(lowered: _Lowered, partition: Partition, capacity: int | None, initial: list[int], seed: int) -> PlanColumns:
     """The plan but for ``planning_ns``."""
-    solved, schedule, program = lowered.solved, lowered.schedule, lowered.program
+    solved, schedule = lowered.solved, lowered.schedule
     peaks = schedule.peak_memory(initial)
-    return Plan(
+    head = Plan(
         format="megatron-dip/plan/1",
         ranks=partition.num_ranks,
         # Where an estimate is exceeded, the plan says what it takes.
         memory_capacity=None if capacity is None else [max(capacity, peak) for peak in peaks],
         memory_initial=initial,
-        stages=_plan_stages(
-            solved.problem, partition, schedule.graph, solved.problem.pair_of_task[lowered.tasks].tolist(), solved.result.choice.tolist()
-        ),
-        order=[row.tolist() for row in schedule.order],
+        stages=[],
+        order=[],
         claimed_makespan=schedule.makespan_ns,
         lower_bound=solved.bound_ns,
         bubble_fraction=schedule.bubble_fraction,
@@ -368,41 +393,54 @@ def _make_plan(lowered: _Lowered, partition: Partition, capacity: int | None, in
         seed=seed,
         chunks=partition.chunks,
         sub_microbatch_size=partition.sub_microbatch_size,
-        actions=program.actions(),
-        inputs=program.inputs(),
-        local_inputs=program.local_inputs(),
-        outputs=program.outputs(),
+        actions=[],
+        inputs={},
+        local_inputs={},
+        outputs={},
     )
+    columns = PlanColumns(
+        head=head, **_stage_columns(solved.problem, partition, schedule.graph, lowered.tasks, solved.result.choice),
+        order_offset=np.cumsum([0, *map(len, schedule.order)], dtype=np.int64), order=np.concatenate(schedule.order).astype(np.int64),
+        **no_actions(),
+    )
+    return with_program(columns, lowered.program)
 
 
-def _plan_stages(problem: StageProblem, partition: Partition, graph: TaskGraph, pairs: list[int], choice: list[int]) -> list[PlanStage]:
+def _stage_columns(
+    problem: StageProblem, partition: Partition, graph: TaskGraph, tasks: NDArray[np.int64], choice: NDArray[np.int32]
+) -> dict[str, Any]:
     """Args:
     graph: the chosen schedule's, without absent tasks.
-    pairs: [tasks of ``graph``] each one's pair.
+    tasks: [tasks of ``graph``] their numbers in the problem.
     choice: [pairs] each one's candidate.
     """
-    rank, kind, vp_stage = graph.rank.tolist(), graph.kind.tolist(), graph.vp_stage.tolist()
-    duration, start, end = graph.duration_ns.tolist(), graph.mem_start_bytes.tolist(), graph.mem_end_bytes.tolist()
-    offset, dep_task, dep_lag = graph.dep_offset.tolist(), graph.dep_task.tolist(), graph.dep_lag_ns.tolist()
-    sub_of_pair = problem.pair_sub_microbatch.tolist()
-    strategies: dict[tuple[int, int], list[str]] = {}
-    layers: dict[tuple[str, int, int], tuple[int, int]] = {}
-    stages: LongList[PlanStage] = LongList()
-    for task in range(graph.num_tasks):
-        pair = pairs[task]
-        sub = problem.sub_microbatches[sub_of_pair[pair]]
-        key = (int(problem.pair_class[pair]), choice[pair])
-        if key not in strategies:
-            strategies[key] = problem.strategies(pair, choice[pair])
-        place = (sub.module, vp_stage[task], rank[task])
-        if place not in layers:
-            layers[place] = partition.layer_range(*place)
-        stages.append(PlanStage(
-            id=task, rank=rank[task], kind=KIND_NAMES[kind[task]],  # type: ignore[arg-type]
-            duration=duration[task], mem_delta_start=start[task], mem_delta_end=end[task],
-            deps=tuple([Dep(dep_task[edge], dep_lag[edge]) for edge in range(offset[task], offset[task + 1])]),
-            module=sub.module, vp_stage=vp_stage[task], layers=layers[place],
-            microbatch=sub.microbatch, sub_microbatch=sub.sub_microbatch, tokens=sum(sub.lengths), instances=len(sub.lengths),
-            strategy=[] if kind[task] == WEIGHT else strategies[key],
-        ))
-    return stages
+    pair = problem.pair_of_task[tasks]
+    subs = problem.sub_microbatches
+    sub = problem.pair_sub_microbatch[pair]
+    # Pairs of one class with one candidate have the same strategies; a weight stage has none.
+    kinds, strategy = np.unique(problem.pair_class.astype(np.int64) * (int(choice.max(initial=0)) + 1) + choice, return_inverse=True)
+    some_pair = np.empty(len(kinds), np.int64)
+    some_pair[strategy] = np.arange(len(strategy))
+    strategies = [tuple(problem.strategies(one, int(choice[one]))) for one in some_pair.tolist()]
+    first = np.zeros((len(graph.module_names), int(graph.vp_stage.max(initial=0)) + 1, graph.num_ranks), np.int64)
+    count = np.zeros_like(first)
+    for name in {one.module for one in subs}:
+        index = graph.module_names.index(name)
+        for vp_stage in range(partition.num_chunks(name)):
+            for rank in range(graph.num_ranks):
+                first[index, vp_stage, rank], count[index, vp_stage, rank] = partition.layer_range(name, vp_stage, rank)
+    place = (graph.module, graph.vp_stage, graph.rank)
+
+    def wide(array: NDArray[Any]) -> NDArray[np.int64]:
+        return np.ascontiguousarray(array, np.int64)
+
+    return {
+        "module_names": graph.module_names, "strategies": (*strategies, ()), "id": np.arange(graph.num_tasks), "kind": graph.kind,
+        "rank": wide(graph.rank), "duration": graph.duration_ns, "mem_delta_start": graph.mem_start_bytes, "mem_delta_end": graph.mem_end_bytes,
+        "dep_offset": wide(graph.dep_offset), "dep_stage": wide(graph.dep_task), "dep_lag": graph.dep_lag_ns, "module": wide(graph.module),
+        "vp_stage": wide(graph.vp_stage), "first_layer": first[place], "num_layers": count[place], "microbatch": wide(graph.microbatch),
+        "sub_microbatch": wide(graph.sub_microbatch),
+        "tokens": np.array([sum(one.lengths) for one in subs], np.int64)[sub],
+        "instances": np.array([len(one.lengths) for one in subs], np.int64)[sub],
+        "strategy": np.where(graph.kind == WEIGHT, len(strategies), strategy[pair]),
+    }

@@ -45,6 +45,10 @@ class _Request(Generic[P]):
     done: threading.Event = field(default_factory=threading.Event)
     is_given_up: bool = False
     """Nobody waits for it any more."""
+    is_needed: bool = False
+    """Training waits for it."""
+    thread: int | None = None
+    """That has it in hand."""
     begun_s: float | None = None
     """When a thread took it up, by ``time.perf_counter``."""
     plan: P | None = None
@@ -155,6 +159,7 @@ class PlanService(Generic[P]):
                 deadline_s = unseen_deadline_s
             is_worth_waiting = self._is_worth_waiting(request, deadline_s)
         ahead = request.done.is_set()
+        request.is_needed = was_submitted  # one that nobody foresaw is searched for as long as it may
         start = time.perf_counter_ns()
         if self._quick_function is None:
             request.done.wait()
@@ -195,6 +200,11 @@ class PlanService(Generic[P]):
                 "the data iterator's items (%s) cannot be read ahead, so planning a batch begins when it is needed (counted, not said again): "
                 "%s: %s", type(item).__qualname__, type(error).__name__, error,
             )
+
+    def is_needed(self) -> bool:
+        """For plan functions: whether training waits for the plan that the calling thread makes, or has given it up."""
+        me = threading.get_ident()
+        return any(request.thread == me and (request.is_needed or request.is_given_up) for request in tuple(self._unfinished))
 
     def counts(self) -> PlanCounts:
         return PlanCounts(
@@ -260,7 +270,7 @@ class PlanService(Generic[P]):
                 if request.is_given_up:
                     self._unfinished.remove(request)
                     continue
-                request.begun_s = time.perf_counter()
+                request.begun_s, request.thread = time.perf_counter(), threading.get_ident()
             try:
                 request.plan = self._plan_function(request.microbatches, request.forward_only) if plan is None else plan
             except BaseException as error:  # a thread that ends would leave all batches to come without a plan

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from megatron_dip.spec.long import LongDict, LongList
 from megatron_dip.spec.plan import COMPUTE_OPS, Action, Plan
+from megatron_dip.spec.plan_columns import OP_NAMES
 from megatron_dip.spec.tasks import KIND_NAMES
 
-OP_NAMES = ("fw", "bw", "w", "isend", "irecv", "wait_send", "wait_recv")
-"""Op code -> the plan's word; the first three codes are those of the task kinds."""
 ISEND, IRECV, WAIT_SEND, WAIT_RECV = 3, 4, 5, 6
 NONE = -1
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_dip.schedule.bounds import problem_bound_ns
 from megatron_dip.schedule.graph import StageProblem
-from megatron_dip.schedule.search import SearchOptions, SearchResult, Seed, search
+from megatron_dip.schedule.search import SearchFunction, SearchOptions, SearchResult, Seed, search
 from megatron_dip.spec.tasks import WEIGHT
 
 SplitBackward = bool | Literal["auto"]
@@ -55,7 +55,7 @@ def with_weights_behind(result: SearchResult, split: StageProblem) -> Seed:
 
 def search_forms(
     build: Callable[[bool], StageProblem], limit: NDArray[np.int64], options: SearchOptions, split_backward: SplitBackward, *,
-    with_bound: bool = True, start: Callable[[StageProblem], Seed] | None = None,
+    with_bound: bool = True, start: Callable[[StageProblem], Seed] | None = None, search: SearchFunction = search,
 ) -> Solved:
     """The best schedule in the wanted form of the backward.
 
@@ -65,6 +65,7 @@ def search_forms(
         options: where both forms are searched, ``evaluations`` may be tried in each, and seconds are shared (:data:`WHOLE_SHARE`).
         with_bound: compute a lower bound, at which a search ends.
         start: a schedule of whole backwards to start from (method ``anneal``).
+        search: what searches each form.
 
     Raises:
         DoesNotFit: no schedule keeps the limit.

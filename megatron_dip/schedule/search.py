@@ -25,7 +25,7 @@ round begins that could exceed the evaluations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -68,6 +68,8 @@ class SearchOptions:
     """Whole schedules that may be tried (at least one is)."""
     threads: int = 1
     seed: int = 0
+    is_needed: Callable[[], bool] | None = None
+    """Asked between rounds: True ends the search before its budget, with what it has found. None: nobody waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,10 @@ class Seed:
     choice: NDArray[np.int32]
     """[Q]"""
     priorities: Priorities
+
+
+SearchFunction = Callable[[StageProblem, NDArray[np.int64], SearchOptions, int, Seed | None], SearchResult]
+"""As :func:`search`: what searches, here or on several ranks."""
 
 
 class DoesNotFit(Exception):
@@ -119,7 +125,9 @@ def search(
     Raises:
         DoesNotFit: no schedule keeps the limit.
     """
-    progress = Progress(bound_ns=bound_ns, evaluations_limit=options.evaluations, time_budget_s=options.time_budget_s)
+    progress = Progress(
+        bound_ns=bound_ns, evaluations_limit=options.evaluations, time_budget_s=options.time_budget_s, is_needed=options.is_needed
+    )
     space = make_space(problem, limit, bound_ns)
     if space.bounded:
         _check_fit(space, problem)

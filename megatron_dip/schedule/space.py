@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -110,6 +111,8 @@ class Progress:
     bound_ns: int
     evaluations_limit: int | None
     time_budget_s: float | None
+    is_needed: Callable[[], bool] | None = None
+    """Tells that the result is waited for, so that the search ends"""
     began: float = field(default_factory=time.monotonic)
     evaluations: int = 0
     kept: list[Found] = field(default_factory=list)
@@ -132,6 +135,8 @@ class Progress:
         return self.out_of_time()
 
     def out_of_time(self) -> bool:
+        if self.is_needed is not None and self.is_needed():
+            return True
         return self.time_budget_s is not None and time.monotonic() - self.began >= self.time_budget_s
 
     def offer(self, found: Found) -> None:

@@ -23,7 +23,6 @@ outputs held for the backbone (in their favour), sub-microbatches, mixed strateg
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +34,7 @@ from numpy.typing import NDArray
 from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.online import equal_parts, instance_cost
 from megatron_dip.schedule.result import Schedule, time_order
+from megatron_dip.schedule.rules import Cell, ListedTask, in_flight_bounds, interleaved_rows, listed_order
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
 from megatron_dip.spec.tasks import BACKWARD, FORWARD, TaskGraph
@@ -335,26 +335,8 @@ def _module_stages(module: ModuleSpec, num_parts: int, builder: _Builder) -> lis
 # --- orders ----------------------------------------------------------------------------------------------------------------------
 
 
-def _interleaved_order(num_ranks: int, num_chunks: int, count: int) -> list[list[tuple[bool, int, int]]]:
-    """Megatron's (interleaved) 1F1B: for each rank (is forward, chunk, microbatch). With one chunk it is 1F1B."""
-    groups = [range(start, min(start + num_ranks, count)) for start in range(0, count, num_ranks)]
-    table = [(chunk, microbatch) for group in groups for chunk in range(num_chunks) for microbatch in group]
-    rows = []
-    for rank in range(num_ranks):
-        ahead = num_ranks - rank - 1 if num_chunks == 1 else 2 * (num_ranks - rank - 1) + (num_chunks - 1) * num_ranks
-        warmup = min(ahead, len(table))
-        row = [(True, *entry) for entry in table[:warmup]]
-        for step in range(len(table)):
-            if step + warmup < len(table):
-                row.append((True, *table[step + warmup]))
-            chunk, microbatch = table[step]
-            row.append((False, num_chunks - 1 - chunk, microbatch))
-        rows.append(row)
-    return rows
-
-
 def _order_of(
-    rows: Sequence[Sequence[tuple[bool, int, int]]], chains: Sequence[tuple[list[int], list[int]]]
+    rows: Sequence[Sequence[Cell]], chains: Sequence[tuple[list[int], list[int]]]
 ) -> list[list[int]]:
     """Node ids of an order by (chunk, microbatch); stages without a backward drop out."""
     num_ranks = len(rows)
@@ -365,67 +347,17 @@ def _order_of(
     return result
 
 
-def _listed_order(
-    nodes: Sequence[_Node], num_ranks: int, priority: Callable[[_Node], tuple[int, ...]], owner: Sequence[int], in_flight: int
-) -> list[list[int]]:
-    """A work-conserving list schedule: a free rank starts the ready task of the smallest priority.
-
-    ``owner[node]`` numbers the microbatch whose admission lets the node start; microbatch m is admitted once fewer than ``in_flight``
-    earlier ones are unfinished. Tasks are timed without recomputation.
-    """
-    followers: list[list[tuple[int, int]]] = [[] for _ in nodes]
-    waiting = [len(node.deps) for node in nodes]
-    for index, node in enumerate(nodes):
-        for source, lag, _ in node.deps:
-            followers[source].append((index, lag))
-    left: dict[int, int] = {}
-    sources: dict[int, list[int]] = {}
-    for index, group in enumerate(owner):
-        left[group] = left.get(group, 0) + 1
-        if not waiting[index]:
-            sources.setdefault(group, []).append(index)
-    groups = sorted(left)
-    events: list[tuple[int, int, int]] = []
-    admitted = finished = 0
-
-    def admit(now: int) -> None:
-        nonlocal admitted
-        while admitted < len(groups) and admitted < finished + in_flight:
-            for source in sources.get(groups[admitted], ()):
-                heapq.heappush(events, (now, 0, source))
-            admitted += 1
-
-    ready: list[list[tuple[tuple[int, ...], int]]] = [[] for _ in range(num_ranks)]
-    busy = [False] * num_ranks
-    order: list[list[int]] = [[] for _ in range(num_ranks)]
-    admit(0)
-    while events:
-        now = events[0][0]
-        touched = set()
-        while events and events[0][0] == now:
-            _, ended, index = heapq.heappop(events)
-            rank = nodes[index].rank
-            touched.add(rank)
-            if not ended:
-                heapq.heappush(ready[rank], (priority(nodes[index]), index))
-                continue
-            busy[rank] = False
-            for follower, lag in followers[index]:
-                waiting[follower] -= 1
-                # The last dependency to end need not be the last to arrive; lags differ by microseconds only.
-                if not waiting[follower]:
-                    heapq.heappush(events, (now + lag, 0, follower))
-            left[owner[index]] -= 1
-            if not left[owner[index]]:
-                finished += 1
-                admit(now)
-        for rank in sorted(touched):
-            if not busy[rank] and ready[rank]:
-                _, index = heapq.heappop(ready[rank])
-                busy[rank] = True
-                order[rank].append(index)
-                heapq.heappush(events, (now + nodes[index].duration_ns[0], 1, index))
-    return order
+def _listed(nodes: Sequence[_Node], num_ranks: int, owner: Sequence[int], in_flight: int) -> list[list[int]]:
+    """A list schedule, backwards first; ``owner[node]`` numbers the microbatch whose admission lets the node start. Tasks are timed without
+    recomputation."""
+    tasks = [
+        ListedTask(
+            rank=node.rank, duration_ns=node.duration_ns[0], deps=[(source, lag) for source, lag, _ in node.deps], owner=group,
+            priority=_backward_first(node),
+        )
+        for node, group in zip(nodes, owner, strict=True)
+    ]
+    return listed_order(tasks, num_ranks, in_flight)
 
 
 # --- the baselines ---------------------------------------------------------------------------------------------------------------
@@ -462,7 +394,7 @@ def _mixed_chain(case: _Case, name: str, num_chunks: int, by_parameters: bool) -
     for index, stage in enumerate(stages):
         builder.hold(ranks[index], index // case.num_ranks, stage)
     chains = [builder.chain(stages, ranks, index, microbatch) for index, microbatch in enumerate(case.microbatches)]
-    order = _order_of(_interleaved_order(case.num_ranks, num_chunks, len(chains)), chains)
+    order = _order_of(interleaved_rows(case.num_ranks, num_chunks, len(chains)), chains)
     return builder.finish(name, f"V = {num_chunks}", order, case.with_memory)
 
 
@@ -525,7 +457,7 @@ def _optimus(case: _Case) -> list[BaselineResult | None]:
             for own in chains:
                 for rank, node in enumerate(own[name][0] if name in own else ()):
                     order[rank].append(node)
-        middle = _order_of(_interleaved_order(case.num_ranks, num_chunks, len(chains)), [own[last] for own in chains])
+        middle = _order_of(interleaved_rows(case.num_ranks, num_chunks, len(chains)), [own[last] for own in chains])
         for rank, row in enumerate(middle):
             order[rank].extend(row)
         for name in reversed(before):
@@ -566,17 +498,13 @@ def _three_phase(case: _Case) -> list[BaselineResult | None]:
                 closing.append((place[unit], encoders[1][0]))
                 name = [name for name in before if microbatch.get(name)][-1]
                 builder.link(encoders, backbone, _output_lag(builder, name, microbatch))
-        for rank, row in enumerate(_order_of(_interleaved_order(case.num_ranks, num_chunks, len(chains)), chains)):
+        for rank, row in enumerate(_order_of(interleaved_rows(case.num_ranks, num_chunks, len(chains)), chains)):
             order[rank].extend(row)
         for rank, node in closing:
             if node >= 0:
                 order[rank].append(node)
         results.append(builder.finish("three-phase", f"V = {num_chunks}", order, case.with_memory))
     return results
-
-
-def _in_flight_bounds(case: _Case) -> list[int]:
-    return sorted({max(1, bound) for bound in (case.num_ranks, 3 * case.num_ranks // 2, 2 * case.num_ranks, 3 * case.num_ranks)})
 
 
 def _backward_first(node: _Node) -> tuple[int, ...]:
@@ -590,8 +518,8 @@ def _bigmac(case: _Case) -> list[BaselineResult | None]:
     for num_chunks in case.virtual(last)[:2]:
         builder, _ = _nested_graph(case, num_chunks)
         owner = [node.microbatch for node in builder.nodes]
-        for bound in _in_flight_bounds(case):
-            order = _listed_order(builder.nodes, case.num_ranks, _backward_first, owner, bound)
+        for bound in in_flight_bounds(case.num_ranks):
+            order = _listed(builder.nodes, case.num_ranks, owner, bound)
             results.append(builder.finish("bigmac", f"{bound} microbatches in flight, V = {num_chunks}", order, case.with_memory))
     return results
 
@@ -638,8 +566,8 @@ def _entrain(case: _Case) -> list[BaselineResult | None]:
                 givers[unit].append((chain, _output_lag(builder, name, lengths), name))
     results = []
     # An encoder unit ends only with the last microbatch that it feeds: too tight a bound waits for ever and is passed over.
-    for bound in [*_in_flight_bounds(case), count]:
-        order = _listed_order(builder.nodes, case.num_ranks, _backward_first, owner_of_node, bound)
+    for bound in [*in_flight_bounds(case.num_ranks), count]:
+        order = _listed(builder.nodes, case.num_ranks, owner_of_node, bound)
         if sum(map(len, order)) == len(builder.nodes):
             results.append(builder.finish("entrain", f"{bound} microbatches in flight", order, case.with_memory))
     return results
@@ -717,5 +645,5 @@ def run_chunks_interleaved(
         builder.hold(index % num_ranks, index // num_ranks, stage)
     ranks = [index % num_ranks for index in range(len(stages))]
     chains = [builder.chain(stages, ranks, unit, microbatch) for unit, microbatch in enumerate(microbatches)]
-    rows = _interleaved_order(num_ranks, len(stages) // num_ranks, len(microbatches))
+    rows = interleaved_rows(num_ranks, len(stages) // num_ranks, len(microbatches))
     return builder.finish("chunks interleaved", "", _order_of(rows, chains), True)

@@ -263,6 +263,8 @@ class SchedulePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Which pipeline schedule runs, and how the model is cut for it."""
 
     name: Literal["dip", "1f1b", "interleaved"]
+    order: Literal["dip", "1f1b", "interleaved", "optimus", "three-phase", "entrain"] = "dip"
+    """Of ``dip``: whose order of stages runs, by its rule; ``dip``: the order is searched."""
     layout: StockLayout = "scripts"
     """Of ``1f1b`` and ``interleaved``."""
     virtual: int = 1
@@ -286,7 +288,8 @@ class SchedulePlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def label(self) -> str:
         if self.name == "dip":
-            return "DIP, backward split" if self.split_backward else "DIP"
+            label = "DIP" if self.order == "dip" else f"DIP's cut, {self.order} order"
+            return f"{label}, backward split" if self.split_backward else label
         where = {"scripts": "ViT on rank 0", "parameters": "split by parameters", "measured": "split by measured time"}[self.layout]
         how = "1F1B" if self.name == "1f1b" else f"interleaved x{self.virtual}"
         return f"Megatron {how}, {where}"

@@ -32,12 +32,13 @@ from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.work import WorkEstimate
 from megatron_dip.planner.budget import SearchBudget
-from megatron_dip.planner.iteration import PlanOptions, plan_iteration
+from megatron_dip.planner.iteration import PlanOptions, plan_columns
 from megatron_dip.planner.service import PlanCounts
 from megatron_dip.runtime.startup import hardware_queues
 from megatron_dip.runtime.timing import StageRecord, clock_offset, gather_records
 from megatron_dip.spec.codec import load_profile, save
 from megatron_dip.spec.plan import Plan, PlanStage
+from megatron_dip.spec.plan_columns import PlanColumns
 from megatron_dip.spec.profile import Profile
 from megatron_dip.spec.timeline import Bar, Timeline, plan_timeline
 from megatron_dip.spec.training import BalanceRecord, RunSettings, SchedulePlan
@@ -98,7 +99,7 @@ class DipSystem(System):
                 device=device, backend="gloo" if settings.device == "cpu" else "nccl", timeout_s=settings.timeout_s,
                 # A deal that comes late is left out, which is the clock's decision.
                 balance=self._work if settings.parallel.data > 1 and settings.balance == "exchange" and not schedule.deterministic else None,
-                budget=self._budget, seed=settings.seed, iteration=lambda: self.scheduler.num_steps,
+                budget=self._budget, search_ranks="one" if schedule.deterministic else "auto", seed=settings.seed, iteration=lambda: self.scheduler.num_steps,
             ),
         )
         self._model_spec = describe_built_model(
@@ -127,22 +128,25 @@ class DipSystem(System):
         self._clock_offset_ns: int | None = None
         super().__init__(schedule.label, model, example, settings)
 
-    def _plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
+    def _plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> PlanColumns:
         options = PlanOptions(
             time_budget_s=None if self._schedule.evaluations is not None else self._budget.seconds(), evaluations=self._schedule.evaluations,
-            seed=self.settings.seed, strategy="none", forward_only=forward_only,
+            seed=self.settings.seed, strategy="none", forward_only=forward_only, schedule=self._schedule.order,
             split_backward=self._schedule.split_backward and not forward_only,
             hardware_queues=hardware_queues() if self.settings.device == "cuda" else None,
+            is_needed=None if self._schedule.evaluations is not None else self._budget.is_needed,
         )
-        return plan_iteration(self._model_spec, self.partition, microbatches, self.current_costs(), options)
+        return plan_columns(
+            self._model_spec, self.partition, microbatches, self.current_costs(), options, search=self.forward_backward.search
+        )
 
-    def _quick_plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> Plan:
+    def _quick_plan(self, microbatches: Sequence[Microbatch], forward_only: bool) -> PlanColumns:
         options = PlanOptions(
-            evaluations=1, search="fifo", strategy="none", forward_only=forward_only,
+            evaluations=1, search="fifo", strategy="none", forward_only=forward_only, schedule=self._schedule.order,
             split_backward=self._schedule.split_backward and not forward_only,
             hardware_queues=hardware_queues() if self.settings.device == "cuda" else None,
         )
-        return plan_iteration(self._model_spec, self.partition, microbatches, self.current_costs(), options)
+        return plan_columns(self._model_spec, self.partition, microbatches, self.current_costs(), options)
 
     def _work(self, microbatches: Sequence[Microbatch]) -> NDArray[np.int64]:
         return WorkEstimate(self._model_spec, self.partition, self.current_costs()).of(microbatches)

@@ -57,7 +57,7 @@ class PlanMaker:
         from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 
         options = PlanOptions(
-            evaluations=8, seed=self._case.seed, forward_only=forward_only,
+            evaluations=8, seed=self._case.seed, forward_only=forward_only, schedule=self._case.option("schedule", "dip"),
             split_backward=bool(self._case.option("split_backward")) and not forward_only,
         )
         return plan_iteration(tiny_model(self._case).modules, self._partition, microbatches, self._costs, options)

@@ -729,13 +729,14 @@ def _fail(rank: int, num_ranks: int, how: str) -> None:
             **{"plan_function": dip_runs.PlanMaker(CASE, dip_runs.even_cut(CASE)), **options},
         ),
     )
-    if how == "other plan" and rank == 1:
+    if how in ("other plan", "a plan that does not hold") and rank == 1:
         broadcast = agreement._broadcast
 
         def other_plan(*args: Any) -> bytes:
             message = broadcast(*args)
             plan = unpack_plan(message[1:])
-            return message[:1] + pack_plan(msgspec.structs.replace(plan, order=[row[::-1] for row in plan.order])).data
+            changed = {"seed": plan.seed + 1} if how == "other plan" else {"order": [row[::-1] for row in plan.order]}
+            return message[:1] + pack_plan(msgspec.structs.replace(plan, **changed)).data
 
         agreement._broadcast = other_plan
     if how == "unreadable plan" and rank == 1:
@@ -763,6 +764,7 @@ def _failed(how: str) -> list[RankResult]:
         ("bad item everywhere", ("InputError: ", "InputError: ")),
         ("planner", ("InputError: memory_capacity_bytes", "InputError: memory_capacity_bytes")),
         ("other plan", ("InputError: plan = ", "InputError: plan = ")),
+        ("a plan that does not hold", ("PeerError: rank 1 could not prepare", "InputError: plan = ")),
         ("unreadable plan", ("PeerError: rank 1 could not prepare", "InputError: plan = ")),
         ("an instance lost", ("PeerError: rank 1 could not prepare", "InputError: microbatch 0 = 1: forward_step gives")),
         ("other batch", ("InputError: data_iterator = ", "InputError: data_iterator = ")),

@@ -76,6 +76,25 @@ def test_uneven_chunks_and_unusual_batches() -> None:
     )
 
 
+def run_rules(rank: int, num_ranks: int, cases: Sequence[Case]) -> list[Result]:
+    return [run_case(case, build, forward_backward) for case in cases]
+
+
+def test_orders_of_other_schedules() -> None:
+    """The executor runs every rule's order, plans travelling as orders, with the same numbers."""
+    rules = ("interleaved", "optimus", "three-phase", "entrain")
+    cases = [
+        Case(parallel=Parallel(pipeline=2), chunks=(1, 2), image_counts=((2, 0, 3, 1),), options=(("schedule", rule), ("split_backward", split)))
+        for rule in rules for split in (False, True)
+    ]
+    expected = references(cases[:1])[0]
+    by_rank = launch(run_rules, 2, cases)
+    for index, case in enumerate(cases):
+        results = [results[index] for results in by_rank]
+        np.testing.assert_allclose(losses_of(results), losses_of([expected]), rtol=1e-6, err_msg=str(case))
+        assert worst_difference(merge_ranks(results, "gradients"), merge_ranks([expected], "gradients")) <= 1e-6, case
+
+
 def test_recomputed_layers() -> None:
     """A tight memory makes the planner choose every strategy somewhere; the numbers stay."""
     case = Case(parallel=Parallel(pipeline=2), chunks=(1, 2), options=(("memory", 450_000),))

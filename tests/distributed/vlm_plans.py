@@ -10,6 +10,7 @@ from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.program.dry_run import check_program, dry_run
 from megatron_dip.program.lower import lower
 from megatron_dip.schedule.graph import build_task_graph
+from megatron_dip.schedule.result import time_order
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint, Strategy
 from megatron_dip.spec.workload import Microbatch
@@ -58,7 +59,7 @@ def make_plan(case: Case, replica: int = 0, step: int = 0, *, forward_only: bool
 
 
 def make_random_plan(case: Case, replica: int, step: int, seed: int) -> Plan:
-    """A random order that keeps every dependency, lowered and dry-run."""
+    """A random order that keeps every dependency, lowered and dry-run; the plan says of itself what is so."""
     model, partition, costs = tiny_model(case).modules, even_cut(case), costs_of(case)
     plan = make_plan(case, replica, step)
     split_backward = case.option("split_backward", False)
@@ -68,8 +69,11 @@ def make_random_plan(case: Case, replica: int, step: int, seed: int) -> Plan:
     program = lower(graph, order)
     check_program(program)
     dry_run(program)
+    schedule = time_order(graph, order)
+    assert schedule is not None
     return msgspec.structs.replace(
-        plan, order=[row.tolist() for row in order], actions=program.actions(), inputs=program.inputs(),
+        plan, claimed_makespan=schedule.makespan_ns, bubble_fraction=schedule.bubble_fraction,
+        peak_memory=schedule.peak_memory(plan.memory_initial), order=[row.tolist() for row in order], actions=program.actions(), inputs=program.inputs(),
         local_inputs=program.local_inputs(), outputs=program.outputs(),
     )
 

@@ -25,3 +25,14 @@ def test_plans_side_by_side_have_several_iterations_each() -> None:
     budget = SearchBudget(3.0, side_by_side=4)
     budget.observe(0.1)
     assert budget.seconds() == pytest.approx(4 * SHARE * 0.1)
+
+
+def test_without_a_limit_plans_are_searched_for_until_they_are_needed() -> None:
+    budget = SearchBudget(None)
+    assert budget.seconds() == 1.0
+    for _ in range(5):
+        budget.observe(20.0)
+    assert budget.seconds() == 16.0
+    assert not budget.is_needed()
+    budget.ask(lambda: True)
+    assert budget.is_needed()

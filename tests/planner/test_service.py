@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -303,3 +304,27 @@ def test_a_batch_that_nobody_foresaw_is_not_waited_for() -> None:
     assert service.take([{"lm": [2]}], deadline_s=30, unseen_deadline_s=0.0) == "searched"
     assert service.counts().fallbacks == {"unseen": 1}
     service.close()
+
+
+def test_what_is_waited_for_ends_its_search_and_is_taken_at_once() -> None:
+    searching = threading.Event()
+
+    def improve(microbatches: Sequence[Microbatch], forward_only: bool) -> str:
+        for rounds in itertools.count():
+            searching.set()
+            if service.is_needed():
+                return f"{len(microbatches[0]['vit'])} images, after {'no' if rounds == 0 else 'some'} rounds"
+            time.sleep(0.001)
+        raise AssertionError
+
+    service: PlanService[str] = PlanService(improve, lambda *_: "quick")
+    service.submit(BATCHES[3])
+    service.submit(BATCHES[4])
+    assert searching.wait(30)
+    time.sleep(0.01)
+    assert service.take(BATCHES[3], deadline_s=30.0) == "3 images, after some rounds"
+    # The second is another request: it goes on until its own turn comes.
+    assert not service.counts().fallbacks
+    assert service.take(BATCHES[4], deadline_s=30.0).startswith("4 images")
+    assert not service.is_needed(), "no thread of the service's"
+    assert service.counts().fallbacks == {}

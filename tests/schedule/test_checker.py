@@ -17,7 +17,7 @@ from megatron_dip.spec.plan import Plan
 from tests.strategies import Case, cases, vlm_case
 
 
-def plan_of(case: Case, *, split_backward: bool = False, forward_only: bool = False) -> Plan:
+def plan_of_case(case: Case, *, split_backward: bool = False, forward_only: bool = False) -> Plan:
     return plan_iteration(
         case.model, case.partition, case.microbatches, case.costs(),
         PlanOptions(evaluations=8, split_backward=split_backward, forward_only=forward_only),
@@ -26,13 +26,13 @@ def plan_of(case: Case, *, split_backward: bool = False, forward_only: bool = Fa
 
 @pytest.fixture(scope="module")
 def good() -> Plan:
-    return plan_of(vlm_case(chunks={"vit": 2}), split_backward=True)
+    return plan_of_case(vlm_case(chunks={"vit": 2}), split_backward=True)
 
 
 @settings(max_examples=60)
 @given(case=cases(), split_backward=st.booleans(), forward_only=st.booleans())
 def test_what_the_planner_makes_holds(case: Case, split_backward: bool, forward_only: bool) -> None:
-    plan = plan_of(case, split_backward=split_backward, forward_only=forward_only)
+    plan = plan_of_case(case, split_backward=split_backward, forward_only=forward_only)
     report = check_plan(plan, case.microbatches)
     assert report.makespan == plan.claimed_makespan
     assert report.peak_memory == plan.peak_memory
