@@ -162,10 +162,11 @@ def strategy_share(sample: StageSample, strategy: Sequence[str], costs: CostMode
     if sample.kind == "bw":
         extra = sum(one.extra_forward for one in used) * layer.forward_ns
         time = layer.backward_input_ns if sample.split else layer.backward_input_ns + layer.backward_weight_ns
-    for one in used:
-        if one.offload is not None:
-            moved = layer.activation_bytes * one.activation * (1.0 - one.offload.activation)
-            extra += max(0.0, moved * 1e9 / one.offload.bytes_per_second - time)
+    copies = sum(
+        layer.activation_bytes * one.activation * (1.0 - one.offload.activation) * 1e9 / one.offload.bytes_per_second
+        for one in used if one.offload is not None
+    )
+    extra += max(0.0, copies - len(used) * time)
     bare = stage_ns(sample, costs)
     return replace(sample, duration_ns=round(sample.duration_ns * bare / (bare + extra))) if extra > 0 else sample
 

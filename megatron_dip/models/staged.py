@@ -18,6 +18,7 @@ from megatron_dip.models.trained import transformer_blocks
 from megatron_dip.runtime.interface import BoundCall, ChunkKey, ForwardOutput, OutputPart, PayloadSpec
 from megatron_dip.runtime.memory_meter import tensors_in
 from megatron_dip.runtime.offload import ActivationOffload, host_memory_limit
+from megatron_dip.schedule.rooms import offloaded_places
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan, PlanStage
 
@@ -215,7 +216,7 @@ class BlockStrategies:
         """
         self._block = block
         self._offload = offload
-        self._offloaded = range(0)
+        self._offloaded: frozenset[int] = frozenset()
         """Layers that the forward at hand offloads."""
         trained = [any(weight.requires_grad for weight in layer.parameters()) for layer in block.layers]
         inside = {id(weight) for layer in block.layers for weight in layer.parameters()}
@@ -234,8 +235,8 @@ class BlockStrategies:
     def under(self, strategies: Sequence[str], *, passes_on: bool) -> Iterator[None]:
         """For one forward: layers keep what they need (``none``), recompute core attention (``selective``) or all (``full``), or ``offload``.
 
-        Layers of a chunk are alike, so only the counts matter. Megatron's ``block`` method recomputes the first ones in full. Layers that
-        keep all come last: what stands before them is copied to the host while they run, and fetched while their backward does.
+        Layers of a chunk are alike, so only the counts matter. Megatron's ``block`` method recomputes the first ones in full. Offloaded
+        layers are spread among those that keep all: these run while copies do.
 
         Args:
             passes_on: whether the stage sends a gradient to the one before.
@@ -251,13 +252,14 @@ class BlockStrategies:
         config.recompute_method = "block" if num_full else None
         config.recompute_num_layers = len(whole) if num_full else None
         self._set_flags(lambda index: index in selective, lambda index: index not in whole)
-        self._offloaded = range(selective.stop, selective.stop + strategies.count("offload"))
+        places = offloaded_places(strategies.count("offload"), len(self._block.layers) - selective.stop)
+        self._offloaded = frozenset(selective.stop + place for place in places)
         try:
             yield
         finally:
             # A backward runs layers again that are recomputed whole: nothing within them is to be recomputed once more.
             self._set_flags(lambda index: False, lambda index: False)
-            self._offloaded = range(0)
+            self._offloaded = frozenset()
 
     def _set_flags(self, core_attention: Callable[[int], bool], as_asked: Callable[[int], bool]) -> None:
         """Args:
@@ -271,10 +273,7 @@ class BlockStrategies:
 
     def _run_layer(self, index: int, layer: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if index not in self._offloaded or not torch.is_grad_enabled() or not self._offload.is_collecting:
-            result = forward(*args, **kwargs)
-            if self._offload.is_collecting:
-                self._offload.after_layer()
-            return result
+            return forward(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         with self._offload.layer(layer, [tensor for tensor in tensors_in((args, kwargs)) if tensor is not hidden]):
             return forward(*args, **kwargs)

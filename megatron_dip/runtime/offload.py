@@ -2,8 +2,8 @@
 
 In: the forward of a stage (:meth:`ActivationOffload.stage`), within it the layers that the plan's strategies offload
 (:meth:`ActivationOffload.layer`). What autograd saves of such a layer is copied to page-locked buffers when the layer's forward is
-launched, and its memory on the device goes when the next layer's is (or when the next stage begins), by then on the computing stream that
-waits for the copy: at most two layers are under way, however far the host runs ahead. A backward finds its topmost layer on the device or
+launched, and its memory on the device goes when the next offloaded layer's is (or when the next stage begins), by then on the computing
+stream that waits for the copy: at most two layers are under way, however far the host runs ahead. A backward finds its topmost layer on the device or
 on its way: :meth:`ActivationOffload.fetch_ahead`, called one stage earlier, begins with it; each layer that is needed begins with the
 one below, the lowest one with the stage that comes next.
 
@@ -160,7 +160,7 @@ class ActivationOffload:
                 yield
         finally:
             self._layer = None
-        self.after_layer()
+        self._let_go()
         if current.storages:
             current.copy_out()
             layers = self._of_stage.setdefault(self._stage, [])
@@ -169,8 +169,8 @@ class ActivationOffload:
             layers.append(current)
             self._under_way.append(current)
 
-    def after_layer(self) -> None:
-        """Behind the forward of a layer that is not offloaded: memory of the layers before it goes."""
+    def _let_go(self) -> None:
+        """Memory of the layers that were copied goes."""
         for layer in self._under_way:
             layer.let_go()
         self._under_way.clear()
@@ -194,7 +194,7 @@ class ActivationOffload:
         for layer in self._under_way:
             if layer in stays:
                 layer.stay()
-        self.after_layer()
+        self._let_go()
 
     def fetch_ahead(self, stage: int, during: int | None) -> None:
         """One stage before the backward of forward stage ``stage``: its topmost layer is fetched.
@@ -218,7 +218,7 @@ class ActivationOffload:
 
     def forget(self) -> None:
         """Lets go of an iteration, which may not have ended well."""
-        self.after_layer()
+        self._let_go()
         self._of_stage.clear()
 
     def assert_empty(self) -> None:

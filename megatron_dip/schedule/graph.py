@@ -440,14 +440,12 @@ class _ClassTable:
 
     def _add_class(self, shape: _StageShape, layer: PartCost, first: PartCost, last: PartCost, strategies: dict[str, Strategy]) -> None:
         backward = shape.backward
-        options = layer_options(
-            layer, strategies, has_backward=backward.needed,
-            # By the format of plans a layer under a profile alone takes the longer of its input part and its copy.
-            weight_beside=not self._split and backward.weight_layers == backward.layers and self._costs.counts_all_memory(),
-        )
+        spread = self._costs.counts_all_memory()
+        options = layer_options(layer, strategies, has_backward=backward.needed, spread=spread)
         if self._only is not None and backward.needed:
             options = [option for option in options if option.label == self._only] or options[:1]
-        mixes = pair_candidates(options, backward.layers)
+        runs_weights = not self._split and backward.weight_layers == backward.layers
+        mixes = pair_candidates(options, backward.layers, weight_ns=layer.backward_weight_ns if spread and runs_weights else 0.0)
         frozen_layers = shape.num_layers - backward.layers
         # (cost, whether it is there, whether a gradient passes it, whether its weights are trained)
         extras = [

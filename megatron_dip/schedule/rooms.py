@@ -1,11 +1,13 @@
 """What the layers of a stage need for a moment besides what they hold: recomputed layers, and offloaded ones on their way.
 
 In: how many layers of a stage pair are under each strategy. Out: :class:`Rooms`, bytes of each candidate. Layers stand in the order in
-which stages run them (:func:`layer_place`): recomputed ones first, then offloaded ones, then those that keep all, beside which copies run.
+which stages run them: recomputed ones first (:func:`layer_place`), then the others, among which offloaded ones are spread evenly
+(:func:`offloaded_places`), so that copies run beside layers that keep all.
 
-- A forward has the last two offloaded layers whole: one that runs, one that is being copied; the copy is over behind the next layer.
-- A backward finds its topmost offloaded layer fetched: that has come since the task before it. While one layer's backward runs the one
-  below is fetched. A recomputed layer is there whole while its backward runs, with what is held of the layers below it.
+- A forward has the last two offloaded layers whole: one that runs, one that is being copied; the copy is over behind the next offloaded
+  layer, or before the rank's next task.
+- A backward finds its topmost offloaded layer fetched: that has come since the task before it. From the start of one offloaded layer's
+  backward on the next one below is fetched. A recomputed layer is there whole while its backward runs, with what is held of the layers below it.
 - Where the backward is split, the inputs of linear layers stay for the weights' part: by the convention of plans half of a layer.
 """
 
@@ -44,6 +46,11 @@ def layer_place(strategy: Strategy) -> tuple[int, float]:
     return (0, strategy.activation) if strategy.extra_forward > 0 else (2, 0.0)
 
 
+def offloaded_places(num_offloaded: int, num_layers: int) -> list[int]:
+    """Which of ``num_layers`` layers, those that are not recomputed, are the offloaded ones: evenly spread, the first among them."""
+    return [number * num_layers // num_offloaded for number in range(num_offloaded)]
+
+
 @dataclass(frozen=True, slots=True)
 class _Layers:
     """Equal layers of a stage."""
@@ -78,24 +85,20 @@ def _rooms_of(
         layers.append(_Layers(count, kept, there - kept, whole - there if strategy.extra_forward > 0 else 0.0))
     held = sum(of.count * of.kept for of in layers)
 
-    forward_peak, live, moving = held, 0.0, 0.0
-    for of in layers:
-        if of.moved > 0:
-            live += of.count * of.kept
-            forward_peak = max(forward_peak, live + min(of.count, 2) * of.moved)
-            moving = of.moved
-        else:
-            forward_peak = max(forward_peak, live + of.kept + moving)
-            live += of.count * of.kept
-            moving = 0.0
+    moved = max((of.moved for of in layers), default=0.0)
+    # Layers that keep all and stand behind the last offloaded one.
+    offloaded = sum(of.count for of in layers if of.moved > 0)
+    in_turn = sum(of.count for of in layers if of.moved > 0 or of.recomputed == 0.0)
+    behind = in_turn - 1 - offloaded_places(offloaded, in_turn)[-1] if offloaded else 0
+    two = min(offloaded, 2) * moved - behind * whole
+    forward_peak = held + max(moved, two, 0.0)
 
-    ahead = max((of.moved for of in layers), default=0.0)
-    backward_peak, live = held + ahead, held
+    freed = 0.5 if split else 1.0
+    backward_peak = held + max(moved, min(offloaded, 2) * moved - freed * behind * whole)
+    live = held
     for of in reversed(layers):
-        # One layer that is there again; of offloaded ones the next one beside it.
-        again = min(of.count, 2) * of.moved if of.moved > 0 else of.recomputed
-        backward_peak = max(backward_peak, live + again)
-        live -= of.count * of.kept * (0.5 if split else 1.0)
+        backward_peak = max(backward_peak, live + of.recomputed)
+        live -= of.count * of.kept * freed
     between = layer.boundary_bytes if layers and layers[0].moved > 0 and layers[0].kept < layer.boundary_bytes else 0.0
     weight = 0.5 * sum(of.count * (of.moved + of.recomputed) for of in layers) if split else 0.0
-    return forward_peak - held, backward_peak - held - ahead, ahead, between, weight
+    return forward_peak - held, backward_peak - held - moved, moved, between, weight

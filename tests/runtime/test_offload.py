@@ -47,7 +47,6 @@ def _forward(offload: ActivationOffload, stage: int, layers: Sequence[Layer], of
                     hidden = layer(hidden, mask)
             else:
                 hidden = layer(hidden, mask)
-                offload.after_layer()
     return hidden
 
 
