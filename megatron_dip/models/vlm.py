@@ -87,6 +87,8 @@ class VlmConfig:
         for part in self.frozen:
             if part not in FREEZABLE:
                 raise InputError("frozen", part, "the model has no such part", f"use some of {list(FREEZABLE)}")
+        if self.parallel.context > 1:
+            raise InputError("parallel.context", self.parallel.context, "is not supported in the models built here", "use 1")
         tensor = self.parallel.tensor
         for module in (self.vision, self.language):
             sizes = {"num_attention_heads": module.num_attention_heads, "num_query_groups": module.query_groups,

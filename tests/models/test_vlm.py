@@ -17,7 +17,7 @@ from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.training import ImageSpec
 from megatron_dip.spec.workload import Parallel
 from megatron_dip.trainer.stock_layouts import split_evenly, stock_cuts
-from tests.distributed.tiny_vlm import Case, make_microbatch, tiny_model
+from tests.distributed.tiny_vlm import Case, make_any_size_microbatch, make_microbatch, tiny_model
 
 
 def config(parallel: Parallel | None = None, **changes: Any) -> VlmConfig:
@@ -74,6 +74,7 @@ def test_an_item_and_the_call_made_of_it_have_equal_lengths(num_images: int, len
     ("parallel", "changes", "message"),
     [
         (Parallel(tensor=3), {}, "not divisible by 3 tensor-parallel ranks"),
+        (Parallel(context=2), {}, "context = 2"),
         (Parallel(), {"frozen": frozenset({"vit"})}, "frozen = 'vit'"),
     ],
 )
@@ -104,6 +105,39 @@ def test_boundary_shapes() -> None:
     assert description.boundary(lm, lm, {}, 0).shape == (24, 1, 24), "sequence parallel: each rank sends its tokens"
     without = VlmDescription(config(Parallel(tensor=2, sequence=False)))
     assert without.boundary(lm, lm, {}, 0).shape == (48, 1, 24)
+
+
+def test_boundary_shapes_of_images_of_any_size() -> None:
+    """Three vision layers go on (0, 3 and 6): they travel behind the hidden states, and less and less of them behind the language model's."""
+    case = Case(options=(("tower", "deepstack"),))
+    description = VlmDescription(VlmConfig(model=tiny_model(case), parallel=Parallel()))
+    batch = {"image_grid_thw": torch.tensor([[1, 2, 4], [2, 2, 2]])}  # 8 + 2 * 4 patches, 4 tokens
+    vit, lm = stage("vit", 3, 16), stage("lm", 1, 64)
+    assert description.boundary(vit, vit, batch, 0).shape == (16 * 2, 1, 16)
+    later = msgspec.structs.replace(vit, layers=(2, 4))
+    assert description.boundary(later, vit, batch, 0).shape == (16 * 3, 1, 16)
+    assert description.boundary(msgspec.structs.replace(vit, layers=(6, 2)), lm, batch, 0).shape == (4 * 4, 1, 24)
+    assert description.boundary(lm, lm, batch, 0).shape == (64 + 2 * 4, 1, 24)
+    assert description.boundary(msgspec.structs.replace(lm, layers=(2, 1)), lm, batch, 0).shape == (64, 1, 24)
+    assert description.metadata({**batch, "tokens": torch.zeros(1, 64)}) == {"lm": [64], "vit": [8, 4, 4]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_grid_thw": torch.tensor([[1, 3, 2]])}, "no multiples of 2 patches"),
+        ({"image_grid_thw": torch.tensor([[1, 2, 10]])}, "limit of 8 patches"),
+        ({"images": torch.zeros(3, 4)}, r"images = \[3, 4\]"),
+        ({"position_ids": torch.zeros(1, 64, dtype=torch.int64)}, r"position_ids = \[1, 64\]"),
+    ],
+)
+def test_a_wrong_item_of_images_of_any_size_is_named(change: dict[str, torch.Tensor], message: str) -> None:
+    model = tiny_model(Case(options=(("tower", "deepstack"),)))
+    description = VlmDescription(VlmConfig(model=model, parallel=Parallel()))
+    item = make_any_size_microbatch(1, 2, model)
+    description.item_metadata(item)
+    with pytest.raises(InputError, match=message):
+        description.item_metadata({**item, **change})
 
 
 def test_split_evenly_is_the_best_of_all_splits() -> None:
