@@ -144,7 +144,7 @@ def read_webdataset(
     if len(paths) != 1:
         raise InputError("--data-path", paths, "is not one folder", "name an energon WebDataset, or give --mock-data")
     try:
-        from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset, get_val_dataset
+        from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
     except ImportError as error:
         raise InputError("--data-path", paths[0], f"is read with a package that is missing: {error}", "pip install megatron-energon") from error
     folder, replica, left_out = Path(paths[0]), parallel_state.get_data_parallel_rank(), LeftOut()
@@ -159,10 +159,11 @@ def read_webdataset(
             "auto_decode": False, "handler": left_out.unreadable,
         }
         try:
-            if is_training:
-                dataset = get_train_dataset(folder, shuffle_buffer_size=100, max_samples_per_sequence=100, virtual_epoch_length=1000, **common)
-            else:
-                dataset = get_val_dataset(folder, **common)
+            # For evaluation the part repeats too: energon's packing fails at the end of data with packs left over (7.4).
+            dataset = get_train_dataset(
+                folder, split_part="train" if is_training else "val", shuffle_buffer_size=100 if is_training else None,
+                max_samples_per_sequence=100, virtual_epoch_length=1000, **common,
+            )
         except (OSError, AssertionError, ValueError, KeyError) as error:
             raise InputError(
                 "--data-path", str(folder), f"is no prepared energon data set of crude samples ({type(error).__name__}: {error})",
