@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.megatron_lm.runs import DIP, P2, ROOT, SCRIPTS, finished, own_losses, start, words
+from megatron_dip.partition.deal import deal, deal_again
+from tests.megatron_lm.runs import DIP, P2, ROOT, SCRIPTS, Run, finished, own_losses, start, words
 from tests.megatron_lm.test_models import MULTIMODAL_ARGUMENTS, assert_equal_in_bf16
 
 ENERGON = SCRIPTS / "multimodal_energon.py"
@@ -20,10 +23,8 @@ CUT = words("--dip-chunks vit=2 lm=2 --dip-sub-microbatch-size vit=2")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Zero to four pictures a sample, of one to three tiles each."""
     for package in ("megatron.energon", "torchvision"):
-        try:
-            __import__(package)
-        except (ImportError, RuntimeError) as error:  # the latter: a torchvision for another torch
-            pytest.skip(f"examples/multimodal reads WebDatasets with megatron-energon[av_decode] and torchvision: {error}")
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"examples/multimodal reads WebDatasets with megatron-energon and torchvision, and there is no {package}")
     folder = tmp_path_factory.mktemp("webdataset") / "pictures"
     subprocess.run([sys.executable, str(ROOT / "scripts/write_webdataset.py"), str(folder), "--samples", "200"], check=True)
     return folder
@@ -68,3 +69,39 @@ def test_the_loader_goes_on_behind_the_last_batch_trained_on(
     np.testing.assert_allclose(own_losses(resumed), whole.losses[2:], rtol=1e-3)
     elsewhere = finished(start(mended_tree, ENERGON, [*common, "--load", str(folder)], ranks=2), 2)
     assert not np.allclose(own_losses(elsewhere), whole.losses[2:], rtol=1e-2)  # other samples tell
+
+
+DEALING = [*DIP, *P2, *CUT, *words("--dip-look-ahead 2 --dip-log-interval 1 --dip-balance exchange")]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """Kernels that are compiled while the first iterations train make their batches late."""
+    work = np.arange(24).reshape(12, 2)
+    deal_again(work, deal(work, 4), [1, 2, 3, 4])
+
+
+def num_dealt(run: Run) -> int:
+    return int(re.findall(r"so far batches dealt: (\d+)", run.output)[-1])
+
+
+@pytest.fixture(scope="module")
+def stock_of_two(arguments: list[str], weights: Path, mended_tree: Path) -> Run:
+    """Two replicas without a pipeline, each of which trains what its loader gives."""
+    fresh = [*arguments, "--load", str(weights), "--finetune", "--train-iters", "10"]
+    return finished(start(mended_tree, ENERGON, fresh, ranks=2, patched=False), 10)
+
+
+def test_ten_iterations_dealt_to_two_replicas_and_resumed_in_the_middle(
+    arguments: list[str], weights: Path, mended_tree: Path, stock_of_two: Run, compiled: None, tmp_path: Path
+) -> None:
+    """What a loader gave and another replica trained counts as read by its loader: a run that goes on sees every sample once."""
+    common, folder, state = [*arguments, *words("--train-iters 10 --save-interval 5")], tmp_path / "saved", tmp_path / "loader"
+    begin = ["--load", str(weights), "--finetune", "--save", str(folder), "--dataloader-save", str(state)]
+    whole = finished(start(mended_tree, ENERGON, [*common, *begin, *DEALING], ranks=4), 10)
+    assert num_dealt(whole) >= 5
+    np.testing.assert_allclose(own_losses(whole), own_losses(stock_of_two), rtol=5e-3)
+    (folder / "latest_checkpointed_iteration.txt").write_text("5")
+    resumed = finished(start(mended_tree, ENERGON, [*common, "--load", str(folder), "--dataloader-save", str(state), *DEALING], ranks=4), 5)
+    assert num_dealt(resumed) >= 2
+    np.testing.assert_allclose(own_losses(resumed), own_losses(whole)[5:], rtol=5e-3)

@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 
+import declared_torchvision  # noqa: F401  (before megatron.energon)
 import numpy as np
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, IGNORE_INDEX, IMAGE_TOKEN
 from megatron.training import get_args
