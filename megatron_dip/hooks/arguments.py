@@ -69,7 +69,7 @@ class DipOptions:
     host_memory_bytes: int | None
     """For offloaded activations of one rank; None: half of what the machine has free, shared by its ranks."""
     split_backward: SplitBackward
-    """``auto``: where all layers can do both, as is faster for the batch; else whole."""
+    """``auto``: where all layers can do both and no limit on memory is given, as is faster for the batch; else whole."""
     rehearse: Path | None
     """Measure the run's data and layers, choose its cut, write it here and end; None: train."""
     trace_dir: Path | None
@@ -130,7 +130,7 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        "what the machine has free, shared by its ranks).")
     group.add_argument("--dip-split-backward", nargs="?", choices=("auto", "on", "off"), const="on", default="auto",
                        help="Plan the input and the weight part of backwards apart: on (also without a word), off, or auto: in each iteration where it "
-                       "is faster, if the layers can do it.")
+                       "is faster, if the layers can do it and no --dip-memory-limit is given.")
     group.add_argument("--dip-observe", type=Path, action=ObserveAction, default=None, metavar="DIR",
                        help="Under the stock schedule: change nothing, write batches (megatron-dip/workload/1) and stage times of the first iterations to "
                        "DIR, and say at the end what DIP would have taken.")

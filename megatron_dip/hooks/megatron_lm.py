@@ -215,7 +215,9 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
     if options.follows_device_memory:
         options = replace(options, memory_limit_bytes=least_device_memory(forward_backward.groups, settings.device))
     trained = describe_built_model(description.model_spec, built.partition, built.keys, chunks, forward_backward.groups)
-    can = can_split(chunks) and parallel_state.get_expert_model_parallel_world_size() == 1
+    # Under a limit that was asked for backwards stay whole: what split ones keep is not held against measured memory yet.
+    limited = options.memory_limit_bytes is not None or options.follows_device_memory
+    can = can_split(chunks) and not limited and parallel_state.get_expert_model_parallel_world_size() == 1
     splits: SplitBackward = options.split_backward if options.split_backward != "auto" or _on_all(can, forward_backward.groups) else False
     model, costs = trained.spec, run_costs(trained, built.partition, built.args, options, chunks)
     if forward_backward.memory is not None:
