@@ -38,7 +38,7 @@ def run(rank: int, ranks: int, frozen: tuple[str, ...]) -> Promise:
     from megatron_dip.without_cuda.core import CpuDeviceMode
 
     args = add_dip_args(argparse.ArgumentParser()).parse_args(
-        ["--dip-evaluations", "20", "--dip-device", "cpu", "--dip-chunks", "vit=2", "lm=2", "--dip-sub-microbatch-size", "vit=2"]
+        ["--dip-evaluations", "20", "--dip-device", "cpu", "--dip-chunks", "vit=2", "lm=2", "--dip-sub-microbatch-size", "vit=2", "--dip-split-backward", "off"]
     )
     for name, value in {
         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": ranks, "data_parallel_size": 1, "context_parallel_size": 1,
