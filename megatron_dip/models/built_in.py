@@ -6,19 +6,20 @@ A family of models is one config class with these methods (:class:`megatron_dip.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.models.description import ModelDescription
+from megatron_dip.models.description import ModelDescription, bind_arguments
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
+from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.training import TextToVideoModel, VisionLanguageModel
-from megatron_dip.spec.workload import Parallel
+from megatron_dip.spec.workload import Microbatch, Parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,44 @@ class BuiltInConfig(Protocol):
     def parameter_costs(self) -> dict[str, ChainCost]:
         """Parameters of a layer of each module, and of what stands before its first and behind its last one."""
         ...
+
+
+ConfigT = TypeVar("ConfigT", bound=BuiltInConfig)
+
+
+class BuiltInDescription(Generic[ConfigT]):
+    """What the descriptions of all models that are built here have alike; see :class:`megatron_dip.models.description.ModelDescription`."""
+
+    stage_forward: ClassVar[Callable[..., Any]]
+    """Of the family's stages, whose arguments a training script calls the model with."""
+    check_item: ClassVar[Callable[..., None]]
+    """(config, item): raises InputError for tensors that do not fit the model."""
+
+    num_outputs = None
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        return self.config.model_spec
+
+    @property
+    def outermost(self) -> str:
+        return self.config.outermost
+
+    def metadata(self, batch: Any) -> Microbatch:
+        raise NotImplementedError
+
+    def item_metadata(self, item: Any) -> Microbatch:
+        self.check_item(self.config, item)
+        return self.metadata(item)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return bind_arguments(type(self).stage_forward, args, kwargs)
+
+    def build_chunk(self, partition: Partition, module: str, vp_stage: int, rank: int) -> Any:
+        return self.config.build_stage({module: ModuleCut.of_partition(partition, module)}, vp_stage, rank, is_chained=False)
 
 
 class WholeModel(MegatronModule):

@@ -6,7 +6,8 @@ module computes. :class:`megatron_dip.models.vlm.VlmDescription` is the one for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -137,3 +138,10 @@ def unwrap(chunk: torch.nn.Module, kind: type[ModuleT]) -> ModuleT:
         chunk = inner
     assert isinstance(chunk, kind), type(chunk)
     return chunk
+
+
+def bind_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, without ``self``; those that were not given are absent."""
+    bound = inspect.signature(function).bind(None, *args, **kwargs).arguments
+    bound.pop("self", None)
+    return bound

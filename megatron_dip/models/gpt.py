@@ -19,10 +19,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.models.description import LANGUAGE, unwrap
+from megatron_dip.models.description import LANGUAGE, bind_arguments, unwrap
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.models.parts import LanguageModel, cut_layer_spec, language_conditions
-from megatron_dip.models.provided import Sketch, bind_arguments, call_provider, cut_config, gpt_cut
+from megatron_dip.models.provided import Sketch, call_provider, cut_config, gpt_cut
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec

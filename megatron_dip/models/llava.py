@@ -24,10 +24,10 @@ import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.models.description import LANGUAGE, VISION, unwrap
+from megatron_dip.models.description import LANGUAGE, VISION, bind_arguments, unwrap
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.models.parts import LanguageModel, VisionTower, copy_attributes, language_conditions, to_host
-from megatron_dip.models.provided import Sketch, bind_arguments
+from megatron_dip.models.provided import Sketch
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec

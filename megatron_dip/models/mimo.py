@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.models.description import LANGUAGE, unwrap
+from megatron_dip.models.description import LANGUAGE, bind_arguments, unwrap
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.models.parts import VISION_MODELS, LanguageModel, VisionTower, copy_attributes, language_conditions
-from megatron_dip.models.provided import MimoModel, Sketch, bind_arguments
+from megatron_dip.models.provided import MimoModel, Sketch
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec

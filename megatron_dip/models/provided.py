@@ -24,6 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.built_in import WholeModel
+from megatron_dip.models.description import bind_arguments
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.spec.errors import InputError
 
@@ -69,13 +70,6 @@ def _loads_too_early() -> InputError:
         "model_provider", "a checkpoint of one part", "is loaded while the model is described, before its chunks exist",
         "give a checkpoint of the whole model with --load",
     )
-
-
-def bind_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name, without ``self``; those that were not given are absent."""
-    bound = inspect.signature(function).bind(None, *args, **kwargs).arguments
-    bound.pop("self", None)
-    return bound
 
 
 def sketch_model(provider: Callable[..., MegatronModule], **arguments: Any) -> MegatronModule:

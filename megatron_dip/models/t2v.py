@@ -15,7 +15,6 @@ Not modelled: sequence, context and expert parallelism; dropout.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.models.built_in import ChainCost, layer_parameters
+from megatron_dip.models.built_in import BuiltInDescription, ChainCost, layer_parameters
 from megatron_dip.models.description import OutputSlice, unwrap
 from megatron_dip.models.dit import DiTCrossAttentionModel, DiTSizes, gelu_tanh, packed_bounds, positions_of, state_rows
 from megatron_dip.models.initial_weights import draw_weights, global_name
@@ -38,7 +37,6 @@ from megatron_dip.models.layout import ModuleCut
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
-from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.training import TextToVideoModel, VideoSpec
 from megatron_dip.spec.workload import Microbatch, Parallel
@@ -383,21 +381,11 @@ def initialize_weights(stage: TextToVideoStage, config: TextToVideoConfig) -> No
     )
 
 
-_FORWARD_SIGNATURE = inspect.signature(TextToVideoStage.forward)
-
-
-class TextToVideoDescription:
+class TextToVideoDescription(BuiltInDescription[TextToVideoConfig]):
     """The text-to-video model as :class:`megatron_dip.models.description.ModelDescription`."""
 
-    def __init__(self, config: TextToVideoConfig) -> None:
-        self.config = config
-
-    @property
-    def model_spec(self) -> ModelSpec:
-        return self.config.model.modules
-
-    num_outputs = None
-
+    stage_forward = TextToVideoStage.forward
+    check_item = staticmethod(check_batch)
     undivided = ()
 
     def typical_microbatch(self, sequences: int, length: int) -> Microbatch:
@@ -407,11 +395,6 @@ class TextToVideoDescription:
             microbatch[LANGUAGE] = [max(1, length // 16)] * sequences
         return microbatch
 
-    def item_metadata(self, item: Any) -> Microbatch:
-        """Raises InputError for tensors that do not fit the model."""
-        check_batch(self.config, item)
-        return self.metadata(item)
-
     def metadata(self, batch: Mapping[str, Any]) -> Microbatch:
         """Patches of each clip, tokens of each caption."""
         if batch.get("grid_sizes") is None:
@@ -420,11 +403,6 @@ class TextToVideoDescription:
         if self.config.language is not None:
             microbatch[LANGUAGE] = batch["text_lengths"].tolist()
         return microbatch
-
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = _FORWARD_SIGNATURE.bind(None, *args, **kwargs).arguments
-        del arguments["self"]
-        return arguments
 
     def num_instances(self, batch: Mapping[str, Any]) -> dict[str, int]:
         return {module: len(lengths) for module, lengths in self.metadata(batch).items()}
@@ -436,9 +414,6 @@ class TextToVideoDescription:
     def conditions(self, batch: Mapping[str, Any]) -> list[str]:
         return [name for name in ("grid_sizes", "text_lengths") if batch.get(name) is not None]
 
-    def build_chunk(self, partition: Partition, module: str, vp_stage: int, rank: int) -> TextToVideoStage:
-        return TextToVideoStage(self.config, {module: ModuleCut.of_partition(partition, module)}, vp_stage, rank)
-
     def boundary(self, producer: PlanStage, consumer: PlanStage, batch: Mapping[str, Any], first_instance: int) -> PayloadSpec:
         if producer.module == LANGUAGE:
             assert self.config.language is not None
@@ -446,8 +421,6 @@ class TextToVideoDescription:
         clips = slice(first_instance, first_instance + producer.instances)
         rows = state_rows(producer.tokens, int(batch["text_lengths"][clips].sum()), producer.instances)
         return PayloadSpec((rows, 1, self.config.diffusion.hidden_size), self.config.dtype)
-
-    outermost = DIFFUSION
 
     def output_slice(self, stage: PlanStage, batch: Mapping[str, Any], first_instance: int) -> OutputSlice:
         patches = batch["grid_sizes"].prod(dim=1)

@@ -16,7 +16,6 @@ Not modelled: more than one packed sequence in a microbatch, context parallelism
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.models.built_in import ChainCost, layer_parameters
+from megatron_dip.models.built_in import BuiltInDescription, ChainCost, layer_parameters
 from megatron_dip.models.description import LANGUAGE, VISION, unwrap
 from megatron_dip.models.dit import gelu_tanh
 from megatron_dip.models.initial_weights import draw_weights, global_name
@@ -49,7 +48,6 @@ from megatron_dip.models.vision_tower import (
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
-from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.training import ImageSpec, LayerOptions, TowerSpec, VisionLanguageModel
 from megatron_dip.spec.workload import Microbatch, Parallel
@@ -628,32 +626,17 @@ def initialize_weights(stage: VlmStage, config: VlmConfig) -> None:
     draw_weights(stage, seed=config.seed, tensor_parallel=config.parallel.tensor, std_of=std_of, key_of=key_of)
 
 
-_FORWARD_SIGNATURE = inspect.signature(VlmStage.forward)
-
-
-class VlmDescription:
+class VlmDescription(BuiltInDescription[VlmConfig]):
     """The vision-language model as :class:`megatron_dip.models.description.ModelDescription`."""
 
-    def __init__(self, config: VlmConfig) -> None:
-        self.config = config
-
-    @property
-    def model_spec(self) -> ModelSpec:
-        return self.config.model.modules
-
-    num_outputs = None
-
+    stage_forward = VlmStage.forward
+    check_item = staticmethod(check_item)
     undivided = ()
 
     def typical_microbatch(self, sequences: int, length: int) -> Microbatch:
         """Packed sequences of which images are a half."""
         patches, longest = self.config.image.patches, min(length, self.config.model.sequence_length)
         return {VISION: [patches] * max(1, sequences * longest // (2 * patches)), LANGUAGE: [longest] * sequences}
-
-    def item_metadata(self, item: Any) -> Microbatch:
-        """Raises InputError for tensors that do not fit the model."""
-        check_item(self.config, item)
-        return self.metadata(item)
 
     def metadata(self, batch: dict[str, Any]) -> Microbatch:
         """Patches of each image or frame, tokens of the packed sequence."""
@@ -672,8 +655,7 @@ class VlmDescription:
         return torch.zeros(0, 2, dtype=torch.int64) if grids is None else frames_of(grids.cpu())
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = _FORWARD_SIGNATURE.bind(None, *args, **kwargs).arguments
-        del arguments["self"]
+        arguments = super().bind(args, kwargs)
         if arguments.get("image_grid_thw") is not None:
             arguments["image_grid_thw"] = arguments["image_grid_thw"].cpu()
         return arguments
@@ -686,9 +668,6 @@ class VlmDescription:
 
     def conditions(self, batch: dict[str, Any]) -> list[str]:
         return []  # every rank is given every batch
-
-    def build_chunk(self, partition: Partition, module: str, vp_stage: int, rank: int) -> VlmStage:
-        return VlmStage(self.config, {module: ModuleCut.of_partition(partition, module)}, vp_stage, rank)
 
     def boundary(self, producer: PlanStage, consumer: PlanStage, batch: Any, first_instance: int) -> PayloadSpec:
         config = self.config
@@ -706,8 +685,6 @@ class VlmDescription:
                 tokens += left * (int(self._frames(batch).prod(dim=1).sum()) // config.image.merge**2)
             shape = (tokens, 1, config.language.hidden_size)
         return PayloadSpec(shape, config.dtype)
-
-    outermost = LANGUAGE
 
     def output_slice(self, stage: PlanStage, batch: Any, first_instance: int) -> None:
         return None
