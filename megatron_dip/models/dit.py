@@ -57,6 +57,8 @@ class DiTSizes:
     """Sines and cosines of the timestep."""
     crossattn_emb_size: int = 4096
     """Width of the text's embeddings."""
+    pooled_text: bool = False
+    """The mean of a clip's text embeddings modulates the layers beside its timestep (Stable Diffusion 3's pooled projection); Wan has none."""
 
     @property
     def patch_size(self) -> int:
@@ -361,11 +363,27 @@ class TimestepEmbedding(MegatronModule):
         self.linear_2 = torch.nn.Linear(hidden, hidden)
         self.time_proj = torch.nn.Linear(hidden, NUM_MODULATIONS * hidden)
 
-    def forward(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if sizes.pooled_text:
+            self.text_embedder = torch.nn.Linear(sizes.crossattn_emb_size, hidden)
+
+    def forward(self, timesteps: torch.Tensor, pooled: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Args:
+        pooled: text of each clip [n, crossattn_emb_size], where ``pooled_text`` says so.
+        """
         silu = torch.nn.functional.silu
         frequencies = self.timesteps(timesteps).to(self.linear_1.weight.dtype)
         embedding = self.linear_2(silu(self.linear_1(frequencies)))
+        if pooled is not None:
+            embedding = embedding + self.text_embedder(pooled.to(embedding.dtype))
         return self.time_proj(silu(embedding)).view(len(embedding), NUM_MODULATIONS, -1), embedding
+
+
+def pooled_over_clips(text: torch.Tensor, bounds: PackedSeqParams) -> torch.Tensor:
+    """Text [T, 1, W] -> the mean of each clip's tokens [n, W]."""
+    lengths = bounds.cu_seqlens_kv.diff()
+    clips = torch.repeat_interleave(torch.arange(len(lengths), device=text.device), lengths)
+    sums = torch.zeros(len(lengths), text.shape[-1], dtype=text.dtype, device=text.device).index_add(0, clips, text[:, 0])
+    return sums / lengths[:, None]
 
 
 class TextEmbedding(MegatronModule):
@@ -467,7 +485,8 @@ class DiTCrossAttentionModel(MegatronModule):
             assert x is not None
             assert timesteps is not None
             assert crossattn_emb is not None
-            modulation, time_embedding = self.t_embedder(timesteps)
+            pooled = pooled_over_clips(crossattn_emb, packed_seq_params[CROSS]) if self.sizes.pooled_text else None
+            modulation, time_embedding = self.t_embedder(timesteps, pooled)
             state = DiTState(
                 hidden=self.x_embedder(x.to(self.x_embedder.weight.dtype)), context=self.text_embedding(crossattn_emb),
                 modulation=modulation, time_embedding=time_embedding,

@@ -1,7 +1,7 @@
 """Flow matching as Wan trains and samples with it: noise levels, targets, loss weights, and Euler steps from noise to a clip.
 
-A clip x0 is mixed with noise, x = (1 - sigma) x0 + sigma noise, and the model learns the velocity noise - x0 from x and the timestep
-1000 sigma. ``shift`` moves noise levels to the noisy end: sigma = shift u / (1 + (shift - 1) u) for u in [0, 1].
+A clip x0 is mixed with noise, x = (1 - sigma) x0 + sigma noise, and the model learns the velocity noise - x0 (or x0 itself) from x and the
+timestep 1000 sigma. ``shift`` moves noise levels to the noisy end: sigma = shift u / (1 + (shift - 1) u) for u in [0, 1].
 
 Noise and noise levels are drawn with the sample, from a generator that the sample seeds: all ranks of a replica then hold the same ones,
 which they would not if forward_step drew them (Megatron seeds pipeline ranks apart). Sources: Flow Matching (arXiv 2210.02747),
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 import torch
@@ -32,12 +33,19 @@ class FlowMatching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """... but in this share of the samples uniform between 0 and 1."""
     weighted: bool = True
     """Losses are weighted by 1 + shift * sigma; False: all alike."""
+    predicts: Literal["velocity", "clip"] = "velocity"
+    """What the model's output is. A clip has few degrees of freedom, noise has one for each value: a model narrower than a patch can learn to
+    predict the one and not the other (arXiv 2511.13720). Its error is weighted by 1 / sigma^2, as the velocity's would weight it, up to
+    ``most_weight``."""
+    most_weight: float = 6.0
 
     def validate(self, where: str) -> None:
         if not self.shift > 0:
             raise InputError(f"{where}.shift", self.shift, "not above 0", "give for example 2.5; 1 = no shift")
         if not self.logit_std > 0:
             raise InputError(f"{where}.logit_std", self.logit_std, "not above 0", "give for example 1.5")
+        if not self.most_weight > 0:
+            raise InputError(f"{where}.most_weight", self.most_weight, "not above 0", "give for example 6")
         if not 0 <= self.uniform_share <= 1:
             raise InputError(f"{where}.uniform_share", self.uniform_share, "outside [0, 1]", "give a share")
 
@@ -48,7 +56,16 @@ class FlowMatching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         return float(shifted(u, self.shift))
 
     def loss_weight(self, sigma: torch.Tensor) -> torch.Tensor:
-        return 1 + self.shift * sigma if self.weighted else torch.ones_like(sigma)
+        weight = 1 + self.shift * sigma if self.weighted else torch.ones_like(sigma)
+        return weight if self.predicts == "velocity" else weight * sigma.square().reciprocal().clamp(max=self.most_weight)
+
+    def target(self, clip: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What the model shall put out."""
+        return velocity(clip, noise) if self.predicts == "velocity" else clip
+
+    def velocity_of(self, output: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The velocity that an output at ``x`` says: x = clip + sigma * velocity."""
+        return output if self.predicts == "velocity" else (x - output) / sigma
 
 
 def shifted(u: torch.Tensor, shift: float) -> torch.Tensor:
@@ -61,7 +78,7 @@ def add_noise(clip: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor | flo
 
 
 def velocity(clip: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """What the model shall predict."""
+    """From a clip to noise."""
     return noise - clip
 
 

@@ -15,6 +15,7 @@ Not modelled: sequence, context and expert parallelism; dropout.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,12 @@ class TextToVideoConfig:
                 "model.video.text_width", self.model.video.text_width, "stands for text embeddings that come with the data",
                 "give it where the model has no language model, and only there",
             )
+        if self.parallel.context > 1:
+            raise InputError("parallel.context", self.parallel.context, "a text-to-video model's attention is not divided", "use 1")
+        if self.transformer_engine and importlib.util.find_spec("transformer_engine") is None:
+            raise InputError(
+                "--transformer-impl", "transformer_engine", "Transformer Engine is not installed", "install it, or use --transformer-impl local"
+            )
         if self.parallel.sequence:
             raise InputError("parallel.sequence", True, "sequence parallelism is not supported in a text-to-video model", "leave it out")
         tensor = self.parallel.tensor
@@ -118,7 +125,7 @@ class TextToVideoConfig:
         assert width is not None
         return DiTSizes(
             in_channels=video.channels, patch_spatial=video.patch_spatial, patch_temporal=video.patch_temporal, freq_dim=video.freq_dim,
-            crossattn_emb_size=width,
+            crossattn_emb_size=width, pooled_text=video.pooled_text,
         )
 
     @property
@@ -142,7 +149,8 @@ class TextToVideoConfig:
     def parameter_costs(self) -> dict[str, ChainCost]:
         diffusion, sizes = self.diffusion, self.sizes
         hidden = diffusion.hidden_size
-        embedders = sizes.patch_size + sizes.crossattn_emb_size + hidden + sizes.freq_dim + hidden + 6 * hidden
+        text = (2 if sizes.pooled_text else 1) * sizes.crossattn_emb_size
+        embedders = sizes.patch_size + text + hidden + sizes.freq_dim + hidden + 6 * hidden
         costs = {
             DIFFUSION: ChainCost(
                 layer=layer_parameters(diffusion), first=float(embedders * hidden), last=float(sizes.patch_size * hidden)
@@ -355,7 +363,7 @@ class TextToVideoStage(MegatronModule):
 
 
 _FROM_ZERO = ("modulation", "t_embedder.time_proj.weight", "final_layer_linear.weight")
-_BY_INPUTS = ("x_embedder.weight", "linear_1.weight", "linear_2.weight")
+_BY_INPUTS = ("x_embedder.weight", "linear_1.weight", "linear_2.weight", "text_embedder.weight")
 
 
 def initialize_weights(stage: TextToVideoStage, config: TextToVideoConfig) -> None:

@@ -152,6 +152,8 @@ class VideoSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Sines and cosines of the timestep."""
     text_width: int | None = None
     """Width of text embeddings that come with the data; absent where the model has a language model."""
+    pooled_text: bool = False
+    """The mean of a clip's text modulates all layers, beside its timestep."""
 
     @property
     def patch_size(self) -> int:

@@ -30,6 +30,7 @@ class VideoCase:
     chunks: tuple[int, int] = (1, 1)
     """K of the language model and of the DiT."""
     text: Literal["trained", "frozen", "precomputed"] = "trained"
+    pooled_text: bool = False
     sub_microbatch_size: tuple[int, int] = (8, 8)
     """Captions, clips."""
     clips: tuple[tuple[int, ...], ...] = (CLIPS,)
@@ -62,7 +63,7 @@ def tiny_model(case: VideoCase) -> TextToVideoModel:
     precomputed = case.text == "precomputed"
     return TextToVideoModel(
         modules=ModelSpec(modules=[dit] if precomputed else [lm, dit]), sequence_length=64,
-        video=VideoSpec(channels=CHANNELS, patch_spatial=2, freq_dim=8, text_width=TEXT_WIDTH if precomputed else None),
+        video=VideoSpec(channels=CHANNELS, patch_spatial=2, freq_dim=8, text_width=TEXT_WIDTH if precomputed else None, pooled_text=case.pooled_text),
     )
 
 

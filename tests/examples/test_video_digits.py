@@ -55,8 +55,9 @@ def test_items_fit_the_model(example: Any) -> None:
         microbatch = description.item_metadata(item)
         assert len(microbatch["lm"]) == len(microbatch["dit"])
         # Velocity = noise - clip and x = (1 - sigma) clip + sigma noise: together they give back the clip.
-        sigma = (item["timesteps"] / 1000).repeat_interleave(item["grid_sizes"].prod(1))[:, None]
-        clips = data.clips(item["x"][:, 0] - sigma * item["target"][:, 0], item["grid_sizes"])
+        sigma = (item["timesteps"] / 1000).repeat_interleave(item["grid_sizes"].prod(1))[:, None, None]
+        velocity = data.options.flow.velocity_of(item["target"], item["x"], sigma)
+        clips = data.clips((item["x"] - sigma * velocity)[:, 0], item["grid_sizes"])
         assert all(float(clip.min()) > -1.001 and float(clip.max()) < 1.001 for clip in clips)
         assert {len(clip) for clip in clips} <= set(range(2, 17, 2))
     broken = {**item, "text_lengths": item["text_lengths"] * 0}

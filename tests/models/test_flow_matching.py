@@ -27,6 +27,15 @@ def test_levels_are_drawn_by_the_samples_generator_alone() -> None:
     assert 0.6 < sum(levels) / len(levels) < 0.75
 
 
+def test_a_predicted_clip_says_the_velocity() -> None:
+    flow = FlowMatching(predicts="clip", weighted=False, most_weight=5.0)
+    clip, noise = torch.randn(2, 4, 3)
+    x = add_noise(clip, noise, 0.3)
+    assert torch.allclose(flow.velocity_of(flow.target(clip, noise), x, torch.tensor(0.3)), velocity(clip, noise), atol=1e-5)
+    # An error of the clip is one of 1 / sigma times as much of the velocity.
+    assert flow.loss_weight(torch.tensor([0.8, 0.1])).tolist() == pytest.approx([1 / 0.8**2, 5.0])
+
+
 def test_the_velocity_leads_from_noise_to_the_clip() -> None:
     clip, noise = torch.randn(3, 4), torch.randn(3, 4)
     x = add_noise(clip, noise, 0.3)

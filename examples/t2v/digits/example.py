@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_dip.models.dit import DiTSizes, patchify, unpatchify
-from megatron_dip.models.flow_matching import FlowMatching, add_noise, sample, timestep, velocity
+from megatron_dip.models.flow_matching import FlowMatching, add_noise, sample, timestep
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.training import TextToVideoModel
 
@@ -182,15 +182,15 @@ class Dataset:
             for story in stories
         ]
         generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-        clips, noises, sigmas = [], [], []
+        clips, noises, sigmas, flow = [], [], [], self.options.flow
         for story in stories:
             clips.append(torch.from_numpy(self.render(story)))
             noises.append(torch.randn(clips[-1].shape, generator=generator))
-            sigmas.append(self.options.flow.draw_sigma(generator))
+            sigmas.append(flow.draw_sigma(generator))
         item = self.pack([add_noise(clip, noise, sigma) for clip, noise, sigma in zip(clips, noises, sigmas, strict=True)], captions)
         item["timesteps"] = timestep(torch.tensor(sigmas))
-        item["target"] = torch.cat([self.patches(velocity(clip, noise)) for clip, noise in zip(clips, noises, strict=True)])[:, None]
-        weight = self.options.flow.loss_weight(torch.tensor(sigmas))
+        item["target"] = torch.cat([self.patches(flow.target(clip, noise)) for clip, noise in zip(clips, noises, strict=True)])[:, None]
+        weight = flow.loss_weight(torch.tensor(sigmas))
         item["weight"] = weight.repeat_interleave(item["grid_sizes"].prod(dim=1))[:, None]
         return item
 
@@ -239,7 +239,7 @@ def loss_func(target: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) 
     """Megatron's form: sum of the losses (float32 scalar), number of patches (int32 scalar), and what is logged.
 
     Args:
-        target, output: velocity of each patch, [S, 1, values]
+        target, output: velocity of each patch or clean patch, [S, 1, values]
         weight: of each patch, [S, 1]
     """
     loss = ((output.float() - target).square().mean(dim=-1) * weight).sum()
@@ -259,14 +259,14 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -
     return output, partial(loss_func, item["target"], item["weight"])
 
 
-def _velocity_func(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return output.sum() * 0, {"velocity": output.detach()}
+def _output_func(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return output.sum() * 0, {"output": output.detach()}
 
 
 def prediction_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
-    """forward_step of sampling: what is reported is the velocity [S, 1, values]."""
+    """forward_step of sampling: what is reported is the output [S, 1, values]."""
     item = next_item(data_iterator)
-    return model(**{name: item[name] for name in ARGUMENTS}), _velocity_func
+    return model(**{name: item[name] for name in ARGUMENTS}), _output_func
 
 
 # ---- making clips, and reading them -------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def make_clips(
     """Samples one clip for each story's length and caption.
 
     Args:
-        predict: microbatches -> velocities [S, 1, values] of each.
+        predict: microbatches -> outputs [S, 1, values] of each.
     """
     options = dataset.options
     per_pack = max(high for _, high in options.clips)
@@ -309,7 +309,7 @@ def make_clips(
         for index, item in enumerate(items):
             item["x"] = parts[index // 2 if guided else index]
             item["timesteps"] = timestep(sigma).repeat(len(item["grid_sizes"]))
-        found = predict(items)
+        found = [options.flow.velocity_of(output, item["x"], sigma) for output, item in zip(predict(items), items, strict=True)]
         if not guided:
             return torch.cat(found)
         told, untold = torch.cat(found[::2]), torch.cat(found[1::2])
@@ -408,7 +408,7 @@ def sampled(dataset: Dataset, run: Callable[[Any, list[Any]], list[Any]]) -> tup
     captions = [dataset.caption(story, random, bool(random.random() < dataset.options.long_captions)) for story in stories]
 
     def predict(items: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        return [report["velocity"].cpu() for report in run(prediction_step, items)]
+        return [report["output"].cpu() for report in run(prediction_step, items)]
 
     made = make_clips(dataset, predict, stories, captions, seed=1)
     order = random.permutation(len(stories))

@@ -49,7 +49,7 @@ def main() -> None:
     system.model.train(False)
 
     def predict(items: list[Any]) -> list[torch.Tensor]:
-        return [report["velocity"] for report in system.run_everywhere(module.prediction_step, items)]
+        return [report["output"] for report in system.run_everywhere(module.prediction_step, items)]
 
     made = module.make_clips(dataset, predict, stories, captions, args.seed)
     texts = [" ".join(module.VOCABULARY[token] for token in caption[1:-1]) for caption in captions]
