@@ -178,7 +178,7 @@ def kernels_report(rows: list[Row]) -> str:
 
 _PHASES: tuple[tuple[Any, str, str], ...] = (
     (iteration, "split", "sub-microbatches"), (iteration, "build_problem", "task graph"), (backward, "problem_bound_ns", "bound"),
-    (backward, "search", "search"), (iteration, "lower", "lowering"), (iteration, "check_program", "program check"),
+    (iteration, "lower", "lowering"), (iteration, "check_program", "program check"),
     (iteration, "dry_run", "dry run"), (iteration, "_make_columns", "the plan's arrays"), (iteration, "check_columns", "plan check"),
     (message, "plan_of", "the plan's objects"), (message, "lower_columns", "lowering"), (message, "check_columns", "plan check"), (message, "pack_plan", "packing"), (message, "unpack_plan", "unpacking"),
 )
@@ -190,11 +190,11 @@ class Spans:
     def __init__(self) -> None:
         self.spans: list[tuple[str, int, int]] = []
         for owner, function, name in _PHASES:
-            setattr(owner, function, self._timed(getattr(owner, function), name))
+            setattr(owner, function, self.timed(getattr(owner, function), name))
         self._collection_began = 0
         gc.callbacks.append(self._collected)
 
-    def _timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter_ns()
             try:
@@ -241,7 +241,9 @@ def _watch(given: Fixed, spans: Spans, emit: Emit) -> None:
 
     def once(budget_s: float) -> int:
         plan = message.pack_plan(
-            iteration.plan_columns(model, given.partition, given.batch, given.costs, PlanOptions(time_budget_s=budget_s))
+            iteration.plan_columns(
+                model, given.partition, given.batch, given.costs, PlanOptions(time_budget_s=budget_s), search=spans.timed(search, "search")
+            )
         )
         received = message.unpack_plan(plan.data)
         size = len(received.stages)

@@ -29,6 +29,7 @@ from megatron_dip.report.records import write_record
 from megatron_dip.report.tables import markdown_table
 from megatron_dip.schedule import backward
 from megatron_dip.schedule.checker import inspect_plan
+from megatron_dip.schedule.search import search
 from megatron_dip.spec.named import named_setup
 from megatron_dip.spec.workload import Parallel
 from megatron_dip.workloads.generators import make_workload
@@ -38,7 +39,7 @@ SIZES = {"vit": 8, "lm": 1}
 _BEAT_S = 0.0002
 _PHASES = (
     (iteration, "split", "sub-microbatches"), (iteration, "build_problem", "task graph"), (backward, "problem_bound_ns", "bound"),
-    (backward, "search", "search"), (iteration, "_lower", "lowering and dry runs"), (iteration, "_make_columns", "arrays"),
+    (iteration, "_lower", "lowering and dry runs"), (iteration, "_make_columns", "arrays"),
     (iteration, "check_columns", "check"), (message, "plan_of", "objects"), (message, "lower_columns", "received: lowering"),
     (message, "check_columns", "received: check"),
 )
@@ -51,9 +52,9 @@ class Phases:
         self.spent: dict[str, float] = {}
         self.now = "between"
         for owner, function, name in _PHASES:
-            setattr(owner, function, self._timed(getattr(owner, function), name))
+            setattr(owner, function, self.timed(getattr(owner, function), name))
 
-    def _timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             outer, self.now, began = self.now, name, time.thread_time()
             try:
@@ -94,8 +95,12 @@ def measure(ranks: int, microbatches: int, repeats: int, phases: Phases) -> dict
     )
     partition = even_partition(setup.model, ranks, {module.name: 1 for module in setup.model.modules}, SIZES)
 
+    timed_search = phases.timed(search, "search")
+
     def plan() -> message.PackedPlan:
-        return message.pack_plan(iteration.plan_columns(setup.model, partition, workload.microbatches, costs, PlanOptions(evaluations=1)))
+        return message.pack_plan(iteration.plan_columns(
+            setup.model, partition, workload.microbatches, costs, PlanOptions(evaluations=1), search=timed_search
+        ))
 
     plan()  # compiles, or loads what was compiled
     phases.spent.clear()
@@ -130,7 +135,7 @@ def main() -> None:
     switch_often()
     phases = Phases()
     rows = [measure(ranks, microbatches, args.repeats, phases) for ranks, microbatches in ((16, 64), (32, 512))]
-    names = [name for _, _, name in _PHASES if not name.startswith("received")]
+    names = ["search", *(name for _, _, name in _PHASES if not name.startswith("received"))]
     table = markdown_table(
         ["ranks", "microbatches", "stages", "beyond the search s", *names, "plain check s", "received s", "message MB", "held ms, and in"],
         [
