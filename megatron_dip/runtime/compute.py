@@ -64,6 +64,8 @@ class AutogradCompute:
         for producer in links.grad_inputs:
             inputs[producer].requires_grad_()
         self._count(inputs.values())
+        if self._offload is not None:
+            self._offload.settle()
         before = self._live_bytes()
         with torch.set_grad_enabled(links.backward is not None), self._collecting(links), self._keeping(links, inputs.values()):
             output = self._model.forward(links.forward, inputs, links.consumers)
@@ -123,11 +125,7 @@ class AutogradCompute:
     @contextmanager
     def _keeping(self, links: StageLinks, inputs: Iterable[torch.Tensor]) -> Iterator[None]:
         """Around a forward: what its layers save is moved or counted."""
-        if self._offload is None:
-            yield
-            return
-        self._offload.settle()
-        if links.backward is None:
+        if self._offload is None or links.backward is None:
             yield
             return
         with self._watching(), self._offload.stage(links.forward.id, inputs):
