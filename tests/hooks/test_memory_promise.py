@@ -73,7 +73,7 @@ def test_under_a_limit_layers_keep_less_and_ranks_stay_below_once_they_were_meas
     for outcome in launch(sweep, 2, (0.85,), (), 3, timeout_s=280):
         free, limited = outcome.rows
         assert limited.loss == free.loss
-        assert set(limited.strategies) > {"none"}
+        assert set(limited.strategies) != {"none"}
         assert limited.limit is not None
         # The first plan rests on operator graphs, the last one on what ranks were found to hold.
         assert limited.measured <= limited.limit
