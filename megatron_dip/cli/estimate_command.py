@@ -22,7 +22,7 @@ from megatron_dip.partition.joint import ChoiceLimits
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.simulator.estimate import Candidate, estimate
 from megatron_dip.simulator.step import SimulateOptions, make_costs
-from megatron_dip.spec.codec import STANDARD_INPUT, check_outputs, format_of, load_workload, read_file, save
+from megatron_dip.spec.codec import STANDARD_INPUT, check_outputs, format_of, load_workload, read_file, read_whole, save
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import NAMED_SETUPS
 from megatron_dip.spec.partition import Partition
@@ -117,7 +117,7 @@ def _subject(args: argparse.Namespace) -> _Subject:
 
 def _read_json(file: Path, given: str) -> dict[str, object]:
     try:
-        found = msgspec.json.decode(sys.stdin.buffer.read() if given == STANDARD_INPUT else file.read_bytes())
+        found = msgspec.json.decode(sys.stdin.buffer.read() if given == STANDARD_INPUT else read_whole(file))
     except OSError as error:
         raise InputError(
             "MODEL", given, f"is neither a named setup nor a file that can be read ({error.strerror})",

@@ -19,7 +19,7 @@ from typing import IO
 
 import msgspec
 
-from megatron_dip.spec.codec import check_outputs, write_atomically
+from megatron_dip.spec.codec import check_outputs, read_whole, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.workloads.samples import Sample
 
@@ -163,7 +163,7 @@ def _add_image(found: _Found, stream: IO[bytes]) -> None:
 
 def _read_jsonl(path: Path, characters: float) -> Iterator[tuple[str, _Found]]:
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_whole(path).splitlines()
     except OSError as error:
         raise InputError("DATASET", str(path), f"cannot be read ({error.strerror})", "name a JSONL file") from error
     for number, line in enumerate(lines, 1):

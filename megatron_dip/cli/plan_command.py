@@ -36,7 +36,7 @@ from megatron_dip.schedule.backward import SplitBackward
 from megatron_dip.schedule.grid import format_grid, plan_cells
 from megatron_dip.schedule.search import SearchMethod
 from megatron_dip.simulator.baselines import BASELINES, BaselineResult, run_baseline
-from megatron_dip.spec.codec import check_outputs, load_partition, load_workload, save, write_atomically
+from megatron_dip.spec.codec import check_outputs, encode, load_partition, load_workload, write_all
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.partition import Partition
@@ -136,11 +136,12 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(workload.profile, Profile):
         for sentence in outside_profile(workload.profile, task.microbatches, partition.sub_microbatch_size):
             warn(sentence)
-    save(args.output, plan)
+    outputs = {args.output: encode(plan)}
     if args.save_partition is not None:
-        save(args.save_partition, partition)
+        outputs[args.save_partition] = encode(partition)
     if args.grid is not None:
-        write_atomically(args.grid, format_grid(plan_cells(plan)).encode())
+        outputs[args.grid] = format_grid(plan_cells(plan)).encode()
+    write_all(outputs)
     baselines: list[_Row] = []
     if not args.no_baselines:
         with progress("running the baselines") as show:

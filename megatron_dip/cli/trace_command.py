@@ -19,8 +19,16 @@ def run(args: argparse.Namespace) -> int:
     from megatron_dip.report.timeline import read_timeline
     from megatron_dip.report.trace import trace_events
     from megatron_dip.spec.codec import check_outputs, write_atomically
+    from megatron_dip.spec.errors import InputError
 
     check_outputs({"--output": args.output}, args.files)
-    write_atomically(args.output, msgspec.json.encode(trace_events([read_timeline(path) for path in args.files])))
+    events = trace_events([read_timeline(path) for path in args.files])
+    try:
+        data = msgspec.json.encode(events)
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape and no text can hold
+        raise InputError(
+            ", ".join(map(str, args.files)), "...", "hold a character that is no text", "remove the lone \\ud800 to \\udfff escapes"
+        ) from error
+    write_atomically(args.output, data)
     print(f"wrote {args.output}")
     return 0

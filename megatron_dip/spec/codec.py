@@ -8,6 +8,7 @@ relative to the workload's file). Writing: a file appears whole or not at all.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -139,9 +140,23 @@ def read_file(path: str | Path) -> bytes:
     try:
         if str(path) == STANDARD_INPUT:
             return sys.stdin.buffer.read()
-        return Path(path).read_bytes()
+        return read_whole(path)
     except OSError as error:
         raise InputError(str(path), str(path), f"cannot be read ({error.strerror})", "name a file that exists and is readable") from None
+
+
+def read_whole(path: str | Path) -> bytes:
+    """The file's bytes. Raises OSError, also for a device that gives bytes without end."""
+    if not stat.S_ISCHR(os.stat(path).st_mode):
+        return Path(path).read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(_MOST_OF_A_DEVICE + 1)
+    if len(data) > _MOST_OF_A_DEVICE:
+        raise OSError(errno.EFBIG, f"no end within {_MOST_OF_A_DEVICE} bytes")
+    return data
+
+
+_MOST_OF_A_DEVICE = 2**26
 
 
 def format_of(data: bytes) -> str | None:
@@ -180,6 +195,8 @@ def decode(text: str | bytes, kind: type[T], name: str, wanted: str | None = Non
         raise _other_kind(raw, wanted, name)
     try:
         return msgspec.convert(raw, kind, str_keys=True)
+    except OverflowError:
+        raise InputError(name, "...", "holds a number that is too large", "use a smaller number") from None
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and no text can hold
         raise InputError(name, "...", "holds a character that is no text", "remove the lone \\ud800 to \\udfff escapes") from None
     except msgspec.ValidationError as error:
@@ -208,6 +225,12 @@ def encode(value: msgspec.Struct) -> bytes:
     return msgspec.json.encode(value) + b"\n"
 
 
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Writes several files; devices and pipes first, since these alone can still fail, and then no file is left."""
+    for path in sorted(contents, key=lambda path: not path.exists() or path.is_file()):
+        write_atomically(path, contents[path])
+
+
 def save(path: str | Path, value: msgspec.Struct) -> None:
     """Writes a workload, profile, partition or plan; see :func:`write_atomically`."""
     write_atomically(path, encode(value))
@@ -224,6 +247,14 @@ def check_writable(path: str | Path, field: str) -> None:
         raise InputError(field, str(path), "its directory does not exist", f"create {path.parent} or name another file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise InputError(field, str(path), "cannot be written", "name a file that you may write")
+    if path.exists() and not path.is_file():
+        return
+    try:  # as it will be written; what access() allows can still fail, in /proc for one
+        handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.resolve().name}.")
+        os.close(handle)
+        os.unlink(temporary)
+    except OSError as error:
+        raise InputError(field, str(path), f"cannot be written ({error.strerror})", "name a file that you may write") from error
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path | None] = ()) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from megatron_dip.spec.codec import read_whole
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.workload import Microbatch
 from megatron_dip.workloads.generators import IMAGE_TEXT_SETS, draw_document
@@ -38,7 +39,7 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 def read_samples(path: Path, field: str) -> list[Sample]:
     """A JSONL file's samples. Raises InputError that names the line."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_whole(path).splitlines()
     except OSError as error:
         raise InputError(field, str(path), f"cannot be read ({error.strerror})", "name a JSONL file of samples") from error
     samples = []

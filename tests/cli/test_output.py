@@ -13,7 +13,9 @@ import msgspec
 import pytest
 
 from megatron_dip.cli.main import main
-from megatron_dip.spec.codec import load_plan
+from megatron_dip.spec.codec import load_plan, save
+from megatron_dip.spec.workload import Parallel, Workload
+from tests.strategies import vlm_case
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plan.json"
 ODD = "l[/b]m[red]"
@@ -108,3 +110,27 @@ def test_progress_without_a_terminal_is_a_line(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "w.json").write_text(json.dumps(WORKLOAD))
     assert main(["plan", str(tmp_path / "w.json"), "--output", str(tmp_path / "p.json"), "--evaluations", "1", "--no-baselines"]) == 0
     assert "megatron-dip: choosing the partition\n" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full and /dev/zero")
+@pytest.mark.parametrize(("words", "message"), [
+    (["--save-partition", "/proc/x"], "--save-partition = '/proc/x': cannot be written"),
+    (["--save-partition", "/dev/full"], "No space left on device"),
+])
+def test_an_output_that_fails_leaves_no_other_behind(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = vlm_case()
+    save(tmp_path / "workload.json", Workload(
+        format="megatron-dip/workload/1", model=case.model, parallel=Parallel(pipeline=2), profile=case.profile, microbatches=case.microbatches,
+    ))
+    plan = tmp_path / "plan.json"
+    assert main(["plan", str(tmp_path / "workload.json"), "--evaluations", "2", "--no-baselines", "--output", str(plan), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not plan.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs Linux's /dev/full and /dev/zero")
+def test_a_device_without_end_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "/dev/zero", "--output", str(tmp_path / "plan.json")]) == 2
+    assert "no end within" in capsys.readouterr().err
