@@ -59,7 +59,7 @@ class Rank:
         ]
 
     def fits(self, trial: Sequence[int]) -> bool:
-        return max(self.over(trial)) <= 0
+        return max(self.over(trial), default=0) <= 0
 
     def time(self, trial: Sequence[int]) -> int:
         return sum(pair.candidates[candidate].time for pair, candidate in zip(self.pairs, trial, strict=True))

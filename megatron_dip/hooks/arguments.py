@@ -66,8 +66,8 @@ class DipOptions:
     memory_limit_bytes: int | None
     follows_device_memory: bool
     """The limit is what the device has; ``memory_limit_bytes`` is None until a run asks for it."""
-    host_memory_bytes: int | None
-    """For offloaded activations of one rank; None: half of what the machine has free, shared by its ranks."""
+    host_memory_bytes: int
+    """For offloaded activations of one rank; 0: plans offload nothing."""
     split_backward: SplitBackward
     """``auto``: where all layers can do both and no limit on memory is given, as is faster for the batch; else whole."""
     rehearse: Path | None
@@ -125,9 +125,9 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dip-memory-limit", type=_gib_or_auto, default=None, metavar="GIB|auto",
                        help="Memory that plans may use on a rank. auto: what the device has free, less what the run is measured to hold beside "
                        "its plans. Default: the device's memory by its description; none under --dip-profile.")
-    group.add_argument("--dip-host-memory", type=float, default=None, metavar="GIB",
-                       help="Host memory that a rank may take for offloaded activations, 0 = plans offload nothing (default: half of "
-                       "what the machine has free, shared by its ranks).")
+    group.add_argument("--dip-host-memory", type=float, default=0.0, metavar="GIB",
+                       help="Host memory that a rank may take for offloaded activations. Default: 0, plans offload nothing. Offloading has never run on "
+                       "a GPU, and plans that offload whole stages were measured to hold up to 17 percent more than their limit.")
     group.add_argument("--dip-split-backward", nargs="?", choices=("auto", "on", "off"), const="on", default="auto",
                        help="Plan the input and the weight part of backwards apart: on (also without a word), off, or auto: in each iteration where it "
                        "is faster, if the layers can do it and no --dip-memory-limit is given.")
@@ -279,7 +279,7 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
     limit = args.dip_memory_limit
     if limit not in (None, "auto") and not 0 < limit < 1e6:
         raise InputError("--dip-memory-limit", limit, "outside (0, 1e6)", "give GiB such as 70, or auto")
-    if args.dip_host_memory is not None and not 0 <= args.dip_host_memory < 1e6:
+    if not 0 <= args.dip_host_memory < 1e6:
         raise InputError("--dip-host-memory", args.dip_host_memory, "outside [0, 1e6)", "give GiB such as 100, 0 for no offloading")
     return DipOptions(
         profile=args.dip_profile,
@@ -299,7 +299,7 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         balance=args.dip_balance,
         memory_limit_bytes=None if limit in (None, "auto") else int(limit * _GIB),
         follows_device_memory=limit == "auto",
-        host_memory_bytes=None if args.dip_host_memory is None else int(args.dip_host_memory * _GIB),
+        host_memory_bytes=int(args.dip_host_memory * _GIB),
         split_backward=_SPLITS[args.dip_split_backward],
         rehearse=args.dip_rehearse,
         trace_dir=args.dip_trace_dir,

@@ -320,8 +320,10 @@ def _time(tables, problem, trial):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def _usage(tables, problem, trial, use):  # type: ignore[no-untyped-def]
-    """Fills ``use`` with the live pairs' bytes at each point; returns the largest excess over the room."""
+    """Fills ``use`` with the live pairs' bytes at each point; returns the largest excess over the room (far below 0 on a rank without stages)."""
     points = len(use)
+    if points == 0:
+        return -np.int64(1 << 62)
     change = np.zeros(points + 1, dtype=np.int64)
     for index in range(len(trial)):
         held = tables.held_bytes[tables.pair_class[problem.pair[index]], trial[index]]

@@ -769,7 +769,7 @@ def _failed(how: str) -> list[RankResult]:
         ("an instance lost", ("PeerError: rank 1 could not prepare", "InputError: microbatch 0 = 1: forward_step gives")),
         ("other batch", ("InputError: data_iterator = ", "InputError: data_iterator = ")),
         ("other cut", ("InputError: partition = ", "InputError: partition = ")),
-        ("data end", ("InputError: data_iterator = 2: ended before", "InputError: data_iterator = 2: ended before")),
+        ("data end", ("DataEnded: data_iterator = 2: ended before", "DataEnded: data_iterator = 2: ended before")),
         ("bad item on one rank", ("PeerError: rank 1 could not prepare the iteration", "InputError: ")),
         ("forward_step", ("PeerError: rank 1 could not prepare the iteration, so no rank runs it: KeyError: 'labels'", "KeyError: 'labels'")),
     ],

@@ -445,12 +445,12 @@ def everything_under(strategy: str) -> Iterator[None]:
     """Plans under which every layer that has a backward uses one memory strategy."""
     from megatron_dip.hooks import megatron_lm
 
-    original = megatron_lm.plan_iteration
-    megatron_lm.plan_iteration = lambda *args: original(*args[:-1], replace(args[-1], strategy=strategy))
+    original = megatron_lm.plan_columns
+    megatron_lm.plan_columns = lambda *args, **kwargs: original(*args[:-1], replace(args[-1], strategy=strategy), **kwargs)
     try:
         yield
     finally:
-        megatron_lm.plan_iteration = original
+        megatron_lm.plan_columns = original
 
 
 def plain(gradient: torch.Tensor | None) -> np.ndarray | None:

@@ -152,7 +152,7 @@ def test_frozen_parts_with_recomputed_and_offloaded_layers_and_split_backwards()
     """Megatron's re-entrant checkpoints would lose gradients behind what is frozen."""
     check_all([replace(case, strategy="full") for case in CASES.values()], 1)
     check_all([
-        replace(case, flags=(*case.flags, "--dip-split-backward"), strategy="offload" if index % 2 else None)
+        replace(case, flags=(*case.flags, "--dip-split-backward", "--dip-host-memory", "1"), strategy="offload" if index % 2 else None)
         for index, case in enumerate(CASES.values())
     ], 1)
 

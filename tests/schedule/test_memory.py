@@ -150,7 +150,7 @@ lone_ranks = st.builds(lone_rank, st.integers(1, 12), st.integers(0, 2**32 - 1))
 def equals_its_twin(tables: MemoryTables, order: np.ndarray, share: float, iterations: int) -> None:
     """Points and choice at a limit that lies so far between what the leanest and the fastest candidates need; below 0 nothing fits."""
     unlimited = naive_memory.rank_of(tables, order.tolist(), 0)
-    low, high = (max(unlimited.over([candidate * (len(pair.candidates) - 1) for pair in unlimited.pairs])) for candidate in (1, 0))
+    low, high = (max(unlimited.over([candidate * (len(pair.candidates) - 1) for pair in unlimited.pairs]), default=0) for candidate in (1, 0))
     limit = int(low + share * (high - low)) if share >= 0 else low - 1
     found, expected = rank_problem(tables, order, np.int64(limit)), naive_memory.rank_of(tables, order.tolist(), limit)
     assert [list(row) for row in zip(found.pair, found.first, found.half, found.last, strict=True)] == [
