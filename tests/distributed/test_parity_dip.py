@@ -123,7 +123,7 @@ def test_random_plans_on_four_ranks() -> None:
 
 def test_ranks_without_layers_are_passed_over() -> None:
     four = Parallel(pipeline=4)
-    check([Case(parallel=four, chunks=cut, num_layers=(2, 5), tied=cut == (1, 2)) for cut in ((1, 1), (1, 2), (2, 2))], 1e-6)
+    check([Case(parallel=four, chunks=(1, 1), num_layers=layers, tied=layers[1] == 3) for layers in ((2, 5), (1, 3), (3, 1))], 1e-6)
 
 
 def test_tensor_parallel() -> None:

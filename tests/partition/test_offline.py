@@ -158,12 +158,13 @@ def test_the_joint_choice_finds_the_best_cut_of_a_plain_function() -> None:
 
     def evaluate(partition: Partition, batch: object, fine: bool) -> float:
         asked.append((repr(partition), fine))
-        return abs(len(partition.chunks["vit"]) - 2) + abs(len(partition.chunks["lm"]) - 1) + abs(partition.sub_microbatch_size["vit"] - 3)
+        steps = abs(len(partition.chunks["vit"]) - 2) + abs(len(partition.chunks["lm"]) - 1) + abs(partition.sub_microbatch_size["vit"] - 3)
+        return 1e9 * (1 + steps)  # above the free bound, as times are
 
     choice = choose_partition(case.model, 2, [case.microbatches], case.costs(), evaluate, drift=False)
-    assert choice.expected_ns == 0
+    assert choice.expected_ns == 1e9
     assert (len(choice.partition.chunks["vit"]), len(choice.partition.chunks["lm"]), choice.partition.sub_microbatch_size["vit"]) == (2, 1, 3)
-    assert choice.candidates == len(asked) == len(set(asked))
+    assert choice.candidates >= len(asked) == len(set(asked))
 
 
 def test_given_choices_are_kept() -> None:
