@@ -13,3 +13,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "no-deadline"))
 
 # The user's kept cuts are none of the tests' business; in this folder nothing can be kept.
 os.environ["MEGATRON_DIP_CACHE"] = os.devnull
+
+# Tables are as wide as they are in a file; workers of pytest-xdist say that the terminal has 80 columns.
+os.environ.pop("COLUMNS", None)

@@ -38,6 +38,7 @@ def test_nothing_is_left_of_a_run_that_saved(tmp_path: Path, monkeypatch: pytest
     assert of_run(str(tmp_path)) == []
 
 
+@pytest.mark.long
 def test_ranks_that_torchrun_started_leave_nothing_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUN_MARK", str(tmp_path))
     folder = write_example(tmp_path / "example")
@@ -55,6 +56,7 @@ def test_ranks_that_torchrun_started_leave_nothing_either(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP])
+@pytest.mark.long
 def test_ranks_end_with_a_parent_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals) -> None:
     monkeypatch.setenv("RUN_MARK", str(tmp_path))
     process = start(

@@ -52,6 +52,7 @@ class Dataset(tiny.Dataset):
 
 
 @pytest.mark.parametrize("what", ["gradient", "loss"])
+@pytest.mark.long
 def test_what_is_not_finite_is_neither_stepped_nor_saved(tmp_path: Path, what: str) -> None:
     """In the last iteration too. The run before it can be gone on with."""
     folder = write_example(tmp_path / "example", f"""
@@ -116,6 +117,7 @@ def test_a_run_that_has_nothing_left_to_train_says_so_and_keeps_its_record(saved
     assert record.read_text() == "before"
 
 
+@pytest.mark.long
 def test_a_damaged_tracker_or_checkpoint_is_named_with_what_can_be_loaded(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved / "saved", tmp_path / "saved")
     (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("")
@@ -174,6 +176,7 @@ def test_settings_that_differ_between_ranks_are_named_on_all_of_them(tmp_path: P
             rank.kill()
 
 
+@pytest.mark.long
 def test_an_exit_in_user_code_ends_all_ranks_with_its_code(tmp_path: Path) -> None:
     folder = write_example(tmp_path, """
 import os, sys

@@ -146,6 +146,7 @@ DEFAULT_RULES.register("lm.attention", lambda operator, device: 5e8)
 """
 
 
+@pytest.mark.long
 def test_own_rules_count_everywhere(workload: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DEFAULT_RULES, "rules", {})
     assert simulate(workload, "--json", "--schedule", "nnscaler") == 0
@@ -179,6 +180,7 @@ def test_what_an_implementation_lacks_costs_time(tmp_path: Path, capsys: pytest.
     assert times[0] < times[2]
 
 
+@pytest.mark.long
 def test_the_grid_ranks_what_fits(workload: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate(workload, "--grid", "--gpus", "8", "--workers", "2", "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -255,6 +257,7 @@ def small_workload(path: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_layers_are_measured_and_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, output = small_workload(tmp_path / "small.json"), tmp_path / "profile.json"
     # A process of its own: measuring sets up Megatron's groups and its CPU mode.

@@ -115,6 +115,7 @@ def test_bad_own_data_end_every_rank_with_the_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_a_wrong_number_of_ranks_is_said_by_each_of_them() -> None:
     """Ranks that torchrun started: as many as it says, not as the parallel sizes need."""
     for rank in ("0", "2"):
@@ -127,6 +128,7 @@ def test_a_wrong_number_of_ranks_is_said_by_each_of_them() -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.long
 def test_a_rank_that_dies_or_hangs_ends_the_run_within_the_time_limit(how: signal.Signals) -> None:
     command = [*COMMAND, str(DIGITS), "--device", "cpu", "--iterations", "200", "--log-interval", "1", "--timeout", "20"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

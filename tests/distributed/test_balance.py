@@ -33,6 +33,7 @@ def compiled() -> None:
 @pytest.mark.parametrize(
     ("parallel", "is_tied"), [(Parallel(pipeline=1, data=2), False), (Parallel(pipeline=2, data=2), True)], ids=["P1", "P2, embedding and head tied"]
 )
+@pytest.mark.long
 def test_dealt_runs_train_as_undealt_ones(folder: Path, tmp_path: Path, parallel: Parallel, is_tied: bool) -> None:
     """Under a distributed optimizer, with gradients reduced beside the pipeline and clipped."""
     folder = Path(shutil.copytree(folder, tmp_path / "example"))

@@ -108,6 +108,7 @@ def test_any_cut_loads_any_other(tmp_path: Path) -> None:
     go_on_elsewhere(saver, loaders, tmp_path)
 
 
+@pytest.mark.long
 def test_distributed_optimizer_and_tied_embeddings(tmp_path: Path) -> None:
     saver = Case(
         parallel=Parallel(pipeline=2, data=2), chunks=(1, 2), steps=2 * SAVED_AT, tied=True, distributed_optimizer=True,

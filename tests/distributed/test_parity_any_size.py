@@ -54,6 +54,7 @@ def test_unusual_batches_and_memory() -> None:
     check(cases, 1e-6)
 
 
+@pytest.mark.long
 def test_tensor_and_data_parallel() -> None:
     check(
         [

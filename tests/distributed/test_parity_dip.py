@@ -117,6 +117,7 @@ def test_random_plans() -> None:
     check(cases, 1e-6)
 
 
+@pytest.mark.long
 def test_random_plans_on_four_ranks() -> None:
     check([Case(parallel=Parallel(pipeline=4), chunks=(1, 2), options=(("random", seed),)) for seed in range(4)], 1e-6)
 
@@ -137,6 +138,7 @@ def test_tensor_parallel() -> None:
     )
 
 
+@pytest.mark.long
 def test_data_parallel() -> None:
     counts = ((3, 0, 5, 1), (0, 2, 0, 4))
     base = Case(parallel=Parallel(pipeline=2, data=2), chunks=(1, 2), image_counts=counts, steps=3)

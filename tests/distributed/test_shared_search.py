@@ -137,6 +137,7 @@ def _search_with_a_rank_that_hangs(rank: int, num_ranks: int) -> Any:
     os._exit(0 if waited < 15 else 3)
 
 
+@pytest.mark.long
 def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_the_limit() -> None:
     results = launch_all(_search_with_a_rank_that_hangs, RANKS, timeout_s=60.0)
     assert results[0].exit_code == 0, results[0].error

@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_schedules_train_and_score_alike_and_runs_resume(folder: Path, tmp_path: Path) -> None:
     records = {
         name: run(folder, tmp_path / f"{name}.json", schedule, Parallel(pipeline=2), save=str(tmp_path / name), save_interval=2)

@@ -69,6 +69,7 @@ def test_a_plans_peak_is_what_autograd_keeps(frozen: tuple[str, ...]) -> None:
         assert 0.8 <= promise.measured / promise.planned <= 1.2, promise
 
 
+@pytest.mark.long
 def test_under_a_limit_layers_are_not_all_kept_and_losses_are_equal() -> None:
     for outcome in launch(sweep, 2, (0.6,), (), 3, timeout_s=280):
         free, limited = outcome.rows
