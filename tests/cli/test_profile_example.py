@@ -41,6 +41,7 @@ def run(*arguments: str) -> str:
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_profile_plan_train(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profile, workload = tmp_path / "profile.json", tmp_path / "workload.json"
     text = run("profile", str(tiny), "--device", "cpu", "--output", str(profile), "--workload", str(workload), "--seconds", "0.1")

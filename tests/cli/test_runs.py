@@ -130,6 +130,7 @@ def test_a_damaged_tracker_or_checkpoint_is_named_with_what_can_be_loaded(saved:
     assert all("cannot be loaded" in line and "give --load-iteration one of [2]" in line for line in errors(result))
 
 
+@pytest.mark.long
 def test_an_error_in_scoring_costs_no_checkpoint_and_no_record_and_is_not_called_a_missing_package(tmp_path: Path) -> None:
     folder = write_example(tmp_path / "example", """
 def evaluation_step(data_iterator, model):
@@ -225,6 +226,7 @@ def forward_step(data_iterator, model):
     ("where", "said"),
     [("data", "the reader of rank 1 broke"), ("loss", "the loss of rank 1 broke"), ("memory", "OutOfMemoryError: rank 1 tried to allocate 2 GiB")],
 )
+@pytest.mark.long
 def test_an_error_on_a_tensor_rank_that_is_not_the_first_ends_all_ranks_with_it(tmp_path: Path, where: str, said: str) -> None:
     """Long before the time limit, which is longer than the test may run."""
     folder = write_example(tmp_path, FAILING.format(where=where))

@@ -106,6 +106,7 @@ def _search_with_a_dead_rank(rank: int, num_ranks: int) -> Any:
     os._exit(0)
 
 
+@pytest.mark.long
 def test_a_rank_that_ends_leaves_the_planner_rank_its_own_result() -> None:
     results = launch_all(_search_with_a_dead_rank, RANKS, timeout_s=60.0)
     assert results[0].exit_code == 0, results[0].error
