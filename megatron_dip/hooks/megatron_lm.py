@@ -140,6 +140,10 @@ def _deals_indices(built: BuiltModel) -> bool:
 
 
 def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackward:
+    """Makes the run's forward_backward function and costs.
+
+    Long since the functions that it hands in refer to what is made behind them (costs, memory, feedback), and are all short.
+    """
     options, description = built.options, built.description
     side_by_side = max(1, min(options.look_ahead, options.planner_threads))
     """Plans being made at a time."""

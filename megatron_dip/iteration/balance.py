@@ -115,6 +115,8 @@ class _Job:
 class ReplicaBalance:
     """One for each rank and run.
 
+    Long since it is the state of one protocol between the training thread and the background's; dealing, moving and planning are elsewhere.
+
     Args:
         groups: of this rank; there are several replicas.
         estimate: work of microbatches; asked on the first replica's planner rank, on the background thread.

@@ -137,6 +137,8 @@ class _Instant(NamedTuple):
 class DipForwardBackward:
     """One for each rank and run.
 
+    Long since it puts together everything that an iteration consists of; a third of it is the constructor and Megatron's own signature.
+
     Args:
         staged_model: this rank's chunks, for the executor.
         chunks: the same in Megatron's wrappers, in ``staged_model.chunk_keys``' order: the list given as ``model`` in every call.

@@ -6,6 +6,7 @@ A family of models is one config class with these methods (:class:`megatron_dip.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -77,7 +78,7 @@ class BuiltInConfig(Protocol):
 ConfigT = TypeVar("ConfigT", bound=BuiltInConfig)
 
 
-class BuiltInDescription(Generic[ConfigT]):
+class BuiltInDescription(ABC, Generic[ConfigT]):
     """What the descriptions of all models that are built here have alike; see :class:`megatron_dip.models.description.ModelDescription`."""
 
     stage_forward: ClassVar[Callable[..., Any]]
@@ -98,8 +99,9 @@ class BuiltInDescription(Generic[ConfigT]):
     def outermost(self) -> str:
         return self.config.outermost
 
+    @abstractmethod
     def metadata(self, batch: Any) -> Microbatch:
-        raise NotImplementedError
+        """Instance lengths of a bound batch, which each family of models reads in its own way."""
 
     def item_metadata(self, item: Any) -> Microbatch:
         self.check_item(self.config, item)

@@ -126,6 +126,8 @@ def plan_columns(
 ) -> PlanColumns:
     """Plans one replica's iteration. The plan is made and checked as arrays, without the interpreter's lock.
 
+    Long since its steps share budget, limits and inputs; each is a function of its own.
+
     Args:
         search: what searches each problem, here or on several ranks.
 

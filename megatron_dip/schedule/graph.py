@@ -177,6 +177,8 @@ def build_problem(
 ) -> StageProblem:
     """Builds the iteration's stages, edges, costs and memory candidates.
 
+    Long since all of it fills arrays of one layout, each from those before it.
+
     Args:
         split_backward: the backward is an input part and a weight part (W); a frozen module has no W.
         forward_only: no backward at all (evaluation).

@@ -293,7 +293,10 @@ def interleave(
 
 @numba.njit(nogil=True, cache=True)
 def interleave_kernel(kernel, costs, limit, forward_order, backward_order, policy, cutoff, work):  # type: ignore[no-untyped-def]
-    """Returns the makespan, or NEVER as soon as it is sure to exceed ``cutoff``."""
+    """Returns the makespan, or NEVER as soon as it is sure to exceed ``cutoff``.
+
+    Long since it is one loop over events whose steps share some thirty local arrays and counters; what repeats is inlined from helpers.
+    """
     # Locals throughout: each access through a tuple's field would count references.
     num_ranks, num_forward, num_segments = kernel.num_ranks, kernel.num_forward, len(kernel.segment_unit)
     num_forward_tasks = num_forward * num_ranks

@@ -203,6 +203,7 @@ def choose_kernel(tables, order, limit, choice, iterations):  # type: ignore[no-
     """Writes the candidates of one rank's pairs into ``choice`` [Q]. Returns (sum of their times, a lower bound on it).
 
     The sum is -1 and ``choice`` untouched where even the leanest candidates do not fit this order.
+    Long since its rounds of prices share a dozen local arrays.
     """
     problem = rank_problem(tables, order, limit)
     size, points = len(problem.pair), len(problem.room)

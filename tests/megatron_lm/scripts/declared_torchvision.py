@@ -6,12 +6,12 @@ what loads and augments images runs none of them.
 
 from __future__ import annotations
 
-import torch
+from torch import library
 
 try:
     import torchvision
 except RuntimeError:
-    operators = torch.library.Library("torchvision", "DEF")
+    operators = library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision  # noqa: F401
