@@ -22,10 +22,8 @@ import msgspec
 import numpy as np
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args, pretrain
 
-from megatron_dip.models.built_in import WholeModel
 from megatron_dip.models.dit import DiTSizes
 from megatron_dip.models.flow_matching import FlowMatching, add_noise, timestep, velocity
 from megatron_dip.models.t2v import TextToVideoConfig
@@ -34,7 +32,7 @@ from megatron_dip.spec.model import ModelSpec, ModuleSpec
 from megatron_dip.spec.named import named_setup
 from megatron_dip.spec.training import TextToVideoModel, VideoSpec
 from megatron_dip.spec.workload import Parallel
-from megatron_dip.trainer.stock_layouts import stock_cuts
+from megatron_dip.trainer.pretraining import whole_model
 from megatron_dip.workloads.generators import TOKENS_PER_LATENT_FRAME, pack_clips
 
 MAX_TEXT = 8192
@@ -134,17 +132,7 @@ def config_of(args: Any) -> TextToVideoConfig:
 
 def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **unused: Any) -> torch.nn.Module:
     args = get_args()
-    config = config_of(args)
-    if getattr(args, "pipeline_schedule", "default") == "dip":
-        return WholeModel(config)
-    if args.pipeline_model_parallel_size > 1:
-        raise InputError(
-            "--pipeline-model-parallel-size", args.pipeline_model_parallel_size, "this model is cut for --pipeline-schedule dip alone",
-            "use that schedule, or one pipeline rank",
-        )
-    whole = config.build_stage(stock_cuts(config, "scripts", ranks=1), 0, 0, is_chained=False)
-    whole.pg_collection = unused.get("pg_collection") or ProcessGroupCollection.use_mpu_process_groups()
-    return whole
+    return whole_model(config_of(args), args, unused.get("pg_collection"))
 
 
 def datasets_provider(num_samples: Any) -> tuple[Any, Any, Any]:

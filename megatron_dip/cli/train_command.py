@@ -9,9 +9,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.orders import OrderName
 
 if TYPE_CHECKING:
     from megatron_dip.spec.training import ExampleConfig, RunSettings
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 NEEDED = ("torch", "megatron.core", "psutil")
 """What training cannot do without; psutil for Megatron-Core's checkpoints."""
 
-SCHEDULES = ("dip", "1f1b", "interleaved", "optimus", "three-phase", "entrain")
 SUMMARY = "train an example under DIP or Megatron's own schedules"
 
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("example", metavar="EXAMPLE", type=Path, help="folder with config.json and example.py")
     pipeline = parser.add_argument_group("pipeline")
     pipeline.add_argument("--pipeline-schedule", choices=("dip", "1f1b", "interleaved"), default="dip")
-    pipeline.add_argument("--dip-schedule", choices=SCHEDULES, default="dip", help="dip: run its cut in another schedule's order, for comparisons (default: searched)")
+    pipeline.add_argument("--dip-schedule", choices=get_args(OrderName), default="dip", help="dip: run its cut in another schedule's order, for comparisons (default: searched)")
     pipeline.add_argument("--pipeline", type=int, default=2, metavar="P", help="pipeline ranks (default 2)")
     pipeline.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor-parallel ranks (default 1)")
     pipeline.add_argument("--data", type=int, default=1, metavar="D", help="replicas (default 1)")

@@ -16,8 +16,8 @@ from megatron_dip.hooks.observe import ObserveAction
 from megatron_dip.iteration.cut_cache import default_cache_folder
 from megatron_dip.iteration.shared_search import SearchRanks, cores_of_rank
 from megatron_dip.schedule.backward import SplitBackward
-from megatron_dip.schedule.rules import ScheduleName
 from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.orders import OrderName
 
 _GIB = 1 << 30
 
@@ -50,7 +50,7 @@ class DipOptions:
     """Module -> chunks on each rank (K)."""
     sub_microbatch_size: Mapping[str, int]
     """Module -> instances in a full sub-microbatch (B)."""
-    schedule: ScheduleName
+    schedule: OrderName
     """Whose order of stages runs."""
     planner_threads: int
     search_ranks: SearchRanks
@@ -103,7 +103,7 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="Chunks of each module on a pipeline rank, such as vit=2 lm=2; 1 for those left out.")
     group.add_argument("--dip-sub-microbatch-size", nargs="+", default=None, metavar="MODULE=B",
                        help="Instances (images, sequences) in a sub-microbatch of each module, such as vit=8; of those left out a microbatch's whole batch.")
-    group.add_argument("--dip-schedule", choices=get_args(ScheduleName), default="dip",
+    group.add_argument("--dip-schedule", choices=get_args(OrderName), default="dip",
                        help="Run the cut's stages in another schedule's order, for comparisons: everything else stays. dip: the order is searched.")
     group.add_argument("--dip-planner-threads", type=int, default=None, metavar="N",
                        help="Threads that search plans beside training. Default: half of a rank's share of the cores.")

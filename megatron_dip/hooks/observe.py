@@ -18,14 +18,14 @@ import argparse
 import atexit
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_dip.cost.measured import SlowedCost
+from megatron_dip.models.provided import replaced
 from megatron_dip.planner.cut_choice import CutProcess, CutTask
 from megatron_dip.runtime.groups import PipelineGroups, new_process_groups
 from megatron_dip.spec.errors import InputError
@@ -142,8 +142,8 @@ class StockObserver:
 
         step = arguments["forward_step_func"]
         arguments = {**arguments, "forward_step_func": self._reading(step, seen) if is_first else step}
-        with _replaced(schedules, "forward_step", timed(schedules.forward_step, 0)), \
-                _replaced(schedules, "backward_step", timed(schedules.backward_step, _BACKWARD)):
+        with replaced(schedules, "forward_step", timed(schedules.forward_step, 0)), \
+                replaced(schedules, "backward_step", timed(schedules.backward_step, _BACKWARD)):
             losses = stock(**arguments)
         records = gather_records(timer.records(), self._groups, self._offset_ns)
         if records is not None and parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -298,13 +298,3 @@ def _inner(model: Any) -> Any:
     while isinstance(getattr(model, "module", None), torch.nn.Module):
         model = model.module
     return model
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

@@ -12,7 +12,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -116,11 +115,11 @@ def _sketching_llava() -> Iterator[None]:
     original = LLaVAModel.__init__
     with contextlib.ExitStack() as stack:
         for name in _LLAVA_PARTS:
-            stack.enter_context(_replaced(llava_model, name, _sketcher(getattr(llava_model, name))))
+            stack.enter_context(replaced(llava_model, name, _sketcher(getattr(llava_model, name))))
         for name in _LLAVA_OTHERS:
             if hasattr(llava_model, name):
-                stack.enter_context(_replaced(llava_model, name, refuse(name)))
-        stack.enter_context(_replaced(LLaVAModel, "__init__", whole))
+                stack.enter_context(replaced(llava_model, name, refuse(name)))
+        stack.enter_context(replaced(LLaVAModel, "__init__", whole))
         yield
 
 
@@ -143,7 +142,7 @@ def _sketching_gpt() -> Iterator[None]:
         self.sketch = Sketch(GPTModel, arguments)
 
     original = GPTModel.__init__
-    with _replaced(GPTModel, "__init__", sketch):
+    with replaced(GPTModel, "__init__", sketch):
         yield
 
 
@@ -158,7 +157,7 @@ def _sketching_mimo() -> Iterator[None]:
         submodules = {} if spec.submodules is None else {"submodules": spec.submodules}
         return Sketch(builder, {**(spec.params or {}), **submodules, **kwargs})
 
-    with _replaced(mimo_model, "build_module", build), _replaced(mimo_submodules, "build_module", build):
+    with replaced(mimo_model, "build_module", build), replaced(mimo_submodules, "build_module", build):
         yield
 
 
@@ -181,12 +180,13 @@ def gpt_cut(
         original(self, **{**given, **cut})
 
     original = GPTModel.__init__
-    with _replaced(GPTModel, "__init__", part):
+    with replaced(GPTModel, "__init__", part):
         yield
 
 
 @contextlib.contextmanager
-def _replaced(owner: ModuleType | type, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the block the owner's attribute is another one."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -37,11 +37,12 @@ from megatron_dip.schedule.exact_memory import load_solver, with_exact_memory
 from megatron_dip.schedule.graph import StageProblem, build_problem, static_bytes
 from megatron_dip.schedule.interleave import UNLIMITED
 from megatron_dip.schedule.result import Schedule, time_order
-from megatron_dip.schedule.rules import ScheduleName, by_rule
+from megatron_dip.schedule.rules import by_rule
 from megatron_dip.schedule.search import DoesNotFit, SearchFunction, SearchMethod, SearchOptions, Seed, search
 from megatron_dip.schedule.warm import load_kernels
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.orders import OrderName
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.plan_columns import PlanColumns, plan_of
@@ -67,7 +68,7 @@ class PlanOptions:
     searched, so many of each."""
     threads: int = 1
     seed: int = 0
-    schedule: ScheduleName = "dip"
+    schedule: OrderName = "dip"
     """The rule whose order is taken; ``dip``: the order is searched."""
     search: SearchMethod = "anneal"
     split_backward: SplitBackward = False

@@ -20,7 +20,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,8 @@ from megatron_dip.schedule.result import Schedule, time_order
 from megatron_dip.schedule.search import DoesNotFit, SearchFunction, SearchOptions, SearchResult, Seed
 from megatron_dip.schedule.space import Priorities
 from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.orders import OrderName
 from megatron_dip.spec.tasks import BACKWARD, FORWARD, WEIGHT
-
-ScheduleName = Literal["dip", "1f1b", "interleaved", "optimus", "three-phase", "entrain"]
 
 
 class Cell(NamedTuple):
@@ -244,7 +243,7 @@ def _entrain(stages: _Stages) -> Iterator[Orders]:
     yield from _listed(stages, [*in_flight_bounds(stages.num_ranks), len(stages.microbatches)])
 
 
-RULES: Mapping[ScheduleName, Rule] = {
+RULES: Mapping[OrderName, Rule] = {
     "1f1b": _one_pass,
     "interleaved": _interleaved,
     "optimus": partial(_phases, heaviest_first=False),
@@ -254,7 +253,7 @@ RULES: Mapping[ScheduleName, Rule] = {
 """Every schedule but ``dip``, which is searched."""
 
 
-def by_rule(name: ScheduleName, modules: Sequence[str]) -> SearchFunction:
+def by_rule(name: OrderName, modules: Sequence[str]) -> SearchFunction:
     """A search that tries the rule's orders alone.
 
     Args:

@@ -12,6 +12,7 @@ import msgspec
 
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
+from megatron_dip.spec.orders import OrderName
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.workload import Parallel
 
@@ -265,7 +266,7 @@ class SchedulePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Which pipeline schedule runs, and how the model is cut for it."""
 
     name: Literal["dip", "1f1b", "interleaved"]
-    order: Literal["dip", "1f1b", "interleaved", "optimus", "three-phase", "entrain"] = "dip"
+    order: OrderName = "dip"
     """Of ``dip``: whose order of stages runs, by its rule; ``dip``: the order is searched."""
     layout: StockLayout = "scripts"
     """Of ``1f1b`` and ``interleaved``."""
