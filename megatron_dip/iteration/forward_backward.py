@@ -317,6 +317,7 @@ class DipForwardBackward:
         found: list[list[Microbatch]] = []
         for _ in range(count):
             batch = self._capture(forward_step, iterator, num_microbatches, self._draw_place(False))
+            self._staged_model.end_iteration()  # no stage will read what was bound for it
             if isinstance(batch.error, DataEnded):
                 break
             if batch.error is not None:

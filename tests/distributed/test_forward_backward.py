@@ -475,10 +475,14 @@ class _Read:
     """Microbatches whose images were there at a time."""
 
 
-def _read_images(rank: int, num_ranks: int, kept_bytes: int) -> _Read:
+def _read_images(rank: int, num_ranks: int, kept_bytes: int | None, samples_first: bool = False) -> _Read:
+    """Args:
+        kept_bytes: None: just those of all images.
+    """
     from megatron_dip.cost import memory
 
-    memory.KEPT_STEM_BYTES = kept_bytes
+    whole = _items(0, (3, 0, 2, 1))
+    memory.KEPT_STEM_BYTES = sum(item["images"].nbytes for item in whole if item["images"] is not None) if kept_bytes is None else kept_bytes
     readings: dict[int, int] = {}
     held: list[int] = []
     model = _model()
@@ -499,7 +503,10 @@ def _read_images(rank: int, num_ranks: int, kept_bytes: int) -> _Read:
 
     model.staged.description.run_chunk = counted
     model.zero_grad()
-    items = [{**item, "number": number} for number, item in enumerate(_items(0, (3, 0, 2, 1)))]
+    items = [{**item, "number": number} for number, item in enumerate(whole)]
+    if samples_first:
+        assert len(dip.sample(step, iter(items), 4, 1)) == 1
+        readings.clear()
     return _Read(_losses(_call(model, dip, iter(items), 4, step)), _gradient_sum(model), readings, max(held))
 
 
@@ -512,6 +519,10 @@ def test_images_beyond_the_budget_are_read_again_when_their_stem_runs() -> None:
     assert [read.readings for read in late] == [{0: 2, 1: 1, 2: 2, 3: 2}, {0: 1, 1: 1, 2: 1, 3: 1}]
     assert [read.most_held for read in kept] == [3, 0]
     assert [read.most_held for read in late] == [1, 0]
+
+
+def test_a_batch_that_was_read_as_a_sample_takes_nothing_of_the_budget() -> None:
+    assert [read.readings for read in launch(_read_images, 2, None, True)] == [{0: 1, 1: 1, 2: 1, 3: 1}] * 2
 
 
 def _with_dropout(rank: int, num_ranks: int, rate: float) -> list[list[float]]:
