@@ -156,9 +156,12 @@ def test_the_checks_and_the_dry_run_equal_their_slow_twins(seed: int, num_ranks:
     for _ in range(damages):
         if len(program.op):
             program = _damaged(program, data)
-    assert _first_broken_rule(program) == naive_check(program)
+    broken = _first_broken_rule(program)
+    assert broken == naive_check(program)
     for one_queue in (False, True):
         assert _stands(program, one_queue) == naive_stands([program], one_queue)
+        if broken:
+            continue  # a message posted twice has no one time: it would depend on which rank is looked at first
         duration, lag = graph.duration_ns.tolist(), [seed % 1000 * (m % 7) for m in range(program.num_messages)]
         expected = naive_makespan(program, duration, lag, one_queue)
         if expected is None:
