@@ -189,7 +189,7 @@ def plan_columns(
             start = None
             if known is not None and (known.solved.problem.pair_weight < 0).all():
                 holds = known.solved.result.schedule.peak_memory([0] * len(limit))
-                start = partial(with_more_candidates, known.solved) if (np.array(holds) <= limit).all() else None
+                start = partial(_seed, known.solved) if (np.array(holds) <= limit).all() else None
             spent = replace(
                 search_options, time_budget_s=None if budget is None else part * share * budget,
                 evaluations=None if options.evaluations is None else max(1, round(part * share * options.evaluations)),
@@ -250,19 +250,10 @@ ON_DEVICE_SHARE = 0.5
 """Of a budget, for plans that offload nothing, where others may."""
 
 
-def with_more_candidates(known: Solved, problem: StageProblem) -> Seed:
-    """A schedule in a problem with more memory strategies: each pair takes a candidate that is no slower and holds no more than its own,
-    or, where the few that there may be leave none, the one that is nearest in what it holds."""
-    of_known, result = known.problem, known.result
-    cells: dict[tuple[int, int], int] = {}
-    for cell in sorted({(int(kind), int(chosen)) for kind, chosen in zip(of_known.pair_class, result.choice, strict=True)}):
-        kind, count = cell[0], problem.num_candidates[cell[0]]
-        held, time = problem.held_bytes[kind, :count], (problem.forward_ns + problem.backward_ns)[kind, :count]
-        wanted = of_known.held_bytes[cell]
-        as_good = np.flatnonzero((held <= wanted) & (time <= of_known.forward_ns[cell] + of_known.backward_ns[cell]))
-        cells[cell] = int(as_good[0]) if len(as_good) else int(np.argmin(np.where(held <= wanted, wanted - held, UNLIMITED)))
-    choice = np.array([cells[int(kind), int(chosen)] for kind, chosen in zip(of_known.pair_class, result.choice, strict=True)], dtype=np.int32)
-    return Seed(orders=list(result.schedule.order), choice=choice, priorities=result.priorities)
+def _seed(known: Solved, problem: StageProblem) -> Seed:
+    """The schedule of a problem in another one, which has more memory strategies to choose from."""
+    result = known.result
+    return Seed(orders=list(result.schedule.order), choice=problem.nearest_choice(known.problem, result.choice), priorities=result.priorities)
 
 
 def _best_on_one_queue(lowered: _Lowered, lower_too: Callable[[Solved], _Lowered], fits: Callable[[_Lowered], bool]) -> _Lowered:

@@ -41,7 +41,7 @@ class Solved:
     """Schedules tried in both forms"""
 
 
-def with_weights_behind(result: SearchResult, split: StageProblem) -> Seed:
+def with_weights_behind(whole: StageProblem, result: SearchResult, split: StageProblem) -> Seed:
     """The schedule of whole backwards in the problem of split ones: each weight stage right behind its input stage."""
     weight_of = np.full(split.fastest.num_tasks, -1, dtype=np.int32)
     weights = np.flatnonzero(split.fastest.kind == WEIGHT)
@@ -50,7 +50,7 @@ def with_weights_behind(result: SearchResult, split: StageProblem) -> Seed:
     for tasks in result.schedule.order:
         both = np.stack((tasks, weight_of[tasks]), axis=1).reshape(-1)
         orders.append(both[both >= 0].astype(np.int32))
-    return Seed(orders=orders, choice=result.choice, priorities=result.priorities)
+    return Seed(orders=orders, choice=split.nearest_choice(whole, result.choice), priorities=result.priorities)
 
 
 def search_forms(
@@ -83,7 +83,7 @@ def search_forms(
     if split_backward is False or (split_backward is True and not seeded):
         return solve(split_backward, 1.0, start if seeded and not split_backward else None)
     whole = solve(False, WHOLE_SHARE, start if seeded else None)
-    split = solve(True, 1.0 - WHOLE_SHARE, (lambda problem: with_weights_behind(whole.result, problem)) if seeded else None)
+    split = solve(True, 1.0 - WHOLE_SHARE, (lambda problem: with_weights_behind(whole.problem, whole.result, problem)) if seeded else None)
     evaluations = whole.evaluations + split.evaluations
     wins = split_backward is True or split.result.schedule.makespan_ns < whole.result.schedule.makespan_ns
     return replace(split if wins else whole, evaluations=evaluations)

@@ -90,6 +90,25 @@ class StageProblem:
         """[Q] the candidate of each pair that holds least."""
         return (self.num_candidates[self.pair_class] - 1).astype(np.int32)
 
+    def nearest_choice(self, other: StageProblem, choice: NDArray[np.int32]) -> NDArray[np.int32]:
+        """What is nearest here to a choice in another problem of the same pairs: the same strategies where they are a candidate here too,
+        else the fastest that holds no more, else the leanest. Fronts differ where strategies or the form of the backward do.
+
+        Args:
+            choice: [Q] a candidate of each pair of ``other``.
+        """
+        pairs = np.stack((self.pair_class, other.pair_class, choice), axis=1)
+        cells, cell_of_pair = np.unique(pairs, axis=0, return_inverse=True)
+        nearest = np.empty(len(cells), dtype=np.int32)
+        for number, (here, there, chosen) in enumerate(cells.tolist()):
+            counts, wanted = self.candidates[here].counts, other.candidates[there].counts[chosen]
+            if wanted in counts:
+                nearest[number] = counts.index(wanted)
+                continue
+            lean_enough = np.flatnonzero(self.held_bytes[here, : len(counts)] <= other.held_bytes[there, chosen])
+            nearest[number] = lean_enough[0] if len(lean_enough) else len(counts) - 1
+        return nearest[cell_of_pair.reshape(-1)]
+
     def graph(self, choice: NDArray[np.int32]) -> TaskGraph:
         """The task graph in which pair q takes candidate ``choice[q]``."""
         base = self.fastest

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dip.cli.plan_command import workload_costs
 from megatron_dip.cost.analytic import AnalyticCost
-from megatron_dip.partition.offline import paper_partition
+from megatron_dip.cost.fixed import WithoutOffload
+from megatron_dip.partition.offline import even_partition, paper_partition
 from megatron_dip.partition.online import split
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
 from megatron_dip.schedule.backward import search_forms, with_weights_behind
@@ -18,6 +21,7 @@ from megatron_dip.schedule.graph import StageProblem, build_problem
 from megatron_dip.schedule.interleave import UNLIMITED, make_costs, make_kernel_graph
 from megatron_dip.schedule.result import time_order
 from megatron_dip.schedule.search import SearchOptions, search
+from megatron_dip.spec.codec import resolve_workload
 from megatron_dip.spec.named import FIVE_SETUPS, named_setup
 from megatron_dip.workloads.generators import default_parallel, make_workload
 from tests import naive
@@ -70,7 +74,7 @@ def test_a_weight_stage_right_behind_its_input_stage_is_the_whole_backward(case,
     build = forms(case)
     whole, split_problem = build(False), build(True)
     result = search(whole, limit_of(whole, tightness), SearchOptions(evaluations=20))
-    seed = with_weights_behind(result, split_problem)
+    seed = with_weights_behind(whole, result, split_problem)
     schedule = time_order(split_problem.graph(seed.choice), seed.orders)
     assert schedule is not None
     assert sorted(np.concatenate(seed.orders).tolist()) == list(range(split_problem.fastest.num_tasks))
@@ -101,3 +105,42 @@ def test_auto_takes_whole_backwards_where_splitting_wins_nothing():
     limit = np.full(1, UNLIMITED)
     solved = search_forms(lambda form: split_problem if form else problem, limit, SearchOptions(evaluations=50), "auto")
     assert not (solved.problem.pair_weight >= 0).any()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(["vlm-s", "vlm-l", "t2v-s"]), st.integers(1, 6), st.booleans(), st.integers(0, 2**32 - 1))
+def test_a_choice_is_carried_between_forms_and_strategies(name, num_microbatches, from_split, seed):
+    """Fronts of candidates differ between whole and split backwards, and with and without offload."""
+    workload = resolve_workload(make_workload(name, num_microbatches=num_microbatches), Path(name))
+    model, costs = workload.model_spec, workload_costs(workload)
+    sizes = dict.fromkeys((module.name for module in model.modules), 100)
+    partition = even_partition(model, workload.parallel.pipeline, dict.fromkeys(sizes, 2), sizes)
+    subs = split(workload.microbatches, model, partition, costs)
+    problems = [
+        build_problem(model, partition, subs, of, split_backward=form) for of in (costs, WithoutOffload(costs)) for form in (False, True)
+    ]
+    known = problems[from_split]
+    choice = np.random.default_rng(seed).integers(0, known.num_candidates[known.pair_class]).astype(np.int32)
+    assert (known.nearest_choice(known, choice) == choice).all()
+    wanted = known.held_bytes[known.pair_class, choice]
+    for problem in problems:
+        carried = problem.nearest_choice(known, choice)
+        assert (carried < problem.num_candidates[problem.pair_class]).all()
+        leanest = carried == problem.leanest()
+        assert leanest[problem.held_bytes[problem.pair_class, carried] > wanted].all()
+        for pair in range(0, problem.num_pairs, 7):
+            counts = known.candidates[known.pair_class[pair]].counts[choice[pair]]
+            if counts in problem.candidates[problem.pair_class[pair]].counts:
+                assert problem.strategies(pair, carried[pair]) == known.strategies(pair, choice[pair])
+
+
+def test_a_split_plan_under_memory_with_offload_names_strategies_of_its_own_front():
+    """The whole form's choice stood where the split form has a candidate less: no list of strategies had that number."""
+    workload = resolve_workload(make_workload("vlm-s"), Path("vlm-s"))
+    model, costs = workload.model_spec, workload_costs(workload)
+    sizes = dict.fromkeys((module.name for module in model.modules), 100)
+    partition = even_partition(model, workload.parallel.pipeline, dict.fromkeys(sizes, 2), sizes)
+    plan = plan_iteration(model, partition, workload.microbatches[:16], costs, PlanOptions(
+        evaluations=40, split_backward=True, may_exceed_memory=True,
+    ))
+    assert {label for stage in plan.stages for label in stage.strategy} - {"none"}
