@@ -58,7 +58,12 @@ In the last column much is left: what follows a stage in the queue waits for nea
 and its sender's next message waits. Tried on 144 such plans, with all of a stage before its followers: receives as soon as their channel is
 free (median 2.3 % as before, nine tenths 8.6 % instead of 11.5 %, largest 18 % instead of 21 %, one receive of each neighbour always on the
 device); the line made for that device (median 5.1 %); sends that let tasks pass while their channel is busy (median 0.5 %, but up to 34 %,
-on devices without the limit too). Whether devices behave so has not been measured."""
+on devices without the limit too). Whether devices behave so has not been measured.
+
+Replicas that share experts: `HYPOTHESIS_PROFILE=long python -m pytest tests/properties/test_linked_replicas.py --timeout 3600` runs 5 000
+random joint plans (2 to 8 ranks, 2 to 32 microbatches, 2 and 3 replicas) on devices with one hardware queue and without the limit. Its
+cases of seeds 0 to 4999, run one after the other (`check_together` of `tests.planner.linked_cases.linked_case`): 0 hang; 277 of them have 8
+ranks and 32 microbatches."""
 
 
 @dataclass(frozen=True, slots=True)
