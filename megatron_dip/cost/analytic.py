@@ -22,7 +22,7 @@ from megatron_dip.cost.memory import (
     layer_parameters,
     unsplit_first_parameters,
 )
-from megatron_dip.cost.modules import Kernels, PartGraphs, Sharding, build_part
+from megatron_dip.cost.modules import Connector, Kernels, PartGraphs, Sharding, build_part
 from megatron_dip.cost.operators import Cause, LatencyRules, time_graph
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
@@ -68,6 +68,7 @@ class AnalyticCost:
         microbatches: tell how many tokens cross attention sees for each instance; may be absent.
         kernels: which implementation trains.
         rules: latency rules of operators; absent = :data:`DEFAULT_RULES`.
+        connectors: of the modules whose connector is known; others have the one of :func:`megatron_dip.cost.modules.build_part`.
         undivided: modules that run every sequence whole on all context- and sequence-parallel ranks, as Megatron's vision models do.
 
     Raises:
@@ -77,7 +78,7 @@ class AnalyticCost:
     def __init__(
         self, model: ModelSpec, parallel: Parallel, training: Training, device: str | Device | DeviceDescription | None, *,
         memory_capacity_bytes: int | None = None, microbatches: Sequence[Microbatch] = (), kernels: Kernels | None = None,
-        rules: LatencyRules | None = None, undivided: Collection[str] = (),
+        rules: LatencyRules | None = None, undivided: Collection[str] = (), connectors: Mapping[str, Connector] | None = None,
     ) -> None:
         model.validate()
         check_parallel(model, parallel)
@@ -93,6 +94,7 @@ class AnalyticCost:
             kernels=Kernels() if kernels is None else kernels,
         )
         self._undivided = frozenset(undivided)
+        self._connectors = dict(connectors or {})
         alone = replace(self.groups, context=replace(self.groups.context, size=1))
         self._whole = replace(self.sharding, context=1, sequence_parallel=False, groups=alone)
         if memory_capacity_bytes is not None and memory_capacity_bytes < 1:
@@ -133,7 +135,7 @@ class AnalyticCost:
         """The operator graphs behind a part; None where the module has no such part."""
         return build_part(
             self._module(module), part, lengths, self._sharding_of(module), consumer=self._consumer[module],
-            context_tokens=self._context_tokens[module],
+            context_tokens=self._context_tokens[module], connector=self._connectors.get(module),
         )
 
     def strategies(self, module: str, lengths: Sequence[int]) -> Mapping[str, Strategy]:

@@ -52,8 +52,23 @@ class Kernels:
     split_tensor_parallel: bool = False
     """Under sequence parallel, a layer's collectives travel in as many pieces as there are ranks, beside the product that needs or makes them:
     Megatron's ``--tp-comm-overlap``. One piece is exposed."""
+    masks: bool = False
+    """Unfused attention masks its scores by an operator that keeps the mask, a byte for each pair of positions."""
+    rotary: frozenset[str] = frozenset()
+    """Modules whose queries and keys are turned by their positions: turned copies stay, beside the product that values are a view of, and the
+    cosines and sines by which they were turned."""
     scatter_gather: bool = False
     """Pipeline messages are split over the tensor-parallel ranks where activations are not (Narayanan et al. 2021, section 4.1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connector:
+    """What stands between an encoder's layers and its consumer."""
+
+    merge: int
+    """Tokens that become one of the consumer's"""
+    hidden: int | None
+    """Width between its two linear layers; None: one linear layer"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +92,16 @@ class PartGraphs:
 
 
 def build_part(
-    module: ModuleSpec, part: Part, lengths: Sequence[int], sharding: Sharding, *, consumer: ModuleSpec | None, context_tokens: float
+    module: ModuleSpec, part: Part, lengths: Sequence[int], sharding: Sharding, *, consumer: ModuleSpec | None, context_tokens: float,
+    connector: Connector | None = None,
 ) -> PartGraphs | None:
     """The graphs of one part, or None where the module has no such part.
 
     Args:
         consumer: the module that takes this one's output, None at the model's end.
         context_tokens: tokens that cross attention sees for each instance.
+        connector: between the module and its consumer; absent: as wide as the consumer, and where a ViT feeds a language model with
+            :data:`VIT_MERGE` tokens for one.
     """
     builder = _PartBuilder(module, lengths, sharding)
     boundary = builder.boundary
@@ -102,7 +120,10 @@ def build_part(
                 builder.timestep()
             builder.stem(STEM_INPUT[module.kind])
     elif consumer is not None:
-        boundary = builder.connector(consumer.hidden_size, VIT_MERGE if module.kind == "vit" and consumer.kind == "lm" else 1)
+        if connector is None:
+            merge = VIT_MERGE if module.kind == "vit" and consumer.kind == "lm" else 1
+            connector = Connector(merge=merge, hidden=consumer.hidden_size if merge > 1 else None)
+        boundary = builder.connector(consumer.hidden_size, connector)
     elif module.vocab_size is not None:
         builder.vocabulary_head(module.vocab_size)
     elif module.kind == "lm":
@@ -161,6 +182,10 @@ class _PartBuilder:
         if self.module.kind == "lm":
             self.elementwise("rope", 2.0 * self.tokens * (query + key_value / 2.0) * self.width)
         self.forward.save(self.x)
+        if self.module.name in self.sharding.kernels.rotary:
+            turned = self.tokens * (query + key_value / 2.0)
+            # Cosines and sines, for queries and for keys.
+            self.forward.tensor(self._name("attention_turned"), (turned + 4.0 * self.tokens * head) * self.width, saved=True)
         work = [(float(length), count * 4.0 * length * length * query / self.sharding.context) for length, count in self.length_counts]
         self.core_attention("attention", work, self.tokens * query * self.width, causal=causal,
                             exchanged_bytes=self.tokens * self.sharding.context * key_value * self.width)
@@ -227,20 +252,22 @@ class _PartBuilder:
         self.x = self.forward.tensor("pixels", self.tokens * numbers * self.width, saved=True)
         self._product("stem", self.x, self.tokens, numbers, self.hidden, self.full_bytes, input_gradient=False)
 
-    def connector(self, consumer_hidden: int, merge: int) -> float:
+    def connector(self, consumer_hidden: int, connector: Connector) -> float:
         """Projector to the consumer's width. Returns the message's bytes."""
-        rows = self.tokens / merge
+        rows, inner = self.tokens / connector.merge, self.hidden * connector.merge
         self.norm("final_norm")
         self._enter_collective("projector_fc1")
         shared = rows * consumer_hidden * self.width
-        if merge > 1:
-            self._product("projector_fc1", self.x, rows, self.hidden * merge, consumer_hidden / self.tensor, shared / self.tensor)
+        if connector.hidden is not None:
+            columns = connector.hidden / self.tensor
+            between = rows * columns * self.width
+            self._product("projector_fc1", self.x, rows, inner, columns, between)
             self.forward.save(self.x)
-            self.activation_function("projector_act", shared / self.tensor, shared / self.tensor)
-            self._product("projector_fc2", self.x, rows, consumer_hidden / self.tensor, consumer_hidden, shared)
+            self.activation_function("projector_act", between, between)
+            self._product("projector_fc2", self.x, rows, columns, consumer_hidden, shared)
             self._exit_collective("projector_fc2", size=shared)
         else:
-            self._product("projector", self.x, rows, self.hidden, consumer_hidden / self.tensor, shared / self.tensor)
+            self._product("projector", self.x, rows, inner, consumer_hidden / self.tensor, shared / self.tensor)
         split = self.sharding.sequence_parallel or self.sharding.kernels.scatter_gather
         return shared / self.tensor if split else shared
 
@@ -417,6 +444,9 @@ class _PartBuilder:
         self.x = product("scores", source, scores, dropped=False)
         self._unary(f"{label}_softmax", 2.0 * scores, 3.0 * scores, scores, recompute=True)
         self.forward.save(self.x, dropped_by_selective=True)
+        if self.sharding.kernels.masks:
+            pairs = scores / self.width / (self.module.num_attention_heads / self.tensor)
+            self.forward.tensor(self._name(f"{label}_pairs"), pairs, saved=True, dropped_by_selective=True)
         if masked:
             self._unary(f"{label}_dropout", 2.0 * scores + mask, 2.0 * scores + mask, scores, recompute=True)
             self.forward.save(self.x, dropped_by_selective=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.device import device_names, load_device
 from megatron_dip.cost.fixed import FixedLeast, WithoutOffload
 from megatron_dip.cost.interface import CostModel
-from megatron_dip.cost.modules import Kernels
+from megatron_dip.cost.modules import Connector, Kernels
 from megatron_dip.cost.profile import ProfileCost
 from megatron_dip.cost.run import ChunkShape, RunCosts
 from megatron_dip.hooks.arguments import DipOptions
@@ -31,11 +32,14 @@ from megatron_dip.spec.workload import Parallel, Training
 logger = logging.getLogger(__name__)
 
 
-def make_costs(spec: ModelSpec, args: Any, options: DipOptions, kernels: Kernels | None = None) -> CostModel:
+def make_costs(
+    spec: ModelSpec, args: Any, options: DipOptions, kernels: Kernels | None = None, connectors: Mapping[str, Connector] | None = None
+) -> CostModel:
     """What plans cost: the profile of the flags, or the analytic costs of a device.
 
     Args:
         kernels: which implementations the built chunks run.
+        connectors: which projectors they have.
     """
     if options.profile is not None:
         costs: CostModel = ProfileCost(load_profile(options.profile), options.memory_limit_bytes, field="--dip-profile")
@@ -51,7 +55,7 @@ def make_costs(spec: ModelSpec, args: Any, options: DipOptions, kernels: Kernels
         device = load_device(options.device or detect_device(), "--dip-device")
         costs = AnalyticCost(
             spec, parallel, training, device, memory_capacity_bytes=options.memory_limit_bytes,
-            undivided=[module.name for module in spec.modules if module.role == "encoder"], kernels=kernels,
+            undivided=[module.name for module in spec.modules if module.role == "encoder"], kernels=kernels, connectors=connectors,
         )
     if getattr(args, "recompute_granularity", None) == "selective" and "core_attn" in (args.recompute_modules or ["core_attn"]):
         return FixedLeast(costs, "selective")
@@ -74,7 +78,9 @@ def run_costs(built: TrainedModel, partition: Partition, args: Any, options: Dip
         shape = (module, rows[vp_stage][rank], (vp_stage, rank) == (0, 0), (vp_stage, rank) == (len(rows) - 1, len(rows[0]) - 1))
         held = weights.frozen_bytes + round(weights.trained_parameters * trained)
         of_chunks[shape] = max(of_chunks.get(shape, 0), held)
-    costs = make_costs(built.spec, args, options, built_kernels(chunks))
+    kernels = replace(built_kernels(chunks), rotary=frozenset(module for (module, _, _), weights in built.weights.items() if weights.is_rotary))
+    connectors = {module: weights.connector for (module, _, _), weights in built.weights.items() if weights.connector is not None}
+    costs = make_costs(built.spec, args, options, kernels, connectors)
     return RunCosts(costs if options.host_memory_bytes != 0 else WithoutOffload(costs), built.spec, of_chunks)
 
 

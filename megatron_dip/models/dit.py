@@ -427,6 +427,8 @@ class DiTCrossAttentionModel(MegatronModule):
         num_layers: that this part builds; must agree with what Megatron counts from ``config``.
     """
 
+    has_rotary_positions = True
+
     def __init__(
         self, config: TransformerConfig, sizes: DiTSizes, num_layers: int, *, pre_process: bool = True, post_process: bool = True,
         vp_stage: int | None = None, transformer_engine: bool = False,

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import msgspec
 import torch
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.cost.modules import Kernels
+from megatron_dip.cost.modules import Connector, Kernels
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.models.parts import STEM
 from megatron_dip.spec.model import BuiltModelSpec, ModelSpec, TrainableParts
@@ -36,6 +38,10 @@ class ChunkWeights:
     """Of weights that are not trained, on one tensor-parallel rank."""
     trained_parameters: int
     """Number of weights that are, on one tensor-parallel rank."""
+    is_rotary: bool
+    """Whether attention turns queries and keys by their positions."""
+    connector: Connector | None
+    """Of a chunk that ends in a projector."""
 
 
 def transformer_blocks(chunk: torch.nn.Module) -> list[TransformerBlock]:
@@ -59,6 +65,17 @@ def chunk_weights(chunk: torch.nn.Module, cut: ModuleCut, vp_stage: int, rank: i
         first=first, layers=tuple(any(weight.requires_grad for weight in layer.parameters()) for layer in layers), last=last,
         frozen_bytes=sum(weight.numel() * weight.element_size() for weight in chunk.parameters() if not weight.requires_grad),
         trained_parameters=sum(weight.numel() for weight in chunk.parameters() if weight.requires_grad),
+        is_rotary=any(hasattr(module, "rotary_pos_emb") or getattr(module, "has_rotary_positions", False) for module in chunk.modules()),
+        connector=next((_connector(module, layers[0].config) for module in chunk.modules() if isinstance(module, MultimodalProjector) and layers), None),
+    )
+
+
+def _connector(projector: MultimodalProjector, encoder: TransformerConfig) -> Connector:
+    is_single = projector.projector_type == "affine"
+    first = projector.encoder if is_single else projector.encoder.linear_fc1
+    return Connector(
+        merge=max(1, first.weight.shape[1] // encoder.hidden_size),
+        hidden=None if is_single else projector.config.ffn_hidden_size,
     )
 
 
@@ -78,7 +95,7 @@ def built_kernels(chunks: Sequence[torch.nn.Module]) -> Kernels:
         backend = getattr(getattr(layer.config, "attention_backend", None), "name", "auto")
         fused = fused and by_engine and backend not in ("unfused", "local")
         dropout = dropout or layer.config.attention_dropout > 0 or layer.config.hidden_dropout > 0
-    return Kernels(attention="fused" if fused else "unfused", dropout=dropout)
+    return Kernels(attention="fused" if fused else "unfused", dropout=dropout, masks=not fused)
 
 
 def built_model(spec: ModelSpec, partition: Partition, weights: Mapping[Place, ChunkWeights]) -> BuiltModelSpec:

@@ -159,6 +159,8 @@ class KeepingLayer(TransformerLayer):
 class VisionTower(MegatronModule):
     """Consecutive layers of the tower, with the patch stem where ``pre_process`` and the final norm where ``post_process``."""
 
+    has_rotary_positions = True
+
     def __init__(
         self, config: TransformerConfig, image: ImageSpec, tower: TowerSpec, num_layers: int, pre_process: bool, post_process: bool,
         vp_stage: int | None, *, depth: int, transformer_engine: bool = False,

@@ -87,7 +87,7 @@ class AutogradCompute:
 
     def backward(self, links: StageLinks, grads: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         if self._offload is not None:
-            self._offload.settle(backward_of=links.forward.id)
+            self._offload.settle(links.forward.id)
         kept = self._kept.pop(links.forward.id)
         roots: list[torch.Tensor] = []
         root_grads: list[torch.Tensor | None] = []

@@ -184,24 +184,25 @@ class ActivationOffload:
 
     # ---- backward ---------------------------------------------------------------------------------------------------------------
 
-    def settle(self, backward_of: int | None = None) -> None:
-        """Before each compute action: memory of the forward before it goes, but for the backward that comes right behind its forward.
+    def settle(self, *backwards: int | None) -> None:
+        """Before each compute action: memory of the forward before it goes, but for a backward that is about to come.
 
         Args:
-            backward_of: the forward stage whose backward is about to run.
+            backwards: the forward stages whose backwards run next, and behind that.
         """
-        stays = self._of_stage.get(backward_of, []) if backward_of is not None else []
+        stays = [layer for stage in backwards if stage is not None for layer in self._of_stage.get(stage, ())]
         for layer in self._under_way:
             if layer in stays:
                 layer.stay()
         self._let_go()
 
     def fetch_ahead(self, stage: int, during: int | None) -> None:
-        """One stage before the backward of forward stage ``stage``: its topmost layer is fetched.
+        """One stage before the backward of forward stage ``stage``: its topmost layer is fetched, where what is on its way out has gone.
 
         Args:
             during: the forward stage whose backward runs meanwhile, which has the copies' stream first; None: another kind of stage.
         """
+        self.settle(during, stage)
         layers = self._of_stage.get(stage)
         if not layers:
             return

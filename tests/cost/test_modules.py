@@ -6,7 +6,7 @@ import pytest
 
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.cost.memory import bytes_per_parameter, layer_parameters, module_parameters
-from megatron_dip.cost.modules import Kernels
+from megatron_dip.cost.modules import Connector, Kernels
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
 from megatron_dip.spec.named import NAMED_SETUPS, named_model
 from megatron_dip.spec.workload import Parallel, Training
@@ -102,6 +102,39 @@ def test_a_feeding_language_model_has_a_projector_and_no_head() -> None:
 def test_an_images_message_to_the_language_model_is_merged() -> None:
     cost = AnalyticCost(named_model("vlm-s"), Parallel(tensor=4, pipeline=4), Training(), "h800")
     assert cost.part("vit", "last", [2704] * 3).boundary_bytes == pytest.approx(3 * 169 * 4096 * 2 / 4)
+
+
+def test_a_known_connector_merges_and_widens_as_it_is() -> None:
+    model, parallel = named_model("vlm-s"), Parallel(tensor=4, pipeline=4)
+    guessed = AnalyticCost(model, parallel, Training(), "h800").part("vit", "last", [2704])
+    known = AnalyticCost(model, parallel, Training(), "h800", connectors={"vit": Connector(merge=16, hidden=4096)}).part("vit", "last", [2704])
+    assert known == guessed
+    plain = AnalyticCost(model, parallel, Training(), "h800", connectors={"vit": Connector(merge=1, hidden=8192)}).part("vit", "last", [2704])
+    assert plain.boundary_bytes == 16 * guessed.boundary_bytes
+    # Between its layers: 8192 numbers for each token, before and behind the activation function, over four ranks.
+    one = AnalyticCost(model, parallel, Training(), "h800", connectors={"vit": Connector(merge=1, hidden=None)}).part("vit", "last", [2704])
+    assert plain.activation_bytes - one.activation_bytes == pytest.approx(2 * 2704 * 8192 * 2 / 4)
+
+
+def test_turned_queries_and_keys_stay_beside_the_product_that_values_are_a_view_of() -> None:
+    model, parallel, training = named_model("vlm-s"), Parallel(tensor=4, pipeline=4), Training()
+    plain = AnalyticCost(model, parallel, training, "h800")
+    turned = AnalyticCost(model, parallel, training, "h800", kernels=Kernels(rotary=frozenset({"lm"})))
+    spec = model.module("lm")
+    head = spec.hidden_size // spec.num_attention_heads
+    numbers = 8192 * ((spec.num_attention_heads + spec.query_groups) * head / 4 + 4 * head)
+    extra = turned.part("lm", "layer", [8192]).activation_bytes - plain.part("lm", "layer", [8192]).activation_bytes
+    assert extra == pytest.approx(2 * numbers)
+    assert turned.part("vit", "layer", [2704]) == plain.part("vit", "layer", [2704])
+
+
+def test_masks_are_a_byte_for_each_pair_of_positions() -> None:
+    model, parallel = named_model("vlm-s"), Parallel(tensor=4, pipeline=4)
+    kept = [
+        AnalyticCost(model, parallel, Training(), "h800", kernels=Kernels(attention="unfused", masks=masks)).part("vit", "layer", [2704] * 3)
+        for masks in (False, True)
+    ]
+    assert kept[1].activation_bytes - kept[0].activation_bytes == pytest.approx(3 * 2704**2)
 
 
 def test_cross_attention_sees_the_microbatches_context() -> None:

@@ -104,7 +104,7 @@ def run_assignments(rank: int, ranks: int, num_assignments: int) -> tuple[int, i
                 outputs.append(block(hidden[stage], mask))
 
         def backward(stage: int) -> None:
-            offload.settle(backward_of=stage)
+            offload.settle(stage)
             outputs[stage].square().sum().backward()
             offload.finish(stage)
 

@@ -51,7 +51,7 @@ def _forward(offload: ActivationOffload, stage: int, layers: Sequence[Layer], of
 
 
 def _backward(offload: ActivationOffload, stage: int, output: torch.Tensor) -> None:
-    offload.settle(backward_of=stage)
+    offload.settle(stage)
     output.sum().backward()
     offload.finish(stage)
 
@@ -168,6 +168,28 @@ def test_memory_falls_to_what_is_not_moved_and_comes_back_layer_by_layer() -> No
     assert offload.figures.late_fetches == 1
     del moved
     assert meter.live_bytes <= hidden.untyped_storage().nbytes()
+
+
+def test_what_is_on_its_way_out_goes_before_anything_is_fetched() -> None:
+    meter = MemoryMeter()
+    offload = ActivationOffload(CPU, PLENTY, meter)
+    layers, mask = _model(1), torch.zeros(ROWS, ROWS)
+    meter.leave_out([mask, *layers[0].parameters()])
+    inputs = [torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2)]
+    first, second = (_forward(offload, stage, layers, (0,), inputs[stage], mask) for stage in range(2))
+    with_one_layer = meter.live_bytes
+    meter.begin()
+    offload.fetch_ahead(0, None)
+    assert meter.peak_bytes == meter.live_bytes == with_one_layer
+    _backward(offload, 0, first)
+    # What is needed next of all stays where it is.
+    moved = _forward(offload, 2, layers, (0,), inputs[0], mask)
+    meter.begin()
+    offload.fetch_ahead(2, None)
+    assert meter.peak_bytes == meter.live_bytes
+    _backward(offload, 2, moved)
+    _backward(offload, 1, second)
+    offload.assert_empty()
 
 
 def test_each_storage_is_copied_once_and_weights_never() -> None:
