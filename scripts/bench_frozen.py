@@ -77,7 +77,7 @@ def provide(frozen: tuple[str, ...], ranks: int, pre_process: bool = True, post_
     def config(pipeline: int) -> Any:
         return TransformerConfig(
             num_layers=8, hidden_size=256, num_attention_heads=4, use_cpu_initialization=True, hidden_dropout=0.0, attention_dropout=0.0,
-            pipeline_model_parallel_size=pipeline, pipeline_dtype=torch.float32,
+            pipeline_model_parallel_size=pipeline, pipeline_dtype=torch.float32, deallocate_pipeline_outputs=True,
         )
 
     language, vision, projection = config(ranks), config(1), config(1)

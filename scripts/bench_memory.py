@@ -143,23 +143,28 @@ def _run(rank: int, ranks: int, share: float | None, limit: int | None, flags: t
 def measured(output: Path | None) -> None:
     from tests.distributed.launcher import launch
 
-    of_ranks = launch(sweep, 2, SHARES, (), 2, timeout_s=400)
-    lines = [
-        "| limit beside weights | rank | planned MiB | measured MiB | measured / planned | full, selective, offload, none | plan ms | iteration s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for rank, outcome in enumerate(of_ranks):
-        for row in outcome.rows:
-            held, planned = row.measured - row.static, row.planned - row.static
-            chosen = ", ".join(str(row.strategies.get(label, 0)) for label in ("full", "selective", "offload", "none"))
-            lines.append(
-                f"| {'none' if row.share is None else f'{row.share:.2f}'} | {rank} | {planned / 2**20:.1f} | {held / 2**20:.1f} | "
-                f"{held / planned:.3f} | {chosen} | {row.makespan_ns / 1e6:.0f} | {row.seconds:.2f} |"
-            )
-    lines.append(f"\nBelow: {of_ranks[0].refusal or 'all limits plan'}")
-    print("\n".join(lines))
+    rows = []
+    for what, flags in (("recompute", ()), ("recompute and offload", ("--dip-host-memory", "0.5"))):
+        of_ranks = launch(sweep, 2, SHARES, flags, 2, timeout_s=400)
+        lines = [
+            f"\nLayers may {what}:\n",
+            "| limit | rank | planned MiB | measured MiB | measured / planned | limit MiB | full, selective, offload, none | plan ms | iteration s |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for rank, outcome in enumerate(of_ranks):
+            for row in outcome.rows:
+                held, planned = row.measured - row.static, row.planned - row.static
+                chosen = ", ".join(str(row.strategies.get(label, 0)) for label in ("full", "selective", "offload", "none"))
+                share, limit = ("none", "none") if row.limit is None else (f"{row.share:.2f}", f"{(row.limit - row.static) / 2**20:.1f}")
+                lines.append(
+                    f"| {share} | {rank} | {planned / 2**20:.1f} | {held / 2**20:.1f} | {held / planned:.3f} | {limit} | {chosen} | "
+                    f"{row.makespan_ns / 1e6:.0f} | {row.seconds:.2f} |"
+                )
+        lines.append(f"\nBelow: {of_ranks[0].refusal or 'all limits plan'}")
+        print("\n".join(lines), flush=True)
+        rows.append({"may": what, "ranks": [asdict(outcome) for outcome in of_ranks]})
     if output is not None:
-        output.with_suffix(".json").write_text(json.dumps([asdict(outcome) for outcome in of_ranks], indent=1) + "\n")
+        output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 class Restricted(WrappedCost):

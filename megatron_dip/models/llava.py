@@ -63,7 +63,7 @@ class LlavaChunk(LLaVAModel):
         self._language_is_pipeline_parallel = False
 
     def run_vision(self, tiles_or_hidden: torch.Tensor) -> torch.Tensor:
-        """Tiles [n, 3, height, width] or hidden states [n, s, h] -> hidden states [n, s, h], or embeddings [t, n, h] of the projector."""
+        """Tiles [n, 3, height, width] or hidden states [s, n, h] -> hidden states [s, n, h], or embeddings [t, n, h] of the projector."""
         if self.vision_projection is None:
             return self.vision_model(tiles_or_hidden)
         embeddings, _ = self(tiles_or_hidden, None, None, None)

@@ -83,7 +83,7 @@ class EncoderChunk(MimoChunk):
         self.modality_submodules = torch.nn.ModuleDict({modality.name: submodule})
 
     def run(self, inputs_or_hidden: torch.Tensor) -> torch.Tensor:
-        """Inputs [n, 3, height, width] or hidden states [n, s, h] -> hidden states [n, s, h], or embeddings [n * s, h] of the projection."""
+        """Inputs [n, 3, height, width] or hidden states [s, n, h] -> hidden states [s, n, h], or embeddings [n * s, h] of the projection."""
         submodule: Any = self.modality_submodules[self._modality.name]
         if not self._last:
             return submodule.encoders[self._modality.encoder_name](inputs_or_hidden)  # type: ignore[no-any-return]

@@ -38,14 +38,15 @@ _VARYING = ("dynamic_resolution", "temporal_ckpt_compat", "separate_video_embedd
 
 
 def vision_chunk_class(builder: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """The vision model's class, with a forward that starts from hidden states [n, s, h] where the stem is elsewhere."""
+    """The vision model's class, with a forward from and to hidden states [s, n, h], as its layers have them, where others stand before or
+    behind: turned, as the whole model takes and gives them, each chunk would keep its input twice."""
 
     class VisionChunk(builder):  # type: ignore[valid-type, misc]
-        has_stem = True
+        has_stem = has_end = True
 
         def keep(self, *, stem: bool, end: bool) -> None:
             """Drops what stands before the layers, or behind them."""
-            self.has_stem = stem
+            self.has_stem, self.has_end = stem, end
             if not stem:
                 for name in STEM:
                     if hasattr(self, name):
@@ -55,8 +56,11 @@ def vision_chunk_class(builder: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if self.has_stem:
-                return super().forward(x, *args, **kwargs)
-            hidden = self.decoder(x.permute(1, 0, 2).contiguous(), attention_mask=None)
+                hidden = super().forward(x, *args, **kwargs)
+                return hidden if self.has_end else hidden.permute(1, 0, 2)
+            hidden = self.decoder(x, attention_mask=None)
+            if not self.has_end:
+                return hidden
             hidden = hidden.permute(1, 0, 2).contiguous()
             return hidden if self.ln_post is None else self.ln_post(hidden)
 
@@ -103,8 +107,8 @@ class VisionTower:
         return module_spec(name, "vit", "encoder", self.config, trainable=trainable, causal=False)
 
     def boundary(self, producer: PlanStage, dtype: torch.dtype) -> PayloadSpec:
-        """Hidden states between two chunks: [n, s, h]."""
-        return PayloadSpec((producer.instances, self.length, self.config.hidden_size), dtype)
+        """Hidden states between two chunks: [s, n, h]."""
+        return PayloadSpec((self.length, producer.instances, self.config.hidden_size), dtype)
 
     def build_chunk(self, cut: ModuleCut, vp_stage: int, rank: int) -> torch.nn.Module:
         """Frozen where the script froze it."""

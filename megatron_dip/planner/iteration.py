@@ -214,20 +214,34 @@ def plan_columns(
             kept = _fit(searching(on_device, ON_DEVICE_SHARE), limit, room, initial, capacity, replace(options, may_exceed_memory=False))
         binds = kept is None or bool(kept.solved.result.choice.any())
         solve = searching(build if binds else on_device, 1.0 if kept is None else 1.0 - ON_DEVICE_SHARE, kept)
-    try:
-        lowered = _fit(solve, limit, room, initial, capacity, options if kept is None else replace(options, may_exceed_memory=False))
-    except InputError:
-        if kept is None:
-            raise
-        lowered = kept
+    strict = replace(options, may_exceed_memory=False)
+    tries = [(solve, options)]
+    if on_device is not None:
+        # With all of the budget the smaller choice has what it would have had alone.
+        tries = [(solve, strict)] if kept is not None else [(solve, strict), (searching(on_device, 1.0), strict), (solve, options)]
+    lowered = _first_that_fits(lambda one, under: _fit(one, limit, room, initial, capacity, under), tries, kept)
     if kept is not None and kept.schedule.makespan_ns < lowered.schedule.makespan_ns:
         lowered = kept
     if options.lower_peaks and options.schedule == "dip" and not (options.is_needed is not None and options.is_needed()):
-        lowered = _with_lower_peaks(solve, lowered, limit - room)
+        lowered = _with_lower_peaks(solve, lowered, limit - room, fits)
     with no_collections():
         columns = _make_columns(lowered, partition, capacity, initial, options.seed)
         check_columns(columns, microbatches)
     return replace(columns, head=msgspec.structs.replace(columns.head, planning_ns=time.perf_counter_ns() - began))
+
+
+def _first_that_fits(
+    fit: Callable[[_Solve, PlanOptions], _Lowered], tries: Sequence[tuple[_Solve, PlanOptions]], otherwise: _Lowered | None
+) -> _Lowered:
+    """Raises InputError where none does and there is nothing else."""
+    for number, (solve, options) in enumerate(tries):
+        try:
+            return fit(solve, options)
+        except InputError:
+            if otherwise is None and number == len(tries) - 1:
+                raise
+    assert otherwise is not None
+    return otherwise
 
 
 _Solve = Callable[..., "_Lowered"]
@@ -295,7 +309,9 @@ _AS_FAST = 1.002
 """Makespans that differ by less than this count as equal."""
 
 
-def _with_lower_peaks(solve: Callable[[NDArray[np.int64], float], _Lowered], found: _Lowered, limit: NDArray[np.int64]) -> _Lowered:
+def _with_lower_peaks(
+    solve: Callable[[NDArray[np.int64], float], _Lowered], found: _Lowered, limit: NDArray[np.int64], fits: Callable[[_Lowered], bool]
+) -> _Lowered:
     """The schedule, or one that is as fast and keeps fewer activations: the search admits microbatches as long as memory lasts, which
     without a limit holds more of them in flight than a fast schedule needs.
 
@@ -309,7 +325,8 @@ def _with_lower_peaks(solve: Callable[[NDArray[np.int64], float], _Lowered], fou
             leaner = solve(lower, _PEAK_SEARCH_SHARE)
         except DoesNotFit as error:  # at least one microbatch at a time, on every rank
             leaner = solve(lower + np.maximum(error.missing, 0), _PEAK_SEARCH_SHARE)
-        if leaner.schedule.makespan_ns <= _AS_FAST * found.schedule.makespan_ns:
+        # What searches do not see, messages and layers on their way, may be more than in the schedule that was found.
+        if leaner.schedule.makespan_ns <= _AS_FAST * found.schedule.makespan_ns and fits(leaner):
             return leaner
     return found
 

@@ -20,7 +20,7 @@ from megatron_dip.cost.wrapped import WrappedCost
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
 from megatron_dip.planner.all_memory import CapturedInputs, captured_inputs, recomputing_room, with_all_memory
-from megatron_dip.planner.iteration import PlanOptions, _fit, plan_iteration
+from megatron_dip.planner.iteration import PlanOptions, _fit, _with_lower_peaks, plan_iteration
 from megatron_dip.program.lower import lower
 from megatron_dip.program.program import IRECV, WAIT_SEND, Program
 from megatron_dip.schedule.checker import check_plan
@@ -157,13 +157,16 @@ class Offloading(AllMemory):
 
 
 @settings(max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(cases(max_ranks=2), st.integers(3, 9), st.booleans(), st.sampled_from([1.0, 30.0, 300.0]))
-def test_offloading_gives_no_worse_plan_and_keeps_the_limit(case: Case, tenths: int, split_backward: bool, nanoseconds: float) -> None:
+@given(cases(max_ranks=2), st.integers(2, 9), st.booleans(), st.booleans(), st.sampled_from([1.0, 30.0, 300.0]))
+def test_offloading_gives_no_worse_plan_and_keeps_the_limit(
+    case: Case, tenths: int, split_backward: bool, lower_peaks: bool, nanoseconds: float
+) -> None:
+    """``lower_peaks`` gives up to 0.2 % of time for memory, never memory that is not there."""
     free = plan_iteration(case.model, case.partition, case.microbatches, AllMemory(case.costs()), PlanOptions(evaluations=10))
     costs = Offloading(case.costs(max(1, max(free.peak_memory) * tenths // 10)), nanoseconds)
     found = []
     for of, evaluations in ((WithoutOffload(costs), 10), (costs, 20)):
-        options = PlanOptions(evaluations=evaluations, split_backward=split_backward)
+        options = PlanOptions(evaluations=evaluations, split_backward=split_backward, lower_peaks=lower_peaks)
         try:
             found.append(plan_iteration(case.model, case.partition, case.microbatches, of, options))
         except InputError as error:
@@ -172,11 +175,25 @@ def test_offloading_gives_no_worse_plan_and_keeps_the_limit(case: Case, tenths: 
     without, with_offload = found
     if without is not None:
         assert with_offload is not None
-        assert with_offload.claimed_makespan <= without.claimed_makespan
+        assert with_offload.claimed_makespan <= (1.002 if lower_peaks else 1) * without.claimed_makespan
     if with_offload is not None:
         check_plan(with_offload, case.microbatches)
         assert with_offload.memory_capacity is not None
         assert all(peak <= limit for peak, limit in zip(with_offload.peak_memory, with_offload.memory_capacity, strict=True))
+
+
+@settings(max_examples=30, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(cases(max_ranks=2), st.integers(2, 6), st.sampled_from([30.0, 300.0]))
+def test_what_fits_without_offloading_fits_where_layers_may_be_offloaded(case: Case, tenths: int, nanoseconds: float) -> None:
+    """With as many evaluations, where the search over both forms of memory has found nothing in its half of them."""
+    free = plan_iteration(case.model, case.partition, case.microbatches, AllMemory(case.costs()), PlanOptions(evaluations=10))
+    costs = Offloading(case.costs(max(1, max(free.peak_memory) * tenths // 10)), nanoseconds)
+    options = PlanOptions(evaluations=10)
+    try:
+        plan_iteration(case.model, case.partition, case.microbatches, WithoutOffload(costs), options)
+    except InputError:
+        return
+    plan_iteration(case.model, case.partition, case.microbatches, costs, options)
 
 
 def test_where_memory_binds_layers_are_offloaded_beside_those_that_keep_all() -> None:
@@ -210,6 +227,19 @@ def test_what_programs_hold_is_fitted_beside_other_schedules_too(beside: tuple[i
     assert tried[0] > capacity
     assert tried[1] > capacity
     assert tried[-1] <= capacity
+
+
+def test_a_leaner_schedule_is_taken_only_if_it_fits_with_all_that_it_holds() -> None:
+    """Searched under less activations it may hold more of what searches do not see: layers on their way to the host and back."""
+
+    def lowered(peak: int) -> Any:
+        schedule = SimpleNamespace(peak_memory=lambda initial: [peak], makespan_ns=1000)
+        return SimpleNamespace(schedule=schedule, solved=SimpleNamespace(result=SimpleNamespace(schedule=schedule)))
+
+    found, capacity = lowered(90), 100
+    for peak, taken in ((120, 90), (80, 80)):
+        best = _with_lower_peaks(lambda *_, peak=peak: lowered(peak), found, np.array([capacity]), lambda one: one.schedule.peak_memory([0])[0] <= capacity)
+        assert best.schedule.peak_memory([0]) == [taken]
 
 
 def test_a_batch_over_the_estimate_runs_the_leanest_plan_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
