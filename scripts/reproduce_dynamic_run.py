@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--microbatches", type=int, default=32)
     parser.add_argument("--time-budget", type=float, default=1.0)
     parser.add_argument("--evaluations", type=int, help="schedules to try for each iteration instead of seconds: the same figures everywhere")
+    parser.add_argument("--split-backward", choices=("auto", "whole"), default="auto", help="auto, as in training: whichever is faster for the batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="without suffix: .json and .md are added")
     args = parser.parse_args()
@@ -58,13 +59,14 @@ def main() -> int:
     choice = joint_partition(setup.model, setup.pipeline, sample, costs)
     chosen_s = time.time() - began
     rows: list[dict[str, Any]] = []
-    budget = PlanOptions(time_budget_s=None if args.evaluations else args.time_budget, evaluations=args.evaluations, seed=args.seed)
+    budget = PlanOptions(time_budget_s=None if args.evaluations else args.time_budget, evaluations=args.evaluations, seed=args.seed,
+                         split_backward="auto" if args.split_backward == "auto" else False)
     for iteration in range(1, args.iterations + 1):
         batch = make_workload(SETUP, seed=args.seed, num_microbatches=args.microbatches, data="dynamic", iteration=iteration).microbatches
         plan = plan_iteration(setup.model, choice.partition, batch, costs, budget)
         row: dict[str, Any] = {
             "iteration": iteration, "bounds": dynamic_bounds(iteration), "images": sum(len(microbatch.get("vit", ())) for microbatch in batch),
-            "dip_ns": plan.claimed_makespan, "bound_ns": plan.lower_bound, "bubbles": plan.bubble_fraction, "planning_s": plan.planning_ns / 1e9,
+            "dip_ns": plan.claimed_makespan, "split": any(stage.kind == "w" for stage in plan.stages), "bound_ns": plan.lower_bound, "bubbles": plan.bubble_fraction, "planning_s": plan.planning_ns / 1e9,
             "baselines": {}, "fits": {},
         }
         for name in BASELINES:
@@ -77,7 +79,7 @@ def main() -> int:
     command = "python scripts/reproduce_dynamic_run.py " + " ".join(sys.argv[1:])
     facts = {
         "command": command, "commit": commit, "date": time.strftime("%Y-%m-%d", time.gmtime(began)), "chunks": choice.partition.chunks,
-        "sub_microbatch": choice.partition.sub_microbatch_size, "chosen_s": chosen_s, "seconds": time.time() - began, "rows": rows,
+        "sub_microbatch": choice.partition.sub_microbatch_size, "split_backward": args.split_backward, "chosen_s": chosen_s, "seconds": time.time() - began, "rows": rows,
     }
     write_atomically(args.output.with_suffix(".json"), (json.dumps(facts, indent=0) + "\n").encode())
     write_atomically(args.output.with_suffix(".md"), report(facts).encode())
@@ -116,6 +118,8 @@ def report(facts: dict[str, Any]) -> str:
         f"Partition, chosen once in {facts['chosen_s']:.1f} s: chunks a rank "
         f"{json.dumps({module: len(chunks) for module, chunks in facts['chunks'].items()})}, sub-microbatches {json.dumps(facts['sub_microbatch'])}.\n",
         markdown_table(["", "paper, measured", "here, simulated"], paper) + "\n",
+        f"Backward: {facts['split_backward']}; split in {sum(row['split'] for row in rows)} of {len(rows)} iterations. Of what a split backward holds its input part gives "
+        "back half, by the format of plans.\n",
         "Columns with a baseline's name: its time over ours.\n",
         markdown_table(["iteration", "images a microbatch", "images", "ours s", "/ bound", "bubbles", "planning s", *names], [*per_iteration, whole]) + "\n",
     ])
