@@ -8,7 +8,8 @@ plan's objects for the planner rank's own executor. *received*: what every other
 objects. *plain check*: the checker in plain Python, which every plan went through before.
 
 *held*: another thread asks for the interpreter every 0.2 ms; the most CPU time that the planning thread used between two of its turns, the
-least of the repeats, since the machine's own pauses are in it too. It is what training would have waited.
+least of the repeats, since the machine's own pauses are in it too. It is what training would have waited. *between* the phases the longest
+hold is the end: the plan's objects are let go, all at once; in a run the training thread does that, once an iteration.
 """
 
 from __future__ import annotations

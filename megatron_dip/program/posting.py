@@ -115,6 +115,7 @@ def _launch_kernel(rank, duration_ns, dep_offset, dep_task, order_offset, order,
     Of launches that could start at one time the lowest rank's comes first, on one rank the lowest kind, then the lowest number.
     """
     num_ranks = len(order_offset) - 1
+    peers = _peers(messages.channel_offset, num_ranks)
     stale = np.ones(num_ranks, np.bool_)  # whose next launch must be looked up again
     next_kind = np.zeros(num_ranks, np.int64)
     next_item = np.zeros(num_ranks, np.int64)
@@ -124,7 +125,9 @@ def _launch_kernel(rank, duration_ns, dep_offset, dep_task, order_offset, order,
         best = -1
         for r in range(num_ranks):
             if stale[r]:
-                next_kind[r], next_item[r], next_ns[r] = _next_launch(rank, dep_offset, dep_task, order_offset, order, messages, device, r)
+                next_kind[r], next_item[r], next_ns[r] = _next_launch(
+                    rank, dep_offset, dep_task, order_offset, order, messages, peers, device, r
+                )
                 stale[r] = False
             if next_ns[r] < _NEVER and (best < 0 or next_ns[r] < next_ns[best]):
                 best = r
@@ -138,12 +141,33 @@ def _launch_kernel(rank, duration_ns, dep_offset, dep_task, order_offset, order,
             device.task_ns[task] = next_ns[best]
             device.free_ns[best] = next_ns[best] + duration_ns[task]
             device.next_index[best] += 1
-            stale[:] = True
+            # Dependencies between ranks are messages: another rank's next launch changes only where it can be a receive from this one.
+            stale[best] = True
+            for other in peers[SEND, best]:
+                if other < 0:
+                    break
+                stale[other] = True
         else:
             m = next_item[best]
             _post(rank, messages, device, next_kind[best], m, next_ns[best])
             stale[rank[messages.producer[m]]] = True
             stale[rank[messages.consumer[m]]] = True
+
+
+@numba.njit(nogil=True, cache=True)
+def _peers(channel_offset, num_ranks):
+    """[2, P, P] the ranks that rank r sends to (SEND) and receives from (RECEIVE), -1 behind the last one."""
+    peers = np.full((2, num_ranks, num_ranks), -1, np.int64)
+    count = np.zeros((2, num_ranks), np.int64)
+    for sender in range(num_ranks):
+        for receiver in range(num_ranks):
+            channel = sender * num_ranks + receiver
+            if channel_offset[channel] < channel_offset[channel + 1]:
+                peers[SEND, sender, count[SEND, sender]] = receiver
+                count[SEND, sender] += 1
+                peers[RECEIVE, receiver, count[RECEIVE, receiver]] = sender
+                count[RECEIVE, receiver] += 1
+    return peers
 
 
 @numba.njit(nogil=True, cache=True)
@@ -171,19 +195,28 @@ def _next_post(messages, device, end, channel):
 
 
 @numba.njit(nogil=True, cache=True)
-def _next_launch(rank, dep_offset, dep_task, order_offset, order, messages, device, r):
-    """(kind, item, start) of rank r's launch that can start first; the start is _NEVER where none can."""
+def _next_launch(rank, dep_offset, dep_task, order_offset, order, messages, peers, device, r):
+    """(kind, item, start) of rank r's launch that can start first; the start is _NEVER where none can.
+
+    Args:
+        peers: from :func:`_peers`.
+    """
     num_ranks = len(order_offset) - 1
     kind, item, start = np.int64(TASK), np.int64(-1), _NEVER
     idle = max(device.queue_ns[r], device.free_ns[r])
     posts_ns = idle  # when all that the rank has made is posted
-    for other in range(num_ranks):
+    for other in peers[SEND, r]:
+        if other < 0:
+            break
         m, free = _next_post(messages, device, SEND, r * num_ranks + other)
         if m >= 0:
             ready = max(idle, free)
             posts_ns = max(posts_ns, ready)
             if (ready, SEND, m) < (start, kind, item):
                 kind, item, start = np.int64(SEND), m, ready
+    for other in peers[RECEIVE, r]:
+        if other < 0:
+            break
         m, free = _next_post(messages, device, RECEIVE, other * num_ranks + r)
         if m >= 0:
             ready = max(device.queue_ns[r], device.task_ns[messages.producer[m]], free)
