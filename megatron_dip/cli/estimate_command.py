@@ -18,10 +18,12 @@ from rich.table import Table
 
 from megatron_dip.cli.output import print_json, progress, tables
 from megatron_dip.cost.device import load_device
+from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.joint import ChoiceLimits
 from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.simulator.estimate import Candidate, estimate
-from megatron_dip.simulator.step import SimulateOptions, make_costs
+from megatron_dip.simulator.step import SimulateOptions
+from megatron_dip.simulator.workers import cores
 from megatron_dip.spec.codec import STANDARD_INPUT, check_outputs, format_of, load_workload, read_file, read_whole, save
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import NAMED_SETUPS
@@ -33,6 +35,8 @@ from megatron_dip.workloads.samples import STATISTICS, draw_samples, pack_sample
 
 SUMMARY = "what DIP would gain on a model, beside other ways to train it"
 
+_PROCESSES = 4
+"""Layouts that are tried side by side at most, each by a process of some 200 MB."""
 _NAMES = {"dip": "DIP", "megatron": "Megatron, best of 1F1B and interleaved", "encoder-dp": "encoders data-parallel (three-phase)", "fsdp2": "FSDP2"}
 _MEASURED_ERROR = "3 to 5 % mean, 11 % at most on published runs of text models (docs/results/simulator_validation.md); no multimodal run was published in a form to compare"
 
@@ -76,13 +80,15 @@ def run(args: argparse.Namespace) -> int:
     with progress("estimating") as show:
         candidates = estimate(
             subject.workload, args.gpus, _choose, options=SimulateOptions(evaluations=args.evaluations, seed=args.seed, replicas=1),
-            progress=show,
+            processes=cores(_PROCESSES), progress=show,
         )
     dip = candidates[0]
     if dip.parallel is not None and args.save_workload is not None:
         save(args.save_workload, msgspec.structs.replace(subject.workload, parallel=dip.parallel))
     if dip.partition is not None and args.save_partition is not None:
         save(args.save_partition, dip.partition)
+    if dip.untried:
+        subject.notes.append(f"{dip.untried} layouts were not tried with DIP for want of time (this machine is slow or busy): one may be better")
     if args.json:
         print_json({
             "model": subject.title, "gpus": args.gpus, "systems": [_row(candidate) for candidate in candidates], "advice": _advice(subject, candidates),
@@ -93,9 +99,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _choose(workload: Workload) -> Partition:
+def _choose(workload: Workload, costs: CostModel) -> Partition:
     """DIP's cut for one layout, judged on the first replica's batch."""
-    costs = make_costs(workload, SimulateOptions())
     return joint_partition(
         workload.model_spec, workload.parallel.pipeline, [workload.replica_microbatches(0)], costs,
         split_backward=workload.training.split_backward, limits=ChoiceLimits(short=24, thorough=4), drift=False,

@@ -49,15 +49,15 @@ def run(args: argparse.Namespace) -> int:
     load_device(args.device, "--device")
     if find_spec("bokeh") is None:
         raise InputError("--output", str(args.output), "needs bokeh, which is not installed", 'pip install "megatron-dip[html]"')
+    from megatron_dip.cost.interface import CostModel
     from megatron_dip.partition.joint import ChoiceLimits
     from megatron_dip.planner.partitioning import joint_partition
     from megatron_dip.report.page import PlaygroundCase, write_playground
     from megatron_dip.simulator.playground import playground_timelines
-    from megatron_dip.simulator.step import SimulateOptions, make_costs
 
-    def choose(workload: Workload) -> Partition:
+    def choose(workload: Workload, costs: CostModel) -> Partition:
         return joint_partition(
-            workload.model_spec, workload.parallel.pipeline, [workload.microbatches], make_costs(workload, SimulateOptions()),
+            workload.model_spec, workload.parallel.pipeline, [workload.microbatches], costs,
             limits=ChoiceLimits(short=8, thorough=1), drift=False,
         ).partition
 

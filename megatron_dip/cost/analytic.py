@@ -58,6 +58,28 @@ class PartDetail:
     """Share of the activation bytes that it keeps."""
 
 
+_Details = dict[tuple[str, Part, tuple[int, ...]], PartDetail]
+_Strategies = dict[tuple[str, tuple[int, ...]], dict[str, Strategy]]
+
+
+class KnownParts:
+    """What parts cost, for cost models that differ in pipeline and data parallel sizes alone: no part's cost depends on these.
+
+    A search over layouts makes one, and gives it to the costs of every layout: those whose parts are alike share what is known of them.
+    """
+
+    def __init__(self) -> None:
+        self._of: list[tuple[tuple[object, ...], tuple[_Details, _Strategies]]] = []
+
+    def alike(self, what: tuple[object, ...]) -> tuple[_Details, _Strategies]:
+        """The memory of all costs that were described by an equal ``what``."""
+        for described, memory in self._of:
+            if described == what:
+                return memory
+        self._of.append((what, ({}, {})))
+        return self._of[-1][1]
+
+
 class AnalyticCost:
     """Implements :class:`megatron_dip.cost.interface.CostModel` by operator graphs.
 
@@ -70,6 +92,7 @@ class AnalyticCost:
         rules: latency rules of operators; absent = :data:`DEFAULT_RULES`.
         connectors: of the modules whose connector is known; others have the one of :func:`megatron_dip.cost.modules.build_part`.
         undivided: modules that run every sequence whole on all context- and sequence-parallel ranks, as Megatron's vision models do.
+        known: shares what parts cost with other costs; absent = nothing is shared.
 
     Raises:
         InputError: parallel sizes that do not fit the model, an unknown device, impossible figures.
@@ -79,6 +102,7 @@ class AnalyticCost:
         self, model: ModelSpec, parallel: Parallel, training: Training, device: str | Device | DeviceDescription | None, *,
         memory_capacity_bytes: int | None = None, microbatches: Sequence[Microbatch] = (), kernels: Kernels | None = None,
         rules: LatencyRules | None = None, undivided: Collection[str] = (), connectors: Mapping[str, Connector] | None = None,
+        known: KnownParts | None = None,
     ) -> None:
         model.validate()
         check_parallel(model, parallel)
@@ -110,8 +134,10 @@ class AnalyticCost:
             consumers = model.consumers_of(module.name)
             self._consumer[module.name] = self._modules[consumers[0]] if consumers else None
         self._context_tokens = {name: self._mean_context(name, microbatches) for name in self._modules}
-        self._cache: dict[tuple[str, Part, tuple[int, ...]], PartDetail] = {}
-        self._strategies: dict[tuple[str, tuple[int, ...]], dict[str, Strategy]] = {}
+        near = (self.sharding.tensor, self.sharding.context, self.sharding.sequence_parallel, self.sharding.kernels)
+        self._cache, self._strategies = (KnownParts() if known is None else known).alike(
+            (*near, model, training, self.device, self.rules, self.rules.version, self._undivided, self._connectors, self._context_tokens)
+        )
         self._rules_version = self.rules.version
 
     def part(self, module: str, part: Part, lengths: Sequence[int]) -> PartCost:

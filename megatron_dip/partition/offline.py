@@ -132,14 +132,30 @@ def cheapest_work_ns(model: ModelSpec, microbatches: Sequence[Microbatch], costs
     """Work of a batch, over all ranks, with every module at its cheapest sub-microbatch size: divided by the ranks, no schedule on
     any partition is faster (as far as the tried sizes go). It keeps an uneven or inefficient cut from hiding behind its own bound.
     """
-    total = 0.0
+    return least_work(model, microbatches, costs).total
+
+
+@dataclass(frozen=True, slots=True)
+class LeastWork:
+    """ns that no partition and no schedule of a batch can do without, as far as the tried sub-microbatch sizes go."""
+
+    total: int
+    """Over all ranks"""
+    whole: int
+    """On one rank: the largest of what cannot be shared out (a module's stem, its head, one layer)"""
+
+
+def least_work(model: ModelSpec, microbatches: Sequence[Microbatch], costs: CostModel) -> LeastWork:
+    """Of every module at its cheapest sub-microbatch size."""
+    total, whole = 0.0, 0.0
     for module in model.modules:
         most = largest_count(module.name, [microbatches])
         if most:
             sizes = {*range(1, min(most, 8) + 1), *sizes_up_to(most)}
             works = [module_work(model, module.name, size, microbatches, costs, rounded_down=True) for size in sizes]
             total += min(module.num_layers * work.layer + work.first + work.last for work in works)
-    return math.floor(total)
+            whole = max(whole, *(min(getattr(work, part) for work in works) for part in ("layer", "first", "last")))
+    return LeastWork(math.floor(total), math.floor(whole))
 
 
 def sizes_up_to(most: int) -> list[int]:

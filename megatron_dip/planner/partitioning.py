@@ -117,8 +117,8 @@ class _Judge:
         sub_microbatches = split(batch, model, partition, costs)
         if self.capacity is not None:
             limit = self.capacity - np.array(static_bytes(model, partition, costs), dtype=np.int64)
+        problem = build_problem(model, partition, sub_microbatches, costs, only_strategy=self._strategy)
         if self.keeps_room:
-            problem = build_problem(model, partition, sub_microbatches, costs, only_strategy=self._strategy)
             limit -= recomputing_room(problem) + captured_inputs(model, batch, costs, num_ranks).room()
             limit -= np.maximum(limit, 0) // _MESSAGES_PART
         stages = sum(2 * num_ranks * partition.num_chunks(sub.module) for sub in sub_microbatches)
@@ -127,7 +127,9 @@ class _Judge:
         options = SearchOptions(evaluations=tried if self._split_backward is False else max(1, tried // 2))
         try:
             solved = search_forms(
-                lambda form: build_problem(model, partition, sub_microbatches, costs, split_backward=form, only_strategy=self._strategy),
+                lambda form: build_problem(
+                    model, partition, sub_microbatches, costs, split_backward=True, only_strategy=self._strategy
+                ) if form else problem,
                 limit, options, self._split_backward, with_bound=False,
             )
             return float(solved.result.schedule.makespan_ns)

@@ -493,13 +493,15 @@ class _ClassTable:
         self.layers.append(shape.num_layers)
 
     def arrays(self) -> _ClassArrays:
-        width = max(len(row.forward_ns) for row in self._rows)
+        counts = np.array([len(row.forward_ns) for row in self._rows])
+        # Of all rows one behind another: where each row's values stand, its last one again where it has no more.
+        places = (np.cumsum(counts) - counts)[:, None] + np.minimum(np.arange(counts.max()), counts[:, None] - 1)
 
         def padded(rows: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
-            return np.array([np.pad(row, (0, width - len(row)), mode="edge") for row in rows], dtype=np.int64)
+            return np.concatenate(list(rows))[places]
 
         return _ClassArrays(
-            num_candidates=np.array([len(row.forward_ns) for row in self._rows], dtype=np.int32),
+            num_candidates=counts.astype(np.int32),
             forward_ns=padded(row.forward_ns for row in self._rows), backward_ns=padded(row.backward_ns for row in self._rows),
             weight_ns=np.array([row.weight_ns for row in self._rows], dtype=np.int64),
             held_bytes=padded(row.held_bytes for row in self._rows),

@@ -40,7 +40,7 @@ def playground_timelines(
     )
     options = SimulateOptions(evaluations=evaluations, seed=seed)
     costs = make_costs(workload, options)
-    partition = choose(workload)
+    partition = choose(workload, costs)
     found = {}
     for title, name in SYSTEMS.items():
         try:

@@ -28,7 +28,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from megatron_dip.cost.analytic import AnalyticCost, PartDetail
+from megatron_dip.cost.analytic import AnalyticCost, KnownParts, PartDetail
 from megatron_dip.cost.collectives import Group, collective_seconds
 from megatron_dip.cost.fixed import FixedStrategyCost
 from megatron_dip.cost.interface import CostModel, Part
@@ -127,13 +127,17 @@ class _Pipeline:
     """Ranks with a layer that is recomputed as a whole."""
 
 
-def make_costs(workload: Workload, options: SimulateOptions) -> CostModel:
-    """The profile's costs where there is a profile, else the device's; under the workload's recompute setting."""
+def make_costs(workload: Workload, options: SimulateOptions, *, known: KnownParts | None = None) -> CostModel:
+    """The profile's costs where there is a profile, else the device's; under the workload's recompute setting.
+
+    Args:
+        known: shares what parts cost on a device between layouts.
+    """
     costs: CostModel
     if isinstance(workload.profile, Profile):
         costs = ProfileCost(workload.profile, workload.memory_capacity_bytes)
     else:
-        costs = _analytic(workload, workload.device, options)
+        costs = _analytic(workload, workload.device, options, known)
     if workload.training.recompute != "auto":
         costs = FixedStrategyCost(costs, workload.training.recompute)
     return costs
@@ -399,10 +403,10 @@ def _counting_costs(workload: Workload, options: SimulateOptions, costs: CostMod
     return _analytic(workload, FLOPS_DEVICE if workload.device is None else workload.device, options)
 
 
-def _analytic(workload: Workload, device: str | Device | None, options: SimulateOptions) -> AnalyticCost:
+def _analytic(workload: Workload, device: str | Device | None, options: SimulateOptions, known: KnownParts | None = None) -> AnalyticCost:
     return AnalyticCost(
         workload.model_spec, workload.parallel, workload.training, device, memory_capacity_bytes=workload.memory_capacity_bytes,
-        microbatches=workload.microbatches, kernels=options.kernels, rules=options.rules,
+        microbatches=workload.microbatches, kernels=options.kernels, rules=options.rules, known=known,
     )
 
 
