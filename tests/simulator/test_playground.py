@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from megatron_dip.cost.interface import CostModel
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.simulator.playground import SYSTEMS, playground_timelines
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.workload import Workload
 
 
-def even(workload: Workload) -> Partition:
+def even(workload: Workload, costs: CostModel) -> Partition:
     return even_partition(workload.model_spec, workload.parallel.pipeline, {"lm": 2}, {"vit": 2})
 
 
