@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_dip.cost.analytic import AnalyticCost
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.planner.iteration import PlanOptions, plan_iteration
@@ -28,7 +30,7 @@ from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import NAMED_SETUPS, Setup, named_setup
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.workload import Microbatch
-from megatron_dip.workloads.generators import default_parallel, make_workload
+from megatron_dip.workloads.generators import default_parallel, make_workload, typical_clips
 
 Batch = list[Microbatch]
 MICROBATCHES, SAMPLED, JUDGED = 32, 8, 2
@@ -38,7 +40,8 @@ _SAMPLE_SEED, _JUDGED_SEED = 100, 500
 
 
 def data_of(setup: str) -> dict[str, Callable[[int], Batch]]:
-    """Distribution -> batch by seed. Of a text-to-video setup the first module's instances are taken away or doubled."""
+    """Distribution -> batch by seed. Text-to-video: heavy is one clip as long as the longest, half four middling ones, light eight short
+    ones, none the same with captions of four times the length."""
     def uniform(low: int, high: int) -> Callable[[int], Batch]:
         return lambda seed: make_workload(setup, seed=seed, num_microbatches=MICROBATCHES, data="uniform", images=(low, high)).microbatches
 
@@ -52,20 +55,28 @@ def data_of(setup: str) -> dict[str, Callable[[int], Batch]]:
     if setup.startswith("vlm"):
         return {"nominal": nominal, "heavy": uniform(32, 48), "half": uniform(4, 12), "light": uniform(0, 3), "none": uniform(0, 0), "bimodal": bimodal}
 
-    def scaled(scale: float) -> Callable[[int], Batch]:
+    longest = max(length for seed in range(8) for one in nominal(seed) for length in one["dit"])
+    frame = min(length for seed in range(8) for one in nominal(seed) for length in one["dit"])
+
+    def clips(count: int, low: int, high: int, caption: int = 1) -> Callable[[int], Batch]:
+        """So many clips in each microbatch, of ``low`` to ``high`` times the shortest one's patches, with captions as they come."""
         def batch(seed: int) -> Batch:
-            return [{name: [max(16, round(scale * length)) for length in lengths] for name, lengths in one.items()} for one in nominal(seed)]
+            rng = np.random.default_rng(seed)
+            captions = [length for one in nominal(seed) for length in one["lm"]]
+            return [
+                {"lm": (caption * rng.choice(captions, count)).tolist(), "dit": (frame * rng.integers(low, high, count, endpoint=True)).tolist()}
+                for _ in range(MICROBATCHES)
+            ]
 
         return batch
 
-    def single(seed: int) -> Batch:
-        return [{name: [sum(lengths)] for name, lengths in one.items()} for one in nominal(seed)]
+    heavy, light = clips(1, longest // frame, longest // frame), clips(8, 1, 3)
 
     def humped(seed: int) -> Batch:
-        return [one if index % 2 else {name: [max(16, length // 8) for length in lengths] for name, lengths in one.items()}
-                for index, one in enumerate(nominal(seed))]
+        pairs = zip(heavy(seed), light(seed), strict=True)
+        return [pair[index % 2] for index, pair in enumerate(pairs)]
 
-    return {"nominal": nominal, "heavy": single, "half": scaled(0.5), "light": scaled(0.125), "bimodal": humped}
+    return {"nominal": nominal, "heavy": heavy, "half": clips(4, 6, 10), "light": light, "none": clips(8, 1, 3, caption=4), "bimodal": humped}
 
 
 def expected_batch(setup: Setup, sample: list[Batch]) -> Batch:
@@ -77,7 +88,9 @@ def expected_batch(setup: Setup, sample: list[Batch]) -> Batch:
     if "vit" in names:
         # 16 images of 256 embeddings are half of 8192.
         return [{"vit": [typical("vit")] * 16, "lm": [typical("lm")]}] * MICROBATCHES
-    return [{name: [typical(name)] for name in names}] * MICROBATCHES
+    longest = max(sum(one["dit"]) for batch in sample for one in batch)
+    lengths = typical_clips(longest)
+    return [{"lm": [caption for _, caption in lengths], "dit": [clip for clip, _ in lengths]}] * MICROBATCHES
 
 
 def main() -> int:

@@ -41,6 +41,7 @@ from megatron_dip.spec.model import ModelSpec, ModuleSpec
 from megatron_dip.spec.plan import PlanStage
 from megatron_dip.spec.training import TextToVideoModel, VideoSpec
 from megatron_dip.spec.workload import Microbatch, Parallel
+from megatron_dip.workloads.generators import typical_clips
 
 LANGUAGE = "lm"
 DIFFUSION = "dit"
@@ -397,10 +398,11 @@ class TextToVideoDescription(BuiltInDescription[TextToVideoConfig]):
     undivided = ()
 
     def typical_microbatch(self, sequences: int, length: int) -> Microbatch:
-        """Clips of the length, each with a caption of a sixteenth."""
-        microbatch: Microbatch = {DIFFUSION: [length] * sequences}
+        """Packed clips, each with its caption."""
+        clips = typical_clips(length) * sequences
+        microbatch: Microbatch = {DIFFUSION: [clip for clip, _ in clips]}
         if self.config.language is not None:
-            microbatch[LANGUAGE] = [max(1, length // 16)] * sequences
+            microbatch[LANGUAGE] = [caption for _, caption in clips]
         return microbatch
 
     def metadata(self, batch: Mapping[str, Any]) -> Microbatch:

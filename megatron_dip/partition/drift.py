@@ -2,7 +2,8 @@
 
 In: batches of a sample. Out: for each module that feeds another and has work in the sample, five batches: its instances scaled by 0, 1/4,
 1/2 and 2, and two-humped, microbatches by turns without any and with twice as many. No microbatch gets more instances than the sample's
-fullest one has, so that what fits into memory there fits here. Not modelled: lengths that change, and modalities that change together.
+fullest one has, so that what fits into memory there fits here. Besides, where the last module's instances are packed (clips), one batch of long
+ones and one of short ones. Not modelled else: lengths that change, and modalities that change together.
 """
 
 from __future__ import annotations
@@ -30,9 +31,33 @@ def drifted_batches(model: ModelSpec, batches: Sequence[Batch]) -> list[Batch]:
             found.append(_drifted(module, batch, [scale] * len(batch), most))
         batch = batches[len(found) % len(batches)]
         found.append(_drifted(module, batch, [_DOUBLE * (index % 2) for index in range(len(batch))], most))
+    found += _of_one_length(model.topological()[-1], batches)
     # Without its only module a batch has nothing to run.
     trainable = [[_without_loose_ends(model, microbatch) for microbatch in batch] for batch in found]
     return [batch for batch in trainable if any(lengths for microbatch in batch for lengths in microbatch.values())]
+
+
+def _of_one_length(module: str, batches: Sequence[Batch]) -> list[Batch]:
+    """Where the last module's instances are packed, so many as fit: batches of its longest one alone in each microbatch, and of as many of its
+    shortest one as there ever are. Modules that have one instance for each of its (captions) have their shortest beside the longest, and
+    their longest beside the shortest."""
+    microbatches = [microbatch for batch in batches for microbatch in batch if microbatch.get(module)]
+    if len({len(microbatch[module]) for microbatch in microbatches}) < 2:
+        return []
+    paired = {
+        name for name in microbatches[0] if all(len(microbatch.get(name, ())) == len(microbatch[module]) for microbatch in microbatches)
+    }
+    found: list[Batch] = []
+    for count, own, of_paired in ((1, max, min), (largest_count(module, batches), min, max)):
+        lengths = {
+            name: [(own if name == module else of_paired)(length for microbatch in microbatches for length in microbatch[name])] * count
+            for name in paired
+        }
+        found.append([
+            {name: list(lengths.get(name, kept) if microbatch.get(module) else kept) for name, kept in microbatch.items()}
+            for microbatch in batches[0]
+        ])
+    return found
 
 
 def _without_loose_ends(model: ModelSpec, microbatch: Microbatch) -> Microbatch:

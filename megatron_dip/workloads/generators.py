@@ -243,6 +243,19 @@ def pack_clips(rng: np.random.Generator, num_microbatches: int, dit: ModuleSpec)
     return microbatches
 
 
+def typical_clips(length: int) -> list[tuple[int, int]]:
+    """What to expect of a packed microbatch whose clips nobody has seen: four equal ones that fill it, each with a caption of a sixteenth
+    of its patches (a drawn one of TOKENS_PER_WORD * CAPTION_WORDS tokens stands beside some 5 000 patches).
+
+    Args:
+        length: patches that a microbatch may have.
+
+    Returns:
+        Patches and tokens of each clip.
+    """
+    return [(max(1, length // 4), max(1, length // 64))] * 4
+
+
 def _clips_of_work(rng: np.random.Generator, dit: ModuleSpec, target: float) -> list[int]:
     """Latent frames of each clip: drawn clip lengths, scaled to the target work within 16 s together."""
     sets = list(VIDEO_SETS.values())

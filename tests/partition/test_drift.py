@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from megatron_dip.partition import joint
-from megatron_dip.partition.drift import drifted_batches
+from megatron_dip.partition.drift import _of_one_length, drifted_batches
 from megatron_dip.partition.joint import choose_partition, judged_batches
 from megatron_dip.partition.offline import cheapest_work_ns, largest_count
 from megatron_dip.planner.partitioning import joint_partition
@@ -21,8 +21,15 @@ from tests.strategies import Case, arrangements, vlm_case
 @given(case=arrangements())
 def test_drifts_change_one_module_and_never_exceed_the_fullest_microbatch(case: Case) -> None:
     batches = [case.microbatches, case.microbatches[::-1]]
-    for batch in drifted_batches(case.model, batches):
+    drifted = drifted_batches(case.model, batches)
+    packed = _of_one_length(case.model.topological()[-1], batches)
+    assert len(packed) in (0, 2)
+    for number, batch in enumerate(drifted):
         assert len(batch) == len(case.microbatches)
+        for module in case.model.modules:
+            assert largest_count(module.name, [batch]) <= largest_count(module.name, batches)
+        if number >= len(drifted) - len(packed):
+            continue
         # Every module but one is as in one of the sample's batches.
         changed = min(
             (
@@ -34,8 +41,15 @@ def test_drifts_change_one_module_and_never_exceed_the_fullest_microbatch(case: 
             ), key=len,
         )
         assert len(changed) <= 1
-        for module in case.model.modules:
-            assert largest_count(module.name, [batch]) <= largest_count(module.name, batches)
+
+
+def test_packed_clips_come_as_long_ones_alone_and_as_short_ones_with_long_captions() -> None:
+    batch = [{"lm": [5, 9], "dit": [64, 16]}, {"lm": [7], "dit": [80]}, {"lm": [6, 6, 8], "dit": [32, 24, 16]}]
+    long, short = _of_one_length("dit", [batch])
+    assert long == [{"lm": [5], "dit": [80]}] * 3
+    assert short == [{"lm": [9, 9, 9], "dit": [16, 16, 16]}] * 3
+    # Sequences of text come alone: there is nothing to pack otherwise.
+    assert not _of_one_length("lm", [[{"vit": [4, 4], "lm": [16]}, {"vit": [4], "lm": [12]}]])
 
 
 def test_scales_are_kept_over_a_batch() -> None:
