@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         return found + [seconds for of_profile, workload in profiles for seconds in predict_points(of_profile, workload, candidate, kernels)]
 
     names = [name.strip() for name in args.parameters.split(",") if name.strip()]
+    if not names:
+        raise InputError("--parameters", args.parameters, "names no parameter", f"give some of {', '.join(WIDTHS)}")
     source = "Fitted by megatron-dip calibrate on " + ", ".join(path.name for path in args.measurements) + f" ({', '.join(names)})."
     with progress(f"fitting {', '.join(names)} to {sum(fitted)} measurements"):
         found = calibrate(

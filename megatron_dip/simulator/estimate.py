@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -85,25 +85,39 @@ def estimate(
     # The same processes for both rounds: they know by then what parts cost.
     with Workers(trials.run, min(processes, len(layouts))) as workers:
         tell("Megatron, encoders data-parallel, FSDP2")
-        stocks = sorted((found for found in workers.results(iter(groups)) if isinstance(found, _Stock)), key=lambda stock: stock.tensor)
-        return _with_dip(layouts, stocks, workers, began + time_limit_s, tell)
+        # DIP's kernels take longest to load, or to compile where they never ran: one process begins with them, on what it may have to try anyway.
+        piped = sorted((parallel for parallel in layouts if parallel.pipeline > 1), key=lambda parallel: parallel.pipeline)
+        shallow = [parallel for parallel in piped if parallel.pipeline == piped[0].pipeline]
+        early = shallow[len(shallow) // 2 : len(shallow) // 2 + 1] if processes > 1 else []
+        tasks: list[_Task] = [*early, *groups]
+        found = list(workers.results(iter(tasks)))
+        stocks = sorted((one for one in found if isinstance(one, _Stock)), key=lambda stock: stock.tensor)
+        tried = dict(zip(map(_key, early), (one for one in found if isinstance(one, Candidate)), strict=True))
+        return _with_dip(layouts, stocks, tried, workers, began + time_limit_s, tell)
 
 
 def _with_dip(
-    layouts: Sequence[Parallel], stocks: Sequence[_Stock], workers: Workers[_Task, _Found], deadline: float, tell: Callable[[str], None]
+    layouts: Sequence[Parallel], stocks: Sequence[_Stock], tried: Mapping[tuple[int, int], Candidate], workers: Workers[_Task, _Found], deadline: float,
+    tell: Callable[[str], None],
 ) -> list[Candidate]:
-    """Tries DIP where it may be best, and puts it before the other systems' best layouts."""
+    """Tries DIP where it may be best, and puts it before the other systems' best layouts.
+
+    Args:
+        tried: what is known already.
+    """
     bounds = {_key(parallel): bound for stock in stocks for parallel, bound in stock.bounds}
     promising = {_key(parallel): seconds for stock in stocks for parallel, seconds in stock.promising}
     # Equal ones in the layouts' order.
     ranked = sorted((p for p in layouts if p.pipeline > 1), key=lambda p: promising.get(_key(p), math.inf))
     best = Candidate(system="dip", parallel=None, result=None, problem="no layout of these GPUs has a pipeline, which DIP is for")
+    for known in tried.values():
+        best = _better(best, known, ranked)
     untried = 0
 
     def to_try() -> Iterator[_Task]:
         nonlocal untried
         for parallel in ranked:
-            if best.result is not None and bounds[_key(parallel)] >= best.result.iteration_time_s:
+            if _key(parallel) in tried or (best.result is not None and bounds[_key(parallel)] >= best.result.iteration_time_s):
                 continue
             if best.result is not None and time.monotonic() > deadline:
                 untried += 1

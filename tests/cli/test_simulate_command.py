@@ -239,6 +239,8 @@ def test_calibration_refuses_what_holds_no_measurements(workload: Path, tmp_path
     assert main(["calibrate", str(workload), "--device", "a100", "--output", str(tmp_path / "x.json")]) == 2
     assert "holds no measurements" in capsys.readouterr().err
     assert main(["calibrate", str(STEPS), "--device", "a100", "--output", str(tmp_path / "x.json"), "--parameters", "luck"]) == 2
+    assert main(["calibrate", str(STEPS), "--device", "a100", "--output", str(tmp_path / "x.json"), "--parameters", ","]) == 2
+    assert "names no parameter" in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
 
 
