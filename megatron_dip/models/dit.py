@@ -59,6 +59,9 @@ class DiTSizes:
     """Width of the text's embeddings."""
     pooled_text: bool = False
     """The mean of a clip's text embeddings modulates the layers beside its timestep (Stable Diffusion 3's pooled projection); Wan has none."""
+    absolute_positions: bool = False
+    """Sines and cosines of a patch's place are added to its embedding, as in Latte and CogVideoX; Wan has rotary positions alone. These tell
+    attention how far two patches are apart, but no patch where it is: with pure noise everywhere all places of a clip look alike."""
 
     @property
     def patch_size(self) -> int:
@@ -416,6 +419,19 @@ class VideoRotaryEmbedding(torch.nn.Module):
         return torch.cat(angles, dim=1).repeat_interleave(2, dim=1)[:, None, None].float()
 
 
+class VideoPositionEmbedding(torch.nn.Module):
+    """Absolute 3-D positions: the angles of :class:`VideoRotaryEmbedding` for a head of the whole width, their cosines and sines in turns."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.angles = VideoRotaryEmbedding(hidden_size)
+
+    def forward(self, pos_ids: torch.Tensor) -> torch.Tensor:
+        """int [S, 3] -> [S, 1, H]"""
+        angles = self.angles(pos_ids)[:, :, 0, ::2]
+        return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(2)
+
+
 # ---- the model ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +460,7 @@ class DiTCrossAttentionModel(MegatronModule):
             self.x_embedder = torch.nn.Linear(sizes.patch_size, hidden)
             self.t_embedder = TimestepEmbedding(config, sizes)
             self.text_embedding = TextEmbedding(config, sizes)
+            self.place_embedder = VideoPositionEmbedding(hidden) if sizes.absolute_positions else None
         assert config.kv_channels is not None
         self.pos_embedder = VideoRotaryEmbedding(config.kv_channels)
         spec = get_dit_adaln_block_with_transformer_engine_spec if transformer_engine else get_dit_adaln_block_with_local_spec
@@ -489,9 +506,11 @@ class DiTCrossAttentionModel(MegatronModule):
             assert crossattn_emb is not None
             pooled = pooled_over_clips(crossattn_emb, packed_seq_params[CROSS]) if self.sizes.pooled_text else None
             modulation, time_embedding = self.t_embedder(timesteps, pooled)
+            hidden = self.x_embedder(x.to(self.x_embedder.weight.dtype))
+            if self.place_embedder is not None:
+                hidden = hidden + self.place_embedder(pos_ids).to(hidden.dtype)
             state = DiTState(
-                hidden=self.x_embedder(x.to(self.x_embedder.weight.dtype)), context=self.text_embedding(crossattn_emb),
-                modulation=modulation, time_embedding=time_embedding,
+                hidden=hidden, context=self.text_embedding(crossattn_emb), modulation=modulation, time_embedding=time_embedding
             )
         else:
             assert packed is not None

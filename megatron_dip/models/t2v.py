@@ -126,7 +126,7 @@ class TextToVideoConfig:
         assert width is not None
         return DiTSizes(
             in_channels=video.channels, patch_spatial=video.patch_spatial, patch_temporal=video.patch_temporal, freq_dim=video.freq_dim,
-            crossattn_emb_size=width, pooled_text=video.pooled_text,
+            crossattn_emb_size=width, pooled_text=video.pooled_text, absolute_positions=video.absolute_positions,
         )
 
     @property
@@ -365,6 +365,8 @@ class TextToVideoStage(MegatronModule):
 
 _FROM_ZERO = ("modulation", "t_embedder.time_proj.weight", "final_layer_linear.weight")
 _BY_INPUTS = ("x_embedder.weight", "linear_1.weight", "linear_2.weight", "text_embedder.weight")
+_POOLED_GAIN = 3.0
+"""By which the pooled text's matrix is larger: in a mean over tokens what single words say is small."""
 
 
 def initialize_weights(stage: TextToVideoStage, config: TextToVideoConfig) -> None:
@@ -378,7 +380,9 @@ def initialize_weights(stage: TextToVideoStage, config: TextToVideoConfig) -> No
         if name.endswith(_FROM_ZERO):
             return config.zero_std
         if name.endswith(_BY_INPUTS):
-            return parameter.shape[1] ** -0.5
+            return parameter.shape[1] ** -0.5 * (_POOLED_GAIN if name.endswith("text_embedder.weight") else 1.0)
+        if ".embedding." in name and config.model.embedding_init_method_std is not None:
+            return config.model.embedding_init_method_std
         if not name.endswith(("linear_proj.weight", "mlp.linear_fc2.weight")):
             return config.init_method_std
         module = config.language if name.startswith("language_model") else config.diffusion

@@ -155,6 +155,8 @@ class VideoSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Width of text embeddings that come with the data; absent where the model has a language model."""
     pooled_text: bool = False
     """The mean of a clip's text modulates all layers, beside its timestep."""
+    absolute_positions: bool = False
+    """Sines and cosines of a patch's place are added to its embedding, beside the rotary positions in attention."""
 
     @property
     def patch_size(self) -> int:
@@ -180,6 +182,9 @@ class TextToVideoModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """Text tokens of a microbatch at most."""
     init_method_std: float = 0.02
     """Standard deviation of the matrices at the start; Megatron's word and default."""
+    embedding_init_method_std: float | None = None
+    """The same of the language model's embeddings, Megatron's word; absent = ``init_method_std``. Words that are small beside what layers add
+    to them are slow to be told apart."""
 
     def validate(self, where: str) -> None:
         self.modules.validate(where)

@@ -31,6 +31,7 @@ class VideoCase:
     """K of the language model and of the DiT."""
     text: Literal["trained", "frozen", "precomputed"] = "trained"
     pooled_text: bool = False
+    absolute_positions: bool = False
     sub_microbatch_size: tuple[int, int] = (8, 8)
     """Captions, clips."""
     clips: tuple[tuple[int, ...], ...] = (CLIPS,)
@@ -63,7 +64,10 @@ def tiny_model(case: VideoCase) -> TextToVideoModel:
     precomputed = case.text == "precomputed"
     return TextToVideoModel(
         modules=ModelSpec(modules=[dit] if precomputed else [lm, dit]), sequence_length=64,
-        video=VideoSpec(channels=CHANNELS, patch_spatial=2, freq_dim=8, text_width=TEXT_WIDTH if precomputed else None, pooled_text=case.pooled_text),
+        video=VideoSpec(
+            channels=CHANNELS, patch_spatial=2, freq_dim=8, text_width=TEXT_WIDTH if precomputed else None, pooled_text=case.pooled_text,
+            absolute_positions=case.absolute_positions,
+        ),
     )
 
 

@@ -171,7 +171,7 @@ class Dataset:
         if is_long:
             opening = [["look", "here", "."], ["a", "digit", "is", "seen", "on", "the", "screen", "."], ["look", "again", "."]]
             before = opening[int(random.integers(3))]
-            words = [*before, *words, *(word for _ in range(story.frames) for word in (".", "then", "further", words[-1]))]
+            words = [*before, *words, *(word for _ in range(story.frames) for word in (".", "then", digit, "further", words[-1]))]
         return [TOKEN[word] for word in ("<caption>", *words, "<end>")]
 
     def _microbatch(self, random: np.random.Generator, count: int) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Makes clips with a trained checkpoint and draws them: one PNG with frames beside their captions, one GIF in which they move.
 
-    python examples/t2v/digits/pictures.py --load CHECKPOINTS --output docs/images/t2v_digits
+    python examples/t2v/digits/pictures.py --load CHECKPOINTS --output docs/t2v_digits
 
 One process; the checkpoint may come from any cut.
 """
@@ -93,7 +93,7 @@ def _draw(clips: list[torch.Tensor], texts: list[str], output: Path) -> None:
     for axis, clip, text in zip(axes.flat, clips, texts, strict=True):
         pictures.append(axis.imshow(clip[0], vmin=-1, vmax=1, cmap="gray"))
         axis.set_axis_off()
-        axis.set_title(text, fontsize=7)
+        axis.set_title(text, fontsize=8)
     figure.tight_layout()
 
     def show(frame: int) -> list[Any]:
@@ -101,7 +101,7 @@ def _draw(clips: list[torch.Tensor], texts: list[str], output: Path) -> None:
             picture.set_data(clip[min(frame, len(clip) - 1)])
         return pictures
 
-    FuncAnimation(figure, show, frames=20, blit=False).save(output.with_suffix(".gif"), writer=PillowWriter(fps=8), dpi=60)
+    FuncAnimation(figure, show, frames=20, blit=False).save(output.with_suffix(".gif"), writer=PillowWriter(fps=8), dpi=80)
     plt.close(figure)
 
 
