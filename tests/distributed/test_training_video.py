@@ -55,7 +55,8 @@ def test_schedules_train_and_score_alike_and_runs_resume(folder: Path, tmp_path:
 @pytest.mark.long
 @pytest.mark.timeout(700)
 def test_a_small_model_learns_digits_and_motions(tmp_path: Path) -> None:
-    """A tenth of the example's training: digits near chance would show that text does not come through, motions near chance that places do not.
+    """A tenth of the example's training: digits near chance would show that text does not come through; with
+    rotary positions alone and small words motions stay at 79 %.
 
     Seen when this was written: 58 % of digits, 99 % of motions, the control 8 % and 13 %.
     """
@@ -74,6 +75,6 @@ def test_a_small_model_learns_digits_and_motions(tmp_path: Path) -> None:
     record = msgspec.json.decode((tmp_path / "record.json").read_bytes(), type=RunRecord)
     shares = {name: right / asked for name, (right, asked) in record.evaluations[-1].scores.items()}
     assert shares["digits"] > 0.45, shares
-    assert shares["motions"] > 0.7, shares
+    assert shares["motions"] > 0.88, shares
     assert shares["control: digits"] < 0.25, shares
     assert shares["control: motions"] < 0.3, shares
