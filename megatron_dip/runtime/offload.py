@@ -24,6 +24,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import statistics
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -409,6 +411,28 @@ class _CopyStreams:
     def wait(self, event: Any) -> None:
         """What is launched for computing from now on waits."""
         torch.cuda.current_stream(self.device).wait_event(event)
+
+
+_LINK_BYTES, _LINK_COPIES, _LINK_RUNS = 1 << 26, 4, 3
+
+
+def host_link_bytes_per_second(device: torch.device) -> float:
+    """What copies to the host, and at the same time back, were measured to move each way on this device: median of a few runs."""
+    pinned = device.type == "cuda"
+    on_device = [torch.zeros(_LINK_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
+    on_host = [torch.zeros(_LINK_BYTES, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+    streams = _CopyStreams(device)
+    seconds = []
+    for _ in range(1 + _LINK_RUNS):
+        began = time.perf_counter()
+        for _ in range(_LINK_COPIES):
+            streams.run("out", [(on_host[0], on_device[0])])
+            streams.run("in", [(on_device[1], on_host[1])])
+        if pinned:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    # The first run touches the memory.
+    return _LINK_COPIES * _LINK_BYTES / statistics.median(seconds[1:])
 
 
 def host_memory_limit(share: float = 0.5) -> int:

@@ -6,7 +6,7 @@ collectives are not in it. Each figure is the median of warm runs, with the devi
 
 The backward to the inputs is timed apart; the weights' part is the whole backward less it. Activation bytes are what autograd saves
 (parameters left out, each storage once). Weights' gradients are added up as in training. ``first`` and ``last`` are the patch stem or the token embedding, and the projector or the
-head with the loss. Not measured: a DiT's head and modulation; messages (their figures are those of the device description).
+head with the loss. Copies to the host run beside copies back, as when one stage gives layers away and the next one fetches. Not measured: a DiT's head and modulation; messages (their figures are those of the device description).
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dip.cost.modules import STEM_INPUT, VIT_MERGE
 from megatron_dip.models.layers import Norm, projector_spec, transformer_block_spec
 from megatron_dip.models.vlm import document_bounds
+from megatron_dip.runtime.offload import host_link_bytes_per_second
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
-from megatron_dip.spec.profile import ModuleProfile, PointToPoint, Profile, ProfileGrid, ProfilePoint, Strategy
+from megatron_dip.spec.profile import ModuleProfile, Offload, PointToPoint, Profile, ProfileGrid, ProfilePoint, Strategy
 from megatron_dip.spec.workload import Parallel
 from megatron_dip.trainer.build import initialize_parallel
 
@@ -84,17 +85,19 @@ def measure_model(
         # One rank: a store in memory needs no port.
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     initialize_parallel(Parallel(), device=settings.device, seed=settings.seed)
+    progress("copies to the host and back")
+    offload = Offload(bytes_per_second=host_link_bytes_per_second(torch.device(settings.device)), activation=0.0)
     modules: dict[str, ModuleProfile] = {}
     for module in model.modules:
         consumers = model.consumers_of(module.name)
         consumer = model.module(consumers[0]) if consumers else None
-        modules[module.name] = _measure_module(module, consumer, *shapes[module.name], settings, progress)
+        modules[module.name] = _measure_module(module, consumer, *shapes[module.name], settings, offload, progress)
     return Profile(format="megatron-dip/profile/1", modules=modules, p2p=p2p)
 
 
 def _measure_module(
     module: ModuleSpec, consumer: ModuleSpec | None, counts: Sequence[int], lengths: Sequence[int], settings: ProfileSettings,
-    progress: Callable[[str], None],
+    offload: Offload, progress: Callable[[str], None],
 ) -> ModuleProfile:
     config = _config(module, settings)
     layer = _Layer(module, config, settings)
@@ -135,6 +138,7 @@ def _measure_module(
             activation=min(1.0, selective.saved_bytes / plain.saved_bytes),
         ),
         "full": Strategy(extra_forward=1.0, activation=min(1.0, held / plain.saved_bytes)),
+        "offload": Strategy(offload=offload),
     }
     return ModuleProfile(
         num_layers=module.num_layers, layer=ProfileGrid(points=points["layer"]),

@@ -279,6 +279,10 @@ def test_layers_are_measured_and_simulated(tmp_path: Path, capsys: pytest.Captur
         assert module.last is not None
         # Local layers keep scores; recomputing the core attention frees them.
         assert module.strategies["full"].activation < module.strategies["selective"].activation < 1
+        offload = module.strategies["offload"].offload
+        assert offload is not None
+        assert offload.activation == 0
+        assert 1e6 < offload.bytes_per_second < 1e12, "memory's speed, or a bus's"
     # Activations grow with the instances exactly, times only about so.
     assert vit.layer.points[2].activation_bytes == pytest.approx(3 * vit.layer.points[0].activation_bytes)
     assert all(point.backward_weight_ns == 0 for point in dit.layer.points), "a frozen module"
