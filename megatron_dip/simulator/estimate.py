@@ -36,6 +36,9 @@ _SCHEDULES: dict[System, tuple[ScheduleName, ...]] = {
     "megatron": ("1f1b", "interleaved"), "encoder-dp": ("three-phase",), "fsdp2": ("fsdp2",),
 }
 
+_ALWAYS = 4
+"""Most promising layouts, which DIP is tried on however slow the machine is."""
+
 PartitionFunction = Callable[[Workload, CostModel], Partition]
 """(workload with its parallel sizes, its costs) -> a cut chosen for it. Raises InputError where nothing fits."""
 
@@ -67,7 +70,7 @@ def estimate(
     Args:
         workload: its parallel sizes are not read, but for ``context``.
         choose: chooses DIP's cut (:func:`megatron_dip.planner.partitioning.joint_partition`, which lives in a sibling room).
-        time_limit_s: no further layout is tried with DIP after this long.
+        time_limit_s: no further layout is tried with DIP after this long, but for the most promising ones.
         processes: layouts tried side by side. Processes are forked.
 
     Raises:
@@ -119,7 +122,7 @@ def _with_dip(
         for parallel in ranked:
             if _key(parallel) in tried or (best.result is not None and bounds[_key(parallel)] >= best.result.iteration_time_s):
                 continue
-            if best.result is not None and time.monotonic() > deadline:
+            if best.result is not None and time.monotonic() > deadline and ranked.index(parallel) >= _ALWAYS:
                 untried += 1
                 continue
             tell(f"dip: TP {parallel.tensor}, PP {parallel.pipeline}, DP {parallel.data}")

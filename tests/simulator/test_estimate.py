@@ -71,7 +71,7 @@ def test_processes_change_nothing_of_the_answer() -> None:
 
 
 def test_layouts_left_for_want_of_time_are_counted() -> None:
-    found = estimate(_WORKLOAD, 8, _choose, options=_OPTIONS, time_limit_s=0.0)
+    found = estimate(_WORKLOAD, 16, _choose, options=_OPTIONS, time_limit_s=0.0)
     assert found[0].result is not None
     assert found[0].untried > 0
 
