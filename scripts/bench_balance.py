@@ -50,7 +50,10 @@ REPLICAS = (2, 4, 8, 16, 32, 64, 128)
 MICROBATCHES = (8, 32, 128)
 REPACKED = (("vlm-s", 8, 4), ("vlm-s", 8, 16), ("vlm-s", 32, 4), ("vlm-s", 32, 16), ("vlm-m", 8, 16))
 BASELINES = ("interleaved", "optimus")
-PLANNED = (("vlm-s", 8, 4), ("vlm-s", 8, 16), ("vlm-s", 8, 64), ("vlm-s", 32, 4), ("vlm-s", 32, 16), ("t2v-s", 8, 16), ("t2v-s", 32, 4))
+PLANNED = (
+    ("vlm-s", 8, 4), ("vlm-s", 8, 16), ("vlm-s", 8, 64), ("vlm-s", 32, 4), ("vlm-s", 32, 16), ("vlm-s", 32, 64), ("vlm-m", 8, 64), ("vlm-m", 32, 16),
+    ("vlm-l", 8, 64), ("vlm-l", 32, 16), ("t2v-s", 8, 16), ("t2v-s", 8, 64), ("t2v-s", 32, 4), ("t2v-s", 32, 64), ("t2v-l", 8, 64), ("t2v-l", 32, 16),
+)
 """(setup, microbatches a replica, replicas)"""
 _WHOLE = 1 << 20
 

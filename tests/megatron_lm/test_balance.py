@@ -114,3 +114,36 @@ def test_indices_need_a_data_set_that_tells_lengths(patched_tree: Path, checkpoi
     assert run.exit_code != 0
     assert "--dip-balance = 'indices'" in run.output
     assert "instance_lengths(index)" in run.output
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [({"UNREADABLE_SAMPLE": "21"}, "sample 21 cannot be read"), ({"SIGKILL_AT_SAMPLE": "21"}, "lost another rank|one of them may have ended")], ids=["raises", "killed"],
+)
+def test_a_replica_whose_data_fail_ends_all_ranks_with_the_cause(
+    environment: dict[str, str], message: str, patched_tree: Path, checkpoint: Path
+) -> None:
+    arguments = [*VLM, *NO_EVALUATION, *fresh(checkpoint, LONG), *DEALING, "--dip-balance", "exchange", *words("--distributed-timeout-minutes 1")]
+    run = start(patched_tree, VARYING, arguments, ranks=4, environment={**LENGTHS, **environment})
+    assert run.exit_code != 0
+    assert re.search(message, run.output), run.output[-6000:]
+    assert len(run.losses) < LONG
+
+
+def test_a_replica_whose_loader_ends_early_ends_the_run_with_what_all_have_read(patched_tree: Path, checkpoint: Path) -> None:
+    """Three iterations have data everywhere, a fourth does not."""
+    arguments = [*VLM, *NO_EVALUATION, *fresh(checkpoint, LONG), *DEALING, "--dip-balance", "exchange", *words("--dataloader-type external")]
+    run = start(patched_tree, VARYING, arguments, ranks=4, environment={**LENGTHS, "SAMPLES": "40,14"})
+    assert run.exit_code != 0
+    assert "data_iterator" in run.output, run.output[-6000:]
+    assert len(run.losses) == 3, run.output[-6000:]
+
+
+def test_lengths_that_lie_lose_nothing(checkout: Path, patched_tree: Path, checkpoint: Path) -> None:
+    """They are dealt by, badly; plans are made of what the batches turn out to be."""
+    arguments = [*VLM, *NO_EVALUATION, *fresh(checkpoint, 4)]
+    stock = finished(start(checkout, VARYING, arguments, patched=False, environment=LENGTHS), 4)
+    lies = {**LENGTHS, "TELLS_LENGTHS": "lies"}
+    run = finished(start(patched_tree, VARYING, [*arguments, *DEALING, "--dip-balance", "indices"], ranks=4, environment=lies), 4)
+    np.testing.assert_allclose(run.losses, stock.losses, rtol=1e-4)
+    assert num_dealt(run) >= 1

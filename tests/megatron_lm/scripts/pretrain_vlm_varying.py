@@ -3,9 +3,9 @@
 The script runs as it is, up to its main block and then that block; in between its data set is replaced. Model provider and forward_step
 stay the script's own, but that the provider is told of the old checkpoint format, on which it insists without depending on it.
 
-By the environment: SIGTERM_AT_SAMPLE sends this process a SIGTERM when that sample is read; STARTED_EARLIER_MINUTES lets the training
+By the environment: SIGTERM_AT_SAMPLE and SIGKILL_AT_SAMPLE send this process a signal when that sample is read, UNREADABLE_SAMPLE raises then; STARTED_EARLIER_MINUTES lets the training
 loop think so; NODE_NAME gives this machine another name; UNSUPERVISED_EVERY leaves every n-th sample without a token to learn;
-TEXT_LENGTHS=vary gives texts of 4 to 24 tokens; TELLS_LENGTHS lets the data set tell lengths without reading a sample; IMAGES_AT=even or one gives images to samples of even numbers alone, or 40 to the first, and
+TEXT_LENGTHS=vary gives texts of 4 to 24 tokens; TELLS_LENGTHS lets the data set tell lengths without reading a sample (lies: wrong ones); IMAGES_AT=even or one gives images to samples of even numbers alone, or 40 to the first, and
 pairs gives the two samples of a microbatch different numbers; SAMPLES, with --dataloader-type external, is how many samples each replica's loader
 gives before it ends (one number, or one a replica with commas); NOISE draws noise on images and weights of tokens in forward_step; RERUN_EVERY_ITERATION sets the mode that 0.16.1's --rerun-mode cannot name.
 """
@@ -58,6 +58,10 @@ class VaryingImages(MockGPTDataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if str(index) == os.environ.get("SIGTERM_AT_SAMPLE"):
             os.kill(os.getpid(), signal.SIGTERM)
+        if str(index) == os.environ.get("SIGKILL_AT_SAMPLE"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if str(index) == os.environ.get("UNREADABLE_SAMPLE"):
+            raise OSError(f"sample {index} cannot be read")
         text = super().__getitem__(index)
         generator = torch.Generator().manual_seed(index)
         size = (self.config.image_h, self.config.image_w)
@@ -82,7 +86,8 @@ class VaryingImages(MockGPTDataset):
 class ToldLengths(VaryingImages):
     def instance_lengths(self, index: int) -> dict[str, list[int]]:
         patches = (self.config.image_h // get_args().patch_dim) * (self.config.image_w // get_args().patch_dim)
-        return {"vit": [patches] * count_images(index), "lm": [count_text(index) + count_images(index) * patches]}
+        count = 4 - count_images(index) if os.environ["TELLS_LENGTHS"] == "lies" else count_images(index)
+        return {"vit": [patches] * count, "lm": [count_text(index) + count * patches]}
 
 
 def get_batch(data_iterator: Any) -> tuple[Any, ...]:
