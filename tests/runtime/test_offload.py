@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_dip.runtime.memory_meter import MemoryMeter
-from megatron_dip.runtime.offload import ActivationOffload, HostPool, OffloadFigures
+from megatron_dip.runtime.offload import ActivationOffload, HostPool, OffloadFigures, host_link_bytes_per_second
 from tests.fakes.cuda import FakeCuda, Violation, current_device
 
 CPU = torch.device("cpu")
@@ -144,6 +144,19 @@ def test_a_graph_that_is_let_go_unused_gives_its_memory_back_in_order(monkeypatc
 
     with FakeCuda(1) as cuda:
         assert cuda.run(host) == [0]
+
+
+def test_the_link_is_measured_with_copies_both_ways_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_dip.runtime.offload._LINK_BYTES", 1 << 12)
+    assert host_link_bytes_per_second(CPU) > 0
+
+    def host(rank: int) -> set[int]:
+        assert host_link_bytes_per_second(torch.device("cuda", rank)) > 0
+        return {entry.stream for entry in current_device().entries if "copy_" in entry.name}
+
+    with FakeCuda(1) as cuda:
+        (streams,) = cuda.run(host)
+    assert len(streams) == 2
 
 
 def test_memory_falls_to_what_is_not_moved_and_comes_back_layer_by_layer() -> None:
