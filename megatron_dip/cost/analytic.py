@@ -121,6 +121,7 @@ class AnalyticCost:
         self._connectors = dict(connectors or {})
         alone = replace(self.groups, context=replace(self.groups.context, size=1))
         self._whole = replace(self.sharding, context=1, sequence_parallel=False, groups=alone)
+        self._unsharded = replace(self._whole, tensor=1, groups=replace(alone, tensor=replace(alone.tensor, size=1)))
         if memory_capacity_bytes is not None and memory_capacity_bytes < 1:
             raise InputError("memory_capacity_bytes", memory_capacity_bytes, "must be at least 1", "give the bytes of a rank or leave it out")
         self._capacity = self.device.memory_bytes() if memory_capacity_bytes is None else memory_capacity_bytes
@@ -160,7 +161,7 @@ class AnalyticCost:
     def graphs(self, module: str, part: Part, lengths: Sequence[int]) -> PartGraphs | None:
         """The operator graphs behind a part; None where the module has no such part."""
         return build_part(
-            self._module(module), part, lengths, self._sharding_of(module), consumer=self._consumer[module],
+            self._module(module), part, lengths, self._sharding_of(module, part), consumer=self._consumer[module],
             context_tokens=self._context_tokens[module], connector=self._connectors.get(module),
         )
 
@@ -173,7 +174,8 @@ class AnalyticCost:
             # What any strategy must keep: the layer's input.
             kept = min(1.0, self._input_bytes(module, lengths) / saved) if saved else 0.0
             found = {"none": Strategy()}
-            if detail.selective_activation <= _WORTHWHILE:
+            # What stands within a layer that is not cut is out of reach.
+            if detail.selective_activation <= _WORTHWHILE and self._module(module).uncut_blocks is None:
                 found["selective"] = Strategy(extra_forward=detail.selective_forward, activation=detail.selective_activation)
             found |= {
                 "full": Strategy(extra_forward=1.0, activation=kept),
@@ -192,13 +194,15 @@ class AnalyticCost:
     def chunk_parameters(self, module: str, num_layers: int, *, first: bool, last: bool) -> float:
         """Parameters of a chunk on one tensor-parallel rank."""
         spec, consumer = self._module(module), self._consumer[module]
-        parameters = num_layers * layer_parameters(spec)
+        parameters, unsplit = num_layers * layer_parameters(spec), 0
+        if spec.uncut_blocks is not None:
+            parameters, unsplit = 0, parameters
         if last:
             parameters += last_parameters(spec, consumer)
-        unsplit = 0
         if first:
-            unsplit = unsplit_first_parameters(spec)
-            parameters += first_parameters(spec) - unsplit
+            stem = unsplit_first_parameters(spec)
+            unsplit += stem
+            parameters += first_parameters(spec) - stem
         return parameters / self.parallel.tensor + unsplit
 
     def memory_capacity_bytes(self) -> int | None:
@@ -215,11 +219,13 @@ class AnalyticCost:
             raise InputError("module", name, "the model has no such module", f"use one of {sorted(self._modules)}")
         return self._modules[name]
 
-    def _sharding_of(self, module: str) -> Sharding:
+    def _sharding_of(self, module: str, part: Part) -> Sharding:
+        if part != "last" and self._module(module).uncut_blocks is not None:
+            return self._unsharded
         return self._whole if module in self._undivided else self.sharding
 
     def _input_bytes(self, module: str, lengths: Sequence[int]) -> float:
-        sharding = self._sharding_of(module)
+        sharding = self._sharding_of(module, "layer")
         tokens = sum(lengths) / sharding.context / (sharding.tensor if sharding.sequence_parallel else 1)
         return tokens * self._module(module).hidden_size * sharding.bytes_per_number
 
@@ -281,6 +287,8 @@ def check_parallel(model: ModelSpec, parallel: Parallel) -> None:
         if value < 1:
             raise InputError(f"parallel.{field}", value, "must be at least 1", "give a positive whole number")
     for module in model.modules:
+        if module.uncut_blocks is not None:
+            continue  # every rank runs it whole
         for what, size in (("num_attention_heads", module.num_attention_heads), ("ffn_hidden_size", module.ffn_hidden_size),
                            ("hidden_size", module.hidden_size)):
             if size % parallel.tensor:

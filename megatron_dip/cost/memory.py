@@ -22,7 +22,7 @@ def layer_parameters(module: ModuleSpec) -> int:
     attention = 2 * hidden * hidden + 2 * hidden * module.query_groups * head
     cross = 4 * hidden * hidden if module.cross_attention else 0
     mlp = (3 if module.has_gated_mlp else 2) * hidden * module.ffn_hidden_size
-    return attention + cross + mlp
+    return (attention + cross + mlp) * (module.uncut_blocks or 1)
 
 
 def first_parameters(module: ModuleSpec) -> int:

@@ -106,11 +106,17 @@ def build_part(
     builder = _PartBuilder(module, lengths, sharding)
     boundary = builder.boundary
     if part == "layer":
-        builder.attention_block(causal=module.is_causal)
-        if module.cross_attention:
-            builder.cross_attention_block(context_tokens * len(lengths) / sharding.context)
-        builder.mlp_block()
+        if module.uncut_blocks is not None:
+            builder.stem(STEM_INPUT[module.kind])
+        for block in range(module.uncut_blocks or 1):
+            builder.forward.within = f"{block}." if block else ""
+            builder.attention_block(causal=module.is_causal)
+            if module.cross_attention:
+                builder.cross_attention_block(context_tokens * len(lengths) / sharding.context)
+            builder.mlp_block()
     elif part == "first":
+        if module.uncut_blocks is not None:
+            return None
         if module.kind == "lm":
             if module.vocab_size is None:
                 return None
@@ -593,7 +599,7 @@ class _PartBuilder:
         return collective_seconds(kind, size, group, self.sharding.device)
 
     def _name(self, label: str) -> str:
-        return f"{self.module.name}.{label}"
+        return f"{self.module.name}.{self.forward.within}{label}"
 
     def _make(self, label: str, size: float, *, saved: bool = False) -> str:
         return self.forward.tensor(label, size, saved=saved)

@@ -215,10 +215,13 @@ class GraphBuilder:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
+        self.within = ""
+        """Before the names of what is added now: repeated parts tell theirs apart by it."""
         self.operators: list[Operator] = []
         self.tensors: dict[str, Tensor] = {}
 
     def tensor(self, name: str, size: float, *, saved: bool = False, dropped_by_selective: bool = False) -> str:
+        name = self.within + name
         assert name not in self.tensors, name
         self.tensors[name] = Tensor(name, size, saved, dropped_by_selective)
         return name

@@ -76,6 +76,10 @@ class ModuleCut:
         """Whether the module has anything on this place."""
         return self.rows[vp_stage][rank] > 0 or (vp_stage, rank) in (self.first, self.last)
 
+    def rows_have_layers(self, rank: int) -> bool:
+        """Whether a rank has layers of the module in any chunk."""
+        return any(row[rank] > 0 for row in self.rows)
+
     def vp_stage(self, index: int) -> int | None:
         """Megatron's number of chunk ``index``: None where the module has one chunk a rank."""
         return None if self.num_chunks == 1 else index

@@ -2,7 +2,7 @@
 
 Every chunk is a LLaVAModel that holds some of the parts, so that Megatron's own code merges images and text, builds labels and masks,
 and names checkpoint keys (``vision_model.``, ``vision_projection.``, ``language_model.``). Vision models are CLIP, SigLIP, InternViT
-and RADIO as LLaVAModel builds them; the parts come from the script's own provider (:mod:`megatron_dip.models.provided`).
+and RADIO as LLaVAModel builds them; others, of Hugging Face or a script's own, run whole (:mod:`megatron_dip.models.uncut`). The parts come from the script's own provider (:mod:`megatron_dip.models.provided`).
 
 Letters: n tiles in a sub-microbatch, s tokens of a tile in the vision model, t tokens of a tile in the language model, S tokens of
 the longest merged sequence, b sequences in a microbatch, h hidden sizes.
@@ -21,13 +21,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.description import LANGUAGE, VISION, bind_arguments, unwrap
 from megatron_dip.models.layout import ModuleCut
-from megatron_dip.models.parts import LanguageModel, VisionTower, copy_attributes, language_conditions, to_host
+from megatron_dip.models.parts import LanguageModel, copy_attributes, language_conditions, to_host
 from megatron_dip.models.provided import Sketch
+from megatron_dip.models.uncut import tower_of
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
@@ -89,13 +92,12 @@ class LlavaDescription:
         """Args:
         sketch: from :func:`megatron_dip.models.provided.sketch_model`.
         """
-        assert isinstance(sketch.vision_model, Sketch)
-        assert isinstance(sketch.vision_projection, Sketch)
-        assert isinstance(sketch.language_model, Sketch)
         self._sketch = sketch
-        self._vision = VisionTower(sketch.vision_model)
-        self._projection: Sketch = sketch.vision_projection
-        self._language = LanguageModel(sketch.language_model)
+        self._projection = _sketched(sketch, "vision_projection", MultimodalProjector)
+        self._language = LanguageModel(_sketched(sketch, "language_model", GPTModel))
+        given = sketch.given
+        image = (3, given["img_h"], given["img_w"])
+        self._vision = tower_of(sketch.vision_model, self._language.config.params_dtype, image)  # type: ignore[arg-type]
         if getattr(sketch, "_dynamic_resolution", False) or getattr(sketch, "dynamic_resolution", False):
             raise InputError("--dynamic-resolution", True, "tiles of different sizes cannot be divided yet", "leave it out")
 
@@ -210,7 +212,7 @@ class LlavaDescription:
         if producer.module == LANGUAGE:
             return self._language.boundary(producer)
         if consumer.module == VISION:
-            return self._vision.boundary(producer, self._language.dtype)
+            return self._vision.boundary(producer, self._language.dtype, None)
         return PayloadSpec((self.embeddings_per_tile, producer.instances, self._language.config.hidden_size), self._language.dtype)
 
     outermost = LANGUAGE
@@ -225,10 +227,9 @@ class LlavaDescription:
         model = unwrap(chunk, LlavaChunk)
         own = inputs.get(stage.module, ())
         if stage.module == VISION:
-            if own:
-                return model.run_vision(own[0])
-            tiles = batch["images"][first_instance : first_instance + stage.instances]
-            return model.run_vision(tiles.to(self._vision.config.params_dtype))
+            given_or_hidden = own[0] if own else batch["images"][first_instance : first_instance + stage.instances].to(self._vision.params_dtype)
+            output = model.run_vision(given_or_hidden)
+            return output if model.vision_projection is not None else output.to(self._vision.dtype_between(self._language.dtype))
         given = dict(batch)
         if given.get("num_image_tiles") is None and given.get("input_ids") is not None:
             given["num_image_tiles"] = torch.ones(self._num_tiles(batch), dtype=torch.int, device=batch["input_ids"].device)
@@ -238,3 +239,12 @@ class LlavaDescription:
         embeddings = inputs.get(VISION, ())
         merged = torch.cat(list(embeddings), dim=1) if len(embeddings) > 1 else embeddings[0] if embeddings else None
         return model.run_language(merged, **given)
+
+
+def _sketched(sketch: LLaVAModel, name: str, kind: type[torch.nn.Module]) -> Sketch:
+    """A part of the script's model. Raises InputError where the script put another one in its place."""
+    part = getattr(sketch, name)
+    if not isinstance(part, Sketch) or part.builder is not kind:
+        found = getattr(part.builder, "__name__", part.builder) if isinstance(part, Sketch) else type(part).__name__
+        raise InputError(f"model_provider: {name}", found, f"DIP can cut a LLaVAModel whose {name} is a {kind.__name__}", "use --pipeline-schedule default")
+    return part

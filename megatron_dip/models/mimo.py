@@ -9,7 +9,8 @@ Letters: n inputs (images) of an encoder in a sub-microbatch, s tokens of an inp
 Modules: one for each modality, called as in ``modality_submodules_spec`` (an instance is an input of its encoder, its length s), and
 ``lm`` (an instance is a sequence). The language model's microbatch is never divided, since its loss belongs to the whole.
 
-Modelled: modalities with one encoder each, a CLIPViTModel or a RADIOViTModel (other encoders hide their layers), all modules with one
+Modelled: modalities with one encoder each, a CLIPViTModel or a RADIOViTModel, or another that hides its layers and runs whole
+(:mod:`megatron_dip.models.uncut`; its inputs may have other shapes, of one length in a microbatch), all modules with one
 parallel layout (``module_to_grid_map`` absent). Context and sequence parallelism divide the merged sequences, by MimoModel's own
 ``PartitionAdapter``. Not modelled: inputs of different sizes, outputs of other modalities. MimoModel is experimental in Megatron-Core;
 what is relied on here is in 0.16 and later, context parallelism and sharded checkpoints from 0.17, sequence parallelism from 0.19.
@@ -27,8 +28,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.models.description import LANGUAGE, bind_arguments, unwrap
 from megatron_dip.models.layout import ModuleCut
-from megatron_dip.models.parts import VISION_MODELS, LanguageModel, VisionTower, copy_attributes, language_conditions
+from megatron_dip.models.parts import LanguageModel, VisionTower, copy_attributes, language_conditions
 from megatron_dip.models.provided import MimoModel, Sketch
+from megatron_dip.models.uncut import UncutTower, tower_of
 from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
@@ -82,11 +84,15 @@ class EncoderChunk(MimoChunk):
         )
         self.modality_submodules = torch.nn.ModuleDict({modality.name: submodule})
 
-    def run(self, inputs_or_hidden: torch.Tensor) -> torch.Tensor:
-        """Inputs [n, 3, height, width] or hidden states [s, n, h] -> hidden states [s, n, h], or embeddings [n * s, h] of the projection."""
+    def run(self, inputs_or_hidden: torch.Tensor, between: torch.dtype) -> torch.Tensor:
+        """Inputs [n, 3, height, width] or hidden states [s, n, h] -> hidden states [s, n, h], or embeddings [n * s, h] of the projection.
+
+        Args:
+            between: type of what goes to the next chunk of the encoder.
+        """
         submodule: Any = self.modality_submodules[self._modality.name]
         if not self._last:
-            return submodule.encoders[self._modality.encoder_name](inputs_or_hidden)  # type: ignore[no-any-return]
+            return submodule.encoders[self._modality.encoder_name](inputs_or_hidden).to(between)  # type: ignore[no-any-return]
         return submodule.forward(encoder_inputs={self._modality.encoder_name: {self._modality.input_name: inputs_or_hidden}})  # type: ignore[no-any-return]
 
 
@@ -152,7 +158,7 @@ class Modality:
 
     name: str
     encoder_name: str
-    tower: VisionTower
+    tower: VisionTower | UncutTower
     input_name: str
     """Of the encoder's forward: what holds the n inputs."""
     projection: Sketch | None
@@ -165,8 +171,11 @@ class Modality:
         return self.tower.trainable or (self.projection is not None and self.projection.trainable)
 
     @classmethod
-    def of(cls, name: str, submodule: torch.nn.Module, spec: Any) -> Modality:
-        """Raises InputError for submodules that DIP cannot cut."""
+    def of(cls, name: str, submodule: torch.nn.Module, spec: Any, params_dtype: torch.dtype) -> Modality:
+        """Args:
+        params_dtype: of the language model's weights.
+
+        Raises InputError for submodules that DIP cannot cut."""
         where = f"modality_submodules_spec[{name!r}]"
         encoders: dict[str, torch.nn.Module] = dict(submodule.encoders.named_children())  # type: ignore[union-attr]
         if name in (LANGUAGE, "text"):
@@ -177,15 +186,10 @@ class Modality:
             )
         (encoder_name, encoder), = encoders.items()
         assert isinstance(encoder, Sketch), type(encoder)
-        if not issubclass(encoder.builder, VISION_MODELS):
-            raise InputError(
-                where, encoder.builder.__name__, f"DIP can cut encoders that are a {' or a '.join(m.__name__ for m in VISION_MODELS)}",
-                f"use one of these for {encoder_name!r}, or --pipeline-schedule default",
-            )
         projections: list[Any] = list(submodule.input_projections)  # type: ignore[arg-type]
-        input_name = list(inspect.signature(encoder.builder.forward).parameters)[1]  # behind self
+        input_name = list(inspect.signature(encoder.builder.forward).parameters)[1]  # type: ignore[attr-defined]  # behind self
         return cls(
-            name, encoder_name, VisionTower(encoder), input_name, projections[0] if projections else None, type(submodule), spec.params or {}
+            name, encoder_name, tower_of(encoder, params_dtype, None), input_name, projections[0] if projections else None, type(submodule), spec.params or {}
         )
 
 
@@ -212,7 +216,8 @@ class MimoDescription:
         self._language = LanguageModel(language)
         _check_division(sketch, self._language.config)
         specs = sketch.mimo_config.modality_submodules_spec
-        self._modalities = {name: Modality.of(name, submodule, specs[name]) for name, submodule in sketch.modality_submodules.items()}
+        dtype = self._language.config.params_dtype
+        self._modalities = {name: Modality.of(name, submodule, specs[name], dtype) for name, submodule in sketch.modality_submodules.items()}
 
     @property
     def model_spec(self) -> ModelSpec:
@@ -236,14 +241,15 @@ class MimoDescription:
         for name, modality in self._modalities.items():
             inputs = self._inputs(batch, modality)
             count = 0 if inputs is None else inputs.shape[0]
+            length = modality.tower.length_of(inputs) if count else 0
             places = int((tokens == self._sketch.special_token_ids[name]).sum())
-            if places != count * modality.tower.length:
+            if places != count * length:
                 raise InputError(
-                    f"forward_step: modality_inputs[{name!r}]", count, f"{count} inputs make {count * modality.tower.length} embeddings, the "
+                    f"forward_step: modality_inputs[{name!r}]", count, f"{count} inputs make {count * length} embeddings, the "
                     f"sequences have {places} special tokens for them", "give as many special tokens as the encoder makes embeddings",
                 )
             if count:
-                microbatch[name] = [modality.tower.length] * count
+                microbatch[name] = [length] * count
         return microbatch
 
     undivided = (LANGUAGE,)
@@ -288,9 +294,10 @@ class MimoDescription:
         if producer.module == LANGUAGE:
             return self._language.boundary(producer)
         tower = self._modalities[producer.module].tower
+        given = self._inputs(batch, self._modalities[producer.module])
         if consumer.module == producer.module:
-            return tower.boundary(producer, self._language.dtype)
-        return PayloadSpec((producer.instances * tower.length, self._language.config.hidden_size), self._language.dtype)
+            return tower.boundary(producer, self._language.dtype, given)
+        return PayloadSpec((producer.instances * tower.length_of(given), self._language.config.hidden_size), self._language.dtype)
 
     outermost = LANGUAGE
 
@@ -303,12 +310,13 @@ class MimoDescription:
     ) -> Any:
         own = inputs.get(stage.module, ())
         if stage.module != LANGUAGE:
+            modality, encoder = self._modalities[stage.module], unwrap(chunk, EncoderChunk)
             if own:
-                return unwrap(chunk, EncoderChunk).run(own[0])
-            given = self._inputs(batch, self._modalities[stage.module])
+                return encoder.run(own[0], modality.tower.dtype_between(self._language.dtype))
+            given = self._inputs(batch, modality)
             assert given is not None
             own_inputs = given[first_instance : first_instance + stage.instances]
-            return unwrap(chunk, EncoderChunk).run(own_inputs.to(self._modalities[stage.module].tower.config.params_dtype))
+            return encoder.run(own_inputs.to(modality.tower.params_dtype), modality.tower.dtype_between(self._language.dtype))
         embeddings = {name: torch.cat(list(parts)) if len(parts) > 1 else parts[0] for name, parts in inputs.items() if name != LANGUAGE}
         return unwrap(chunk, LanguageChunk).run(embeddings, own[0] if own else None, batch)
 

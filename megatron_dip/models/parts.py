@@ -74,7 +74,7 @@ class VisionTower:
     def __init__(self, sketch: Sketch) -> None:
         """Raises InputError for vision models whose images differ in length, or are divided over ranks."""
         self._sketch = sketch
-        self._chunk_class = vision_chunk_class(sketch.builder)
+        self._chunk_class = vision_chunk_class(sketch.builder)  # type: ignore[arg-type]
         defaults = {name: parameter.default for name, parameter in inspect.signature(sketch.builder.__init__).parameters.items()}
         self._arguments = {**defaults, **sketch.arguments}
         self.config: TransformerConfig = self._arguments["transformer_config"]
@@ -94,6 +94,14 @@ class VisionTower:
         return self._sketch.trainable
 
     @property
+    def params_dtype(self) -> torch.dtype:
+        return self.config.params_dtype
+
+    def length_of(self, images: torch.Tensor | None) -> int:
+        """s, of images [n, 3, height, width] or without any."""
+        return self.length
+
+    @property
     def length(self) -> int:
         """s."""
         given = self._arguments
@@ -106,8 +114,13 @@ class VisionTower:
         """
         return module_spec(name, "vit", "encoder", self.config, trainable=trainable, causal=False)
 
-    def boundary(self, producer: PlanStage, dtype: torch.dtype) -> PayloadSpec:
+    def dtype_between(self, residual: torch.dtype) -> torch.dtype:
+        """Of what goes from chunk to chunk, where hidden states have the type ``residual``."""
+        return residual
+
+    def boundary(self, producer: PlanStage, residual: torch.dtype, images: torch.Tensor | None) -> PayloadSpec:
         """Hidden states between two chunks: [s, n, h]."""
+        dtype = self.dtype_between(residual)
         return PayloadSpec((self.length, producer.instances, self.config.hidden_size), dtype)
 
     def build_chunk(self, cut: ModuleCut, vp_stage: int, rank: int) -> torch.nn.Module:

@@ -8,6 +8,7 @@ model's logic is repeated here, so that scripts and releases may differ in how t
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.huggingface import module as hugging_face
 from megatron.core.models.multimodal import llava_model
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.transformer.module import MegatronModule
@@ -40,7 +42,7 @@ _LLAVA_OTHERS = ("MambaModel", "HybridModel")
 class Sketch(torch.nn.Module):
     """Stands where a provider builds a module: its class and arguments, and one weight by which to see whether the script froze it."""
 
-    def __init__(self, builder: type[torch.nn.Module], arguments: Mapping[str, Any]) -> None:
+    def __init__(self, builder: Callable[..., torch.nn.Module], arguments: Mapping[str, Any]) -> None:
         super().__init__()
         self.builder = builder
         self.arguments = dict(arguments)
@@ -104,7 +106,9 @@ def _sketching_llava() -> Iterator[None]:
     def whole(self: LLaVAModel, *args: Any, **kwargs: Any) -> None:
         # Scripts build the parts of a stock pipeline rank; DIP cuts the whole model.
         everything = {"pre_process": True, "post_process": True, "add_encoder": True, "add_decoder": True}
-        original(self, **{**bind_arguments(original, args, kwargs), **everything})
+        given = bind_arguments(original, args, kwargs)
+        original(self, **{**given, **everything})
+        self.given = given  # type: ignore[assignment]
 
     def refuse(name: str) -> Callable[..., Any]:
         def constructor(*args: Any, **kwargs: Any) -> Any:
@@ -119,17 +123,32 @@ def _sketching_llava() -> Iterator[None]:
         for name in _LLAVA_OTHERS:
             if hasattr(llava_model, name):
                 stack.enter_context(replaced(llava_model, name, refuse(name)))
+        stack.enter_context(replaced(hugging_face, "build_hf_model", _sketcher(hugging_face.build_hf_model)))
         stack.enter_context(replaced(LLaVAModel, "__init__", whole))
         yield
 
 
-def _sketcher(builder: type[torch.nn.Module]) -> Callable[..., Sketch]:
-    constructor = builder.__init__  # of GPTModel another one stands there when a provider runs
+def _sketcher(builder: Callable[..., torch.nn.Module]) -> Callable[..., Sketch]:
+    constructor = builder.__init__ if isinstance(builder, type) else _without_self(builder)  # type: ignore[misc]  # of GPTModel another one stands there when a provider runs
 
     def sketch(*args: Any, **kwargs: Any) -> Sketch:
         return Sketch(builder, bind_arguments(constructor, args, kwargs))
 
     return sketch
+
+
+def _without_self(function: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """With a constructor's signature."""
+
+    @functools.wraps(function)
+    def constructor(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        return function(*args, **kwargs)
+
+    own = inspect.signature(function)
+    constructor.__signature__ = own.replace(  # type: ignore[attr-defined]
+        parameters=[inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *own.parameters.values()]
+    )
+    return constructor
 
 
 @contextlib.contextmanager

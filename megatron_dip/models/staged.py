@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_block import TransformerBlock
+from torch.utils.checkpoint import checkpoint
 
 from megatron_dip.cost.memory import StemBudget
 from megatron_dip.models.description import ModelDescription
-from megatron_dip.models.trained import transformer_blocks
+from megatron_dip.models.trained import transformer_blocks, uncut_layers
 from megatron_dip.runtime.interface import BoundCall, ChunkKey, ForwardOutput, OutputPart, PayloadSpec
 from megatron_dip.runtime.memory_meter import tensors_in
 from megatron_dip.runtime.offload import ActivationOffload, host_memory_limit
@@ -58,8 +59,12 @@ class DescribedStagedModel:
         self.chunk_keys: Sequence[ChunkKey] = tuple(chunks)
         device = next((weight.device for chunk in chunks.values() for weight in chunk.parameters()), torch.device("cpu"))
         self.offload = ActivationOffload(device, host_memory_limit() if host_memory_bytes is None else host_memory_bytes)
-        self._blocks = {
-            key: [BlockStrategies(block, chunk, self.offload) for block in transformer_blocks(chunk)] for key, chunk in self.chunks.items()
+        self._blocks: dict[ChunkKey, list[BlockStrategies | UncutStrategies]] = {
+            key: [
+                *(UncutStrategies(layer, self.offload) for layer in uncut_layers(chunk)),
+                *(BlockStrategies(block, chunk, self.offload) for block in transformer_blocks(chunk)),
+            ]
+            for key, chunk in self.chunks.items()
         }
         self._stages: list[PlanStage] = []
         self._batches: list[BoundCall | None] = []
@@ -290,6 +295,36 @@ class BlockStrategies:
         else:
             args = (_with_gradient(args[0]), *args[1:])
         return args, kwargs
+
+
+class UncutStrategies:
+    """A layer of any kind, the only one of its chunk, which keeps, recomputes or offloads what it saves as a stage's strategy says."""
+
+    def __init__(self, layer: torch.nn.Module, offload: ActivationOffload) -> None:
+        self._layer, self._offload = layer, offload
+        self._strategy = "none"
+        self._forward = layer.forward
+        layer.forward = self._run  # type: ignore[method-assign]
+
+    @contextlib.contextmanager
+    def under(self, strategies: Sequence[str], *, passes_on: bool) -> Iterator[None]:
+        """For one forward; see :meth:`BlockStrategies.under`."""
+        assert set(strategies) <= {"none", "full", "offload"}, f"memory strategies {sorted(set(strategies))} are not known to a layer that is not cut"
+        self._strategy = next(iter(strategies), "none")
+        try:
+            yield
+        finally:
+            self._strategy = "none"  # a backward runs it again as it is
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or self._strategy == "none":
+            return self._forward(*args, **kwargs)
+        if self._strategy == "full":
+            return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
+        if not self._offload.is_collecting:
+            return self._forward(*args, **kwargs)
+        with self._offload.layer(self._layer, ()):
+            return self._forward(*args, **kwargs)
 
 
 def _with_gradient(hidden: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ import msgspec
 import torch
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.cost.modules import Connector, Kernels
 from megatron_dip.models.layout import ModuleCut
@@ -44,15 +43,33 @@ class ChunkWeights:
     """Of a chunk that ends in a projector."""
 
 
+_UNCUT = "_dip_uncut_width"
+
+
+def mark_uncut(layer: torch.nn.Module, width: int | None) -> None:
+    """Makes a module of any kind count as one layer of its chunk.
+
+    Args:
+        width: of its output; None: not known.
+    """
+    setattr(layer, _UNCUT, width)
+
+
+def uncut_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in chunk.modules() if _UNCUT in vars(module)]
+
+
 def transformer_blocks(chunk: torch.nn.Module) -> list[TransformerBlock]:
-    return [module for module in chunk.modules() if isinstance(module, TransformerBlock)]
+    """Those whose layers the cut counts: not those within a layer that is not cut."""
+    within = {module for layer in uncut_layers(chunk) for module in layer.modules()}
+    return [module for module in chunk.modules() if isinstance(module, TransformerBlock) and module not in within]
 
 
 def chunk_weights(chunk: torch.nn.Module, cut: ModuleCut, vp_stage: int, rank: int) -> ChunkWeights:
     """Args:
     chunk: perhaps inside Megatron's wrappers.
     """
-    layers = [layer for block in transformer_blocks(chunk) for layer in block.layers]
+    layers = [*uncut_layers(chunk), *(layer for block in transformer_blocks(chunk) for layer in block.layers)]
     inside = {id(weight) for layer in layers for weight in layer.parameters()}
     at_first, at_last = (vp_stage, rank) == cut.first, (vp_stage, rank) == cut.last
     first = last = False
@@ -66,15 +83,21 @@ def chunk_weights(chunk: torch.nn.Module, cut: ModuleCut, vp_stage: int, rank: i
         frozen_bytes=sum(weight.numel() * weight.element_size() for weight in chunk.parameters() if not weight.requires_grad),
         trained_parameters=sum(weight.numel() for weight in chunk.parameters() if weight.requires_grad),
         is_rotary=any(hasattr(module, "rotary_pos_emb") or getattr(module, "has_rotary_positions", False) for module in chunk.modules()),
-        connector=next((_connector(module, layers[0].config) for module in chunk.modules() if isinstance(module, MultimodalProjector) and layers), None),
+        connector=_connector(chunk, layers[0]) if layers else None,
     )
 
 
-def _connector(projector: MultimodalProjector, encoder: TransformerConfig) -> Connector:
+def _connector(chunk: torch.nn.Module, layer: torch.nn.Module) -> Connector | None:
+    """Of a chunk that ends in a projector, by one of its layers."""
+    projector = next((module for module in chunk.modules() if isinstance(module, MultimodalProjector)), None)
+    is_uncut = _UNCUT in vars(layer)
+    width = vars(layer)[_UNCUT] if is_uncut else layer.config.hidden_size  # type: ignore[union-attr]
+    if projector is None or width is None:
+        return None
     is_single = projector.projector_type == "affine"
     first = projector.encoder if is_single else projector.encoder.linear_fc1
     return Connector(
-        merge=max(1, first.weight.shape[1] // encoder.hidden_size),
+        merge=max(1, first.weight.shape[1] // width),
         hidden=None if is_single else projector.config.ffn_hidden_size,
     )
 

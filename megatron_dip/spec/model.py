@@ -54,6 +54,9 @@ class ModuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """SwiGLU (three MLP matrices instead of two); absent = true for ``lm``."""
     inputs: list[str] | None = None
     """Names of the modules that feed this one; absent = by ``role``."""
+    uncut_blocks: int | None = None
+    """Transformer blocks of a module that hides them: ``num_layers`` is then 1, its stem and all blocks are that layer, which every
+    tensor-parallel rank runs whole; absent = layers are single blocks."""
 
     @property
     def query_groups(self) -> int:
@@ -80,6 +83,11 @@ class ModuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             raise InputError(
                 f"{where}.num_query_groups", self.query_groups, f"does not divide {self.num_attention_heads} attention heads",
                 "use a divisor of num_attention_heads",
+            )
+        if self.uncut_blocks is not None and (self.num_layers != 1 or not 1 <= self.uncut_blocks <= _MAX_SIZE or self.kind == "lm"):
+            raise InputError(
+                f"{where}.uncut_blocks", self.uncut_blocks, f"does not go with num_layers {self.num_layers} and kind {self.kind}",
+                "give an encoder with num_layers 1 the number of its blocks, or leave it out",
             )
         if self.vocab_size is not None and not 1 <= self.vocab_size <= _MAX_VOCABULARY:
             raise InputError(f"{where}.vocab_size", self.vocab_size, f"outside 1 to {_MAX_VOCABULARY}", "give the vocabulary's size or leave it out")

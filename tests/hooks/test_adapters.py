@@ -464,7 +464,10 @@ def check(cases: list[Case], ranks: int) -> None:
         check_case(case, [outcomes[index] for outcomes in by_rank])
 
 
-def check_case(case: Case, results: list[Outcome]) -> None:
+def check_case(case: Case, results: list[Outcome], tolerance: float = 1e-5) -> None:
+    """Args:
+    tolerance: of gradients, as a share of the largest one of a weight.
+    """
     for expected, losses, *_ in results[-case.shards :]:
         np.testing.assert_allclose(losses, expected, rtol=1e-6, err_msg=str(case))
     names: list[str] = []
@@ -477,7 +480,7 @@ def check_case(case: Case, results: list[Outcome]) -> None:
                 assert gradient is None or not gradient.any(), (case, name)
                 assert whole is None or not whole.any(), (case, name)
             else:
-                np.testing.assert_allclose(gradient, whole, rtol=0, atol=1e-5 * max(1e-3, np.abs(whole).max()), err_msg=f"{case} {name}")
+                np.testing.assert_allclose(gradient, whole, rtol=0, atol=tolerance * max(1e-3, np.abs(whole).max()), err_msg=f"{case} {name}")
     saved: set[Any] = set().union(*(result[5] for result in results))
     assert saved == set().union(*(result[6] for result in results)), (case, "the chunks' checkpoint is not the whole model's")
     assert case.tied or len(set(names)) == len(names), (case, "a weight lies in two chunks")
@@ -661,7 +664,6 @@ def describe_mimo(rank: int, ranks: int, case: Case) -> tuple[int, str | None]:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ("encoder", r"modality_submodules_spec\['scans'\] = 'Linear': DIP can cut encoders that are a CLIPViTModel or a RADIOViTModel"),
     ("two", r"modality_submodules_spec\['scans'\] = .*one encoder and nothing behind the language model"),
     ("language", r"language_model_spec = 'Linear': DIP can cut language models that are a GPTModel"),
     ("grid", r"MimoModelConfig\.module_to_grid_map = \['images'\]: DIP lays all modules out over the same ranks"),
@@ -687,7 +689,7 @@ def test_what_mimo_models_cannot_have_is_refused_with_a_remedy(change: str, mess
         if change == "language":
             config.language_model_spec = other
         else:
-            scans["siglip" if change == "encoder" else "second"] = other
+            scans["second"] = other
         return MimoModel(config)
 
     with pytest.raises(InputError, match=message) as error:
