@@ -5,7 +5,7 @@
     ... examples/vlm/train.py --model Qwen2.5-VL-7B-Instruct/config.json --load checkpoints/qwen --finetune ...
     python scripts/import_hf.py checkpoints/trained back --export --config Qwen2.5-VL-7B-Instruct
 
-Families: Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense). The checkpoint is a folder on disk with config.json and *.safetensors; nothing is downloaded.
+Families: Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense), LLaVA, LLaVA-OneVision, InternVL. The checkpoint is a folder on disk with config.json and *.safetensors; nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,13 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_dip.models.built_in import BuiltInDescription, ChainCost, layer_parameters
 from megatron_dip.models.description import LANGUAGE, VISION, unwrap
 from megatron_dip.models.dit import gelu_tanh
 from megatron_dip.models.initial_weights import draw_weights, global_name
-from megatron_dip.models.layers import projector_spec, transformer_block_spec
+from megatron_dip.models.layers import Norm, projector_spec, transformer_block_spec
 from megatron_dip.models.layout import ModuleCut
 from megatron_dip.models.vision_tower import (
     AddingLayer,
@@ -49,7 +51,7 @@ from megatron_dip.runtime.interface import PayloadSpec
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
 from megatron_dip.spec.plan import PlanStage
-from megatron_dip.spec.training import ImageSpec, LayerOptions, TowerSpec, VisionLanguageModel
+from megatron_dip.spec.training import ImageSpec, LayerOptions, TowerSpec, VisionLanguageModel, VitSpec
 from megatron_dip.spec.workload import Microbatch, Parallel
 
 FREEZABLE = ("vision_model", "vision_projection", "language_model")
@@ -279,7 +281,7 @@ def check_item(config: VlmConfig, item: Mapping[str, Any]) -> None:
     if places != needed:
         raise InputError(
             "tokens", places, f"tokens with the image id {image.token_id} stand in the sequence; its images need {needed}",
-            f"put one for each {image.merge} x {image.merge} patches of each image",
+            f"put one for each {image.merge} x {image.merge} patches of each image{' and one behind them' if image.end_token else ''}",
         )
     bounds = item["cu_lengths"]
     if bounds.ndim != 1 or len(bounds) < 2 or int(bounds[0]) != 0 or int(bounds[-1]) != tokens.shape[1] or bool((bounds.diff() <= 0).any()):
@@ -319,23 +321,67 @@ def _check_frames(config: VlmConfig, item: Mapping[str, Any]) -> int:
     return wanted[0] // image.merge**2
 
 
+class ScaledLayer(TransformerLayer):
+    """A layer whose attention's and MLP's outputs are multiplied by learned factors, ``ls1`` and ``ls2`` [H] as Megatron-LM's InternViT calls them."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.ls1 = torch.nn.Parameter(torch.ones(config.hidden_size))
+        self.ls2 = torch.nn.Parameter(torch.ones(config.hidden_size))
+        assert config.hidden_dropout == 0
+        self.self_attn_bda = lambda training, fused: partial(_add_scaled, self.ls1)
+        self.mlp_bda = lambda training, fused: partial(_add_scaled, self.ls2)
+
+
+def _add_scaled(
+    scale: torch.Tensor, output_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+) -> torch.Tensor:
+    """In the place of Megatron's addition of a bias and the residual."""
+    output, bias = output_with_bias
+    return residual + scale * (output if bias is None else output + bias)
+
+
+class ImageProjector(MultimodalProjector):
+    """Merged patches to the language model, with what stands around the two products in some models."""
+
+    def __init__(self, config: TransformerConfig, width: int, *, norm: bool, end_token: bool) -> None:
+        """Args:
+        width: of merged patches.
+        norm: before the products.
+        end_token: a learned embedding goes behind each image's.
+        """
+        super().__init__(config, projector_spec(), "mlp", width)
+        self.norm = Norm(config, width, config.layernorm_epsilon) if norm else None
+        self.end_token = torch.nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if end_token else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[t, N, width] -> [t (+ 1), N, H]"""
+        output: torch.Tensor = super().forward(hidden_states if self.norm is None else self.norm(hidden_states))
+        return output if self.end_token is None else torch.cat([output, self.end_token.expand(1, output.shape[1], -1)])
+
+
 class VisionTransformer(MegatronModule):
     """Consecutive layers of the ViT, with the patch stem where ``pre_process`` and the final norm where ``post_process``."""
 
     def __init__(
-        self, config: TransformerConfig, image: ImageSpec, num_layers: int, pre_process: bool, post_process: bool, vp_stage: int | None, *,
-        transformer_engine: bool = False,
+        self, config: TransformerConfig, image: ImageSpec, vit: VitSpec, num_layers: int, pre_process: bool, post_process: bool,
+        vp_stage: int | None, *, transformer_engine: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.pre_process = pre_process
         self.post_process = post_process
         self.vp_stage = vp_stage
         if pre_process:
-            self.conv1 = torch.nn.Conv2d(image.channels, config.hidden_size, kernel_size=image.patch, stride=image.patch)
+            self.conv1 = torch.nn.Conv2d(image.channels, config.hidden_size, kernel_size=image.patch, stride=image.patch, bias=vit.patch_bias)
             self.position_embeddings = torch.nn.Embedding(image.patches, config.hidden_size)
+            self.class_token = torch.nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if image.class_token else None
+            self.ln_pre = Norm(config, config.hidden_size, config.layernorm_epsilon) if vit.first_norm else None
+        spec = transformer_block_spec(num_layers, causal=False, transformer_engine=transformer_engine)
+        if vit.layer_scale:
+            for layer in spec.layer_specs or ():
+                layer.module = ScaledLayer
         self.decoder = TransformerBlock(
-            config=config, spec=transformer_block_spec(num_layers, causal=False, transformer_engine=transformer_engine),
-            pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
+            config=config, spec=spec, pre_process=pre_process, post_process=post_process, post_layer_norm=vit.final_norm, vp_stage=vp_stage,
         )
 
     def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
@@ -347,9 +393,13 @@ class VisionTransformer(MegatronModule):
         if self.pre_process:
             assert images is not None
             hidden = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).permute(2, 0, 1)
+            if self.class_token is not None:
+                hidden = torch.cat([self.class_token.expand(1, hidden.shape[1], -1), hidden])
             # Through the module's forward, where Megatron's DDP waits for gathered weights.
             positions = self.position_embeddings(torch.arange(hidden.shape[0], device=hidden.device))
             hidden = (hidden + positions[:, None]).contiguous()
+            if self.ln_pre is not None:
+                hidden = self.ln_pre(hidden)
         return self.decoder(hidden_states=hidden, attention_mask=None)
 
 
@@ -383,8 +433,9 @@ class VlmStage(MegatronModule):
         if vision is not None and vision.is_present(*place):
             self.vision_model = _vision_part(config, vision, vp_stage, rank)
             if place == vision.last:
-                self.vision_projection = MultimodalProjector(
-                    config.projector_config(), projector_spec(), "mlp", config.vision.hidden_size * config.image.merge**2
+                self.vision_projection = ImageProjector(
+                    config.projector_config(), config.vision.hidden_size * config.image.merge**2, norm=config.model.vit.projector_norm,
+                    end_token=config.image.end_token,
                 )
                 if config.num_deepstack:
                     self.deepstack_projections = torch.nn.ModuleList(
@@ -484,6 +535,7 @@ class VlmStage(MegatronModule):
             hidden = model(images)
             if self.vision_projection is None:
                 return hidden
+            hidden = hidden[1:] if config.image.class_token else hidden
             # [t, N, H] -> [N * t, 1, H]: in the order of the sequence.
             return self.vision_projection(merge_patches(hidden, config.image)).transpose(0, 1).reshape(-1, 1, config.language.hidden_size)
         assert image_grid_thw is not None
@@ -569,7 +621,7 @@ def merge_patches(hidden: torch.Tensor, image: ImageSpec) -> torch.Tensor:
     side, merge = image.size // image.patch, image.merge
     count, width = hidden.shape[1], hidden.shape[2]
     blocks = hidden.view(side // merge, merge, side // merge, merge, count, width)
-    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(image.tokens, count, merge * merge * width)
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape((side // merge) ** 2, count, merge * merge * width)
 
 
 def document_bounds(cu_lengths: torch.Tensor | None, tokens: torch.Tensor, image_places: torch.Tensor | None = None) -> ImagePlaces:
@@ -597,7 +649,9 @@ def _vision_part(config: VlmConfig, cut: ModuleCut, vp_stage: int, rank: int) ->
     ends = {"pre_process": place == cut.first, "post_process": place == cut.last}
     engine = config.transformer_engine
     if config.tower is None:
-        return VisionTransformer(own, config.image, cut.rows[vp_stage][rank], **ends, vp_stage=cut.vp_stage(vp_stage), transformer_engine=engine)
+        return VisionTransformer(
+            own, config.image, config.model.vit, cut.rows[vp_stage][rank], **ends, vp_stage=cut.vp_stage(vp_stage), transformer_engine=engine
+        )
     return VisionTower(
         own, config.image, config.tower, cut.rows[vp_stage][rank], **ends, vp_stage=cut.vp_stage(vp_stage), depth=config.vision.num_layers,
         transformer_engine=engine,
@@ -677,7 +731,8 @@ class VlmDescription(BuiltInDescription[VlmConfig]):
             rows = (config.image.patches, producer.instances) if config.tower is None else (producer.tokens * (1 + kept), 1)
             shape = (*rows, config.vision.hidden_size)
         elif producer.module == VISION:
-            shape = (producer.tokens // config.image.merge**2 * (1 + kept), 1, config.language.hidden_size)
+            tokens = producer.instances * config.image.tokens if config.tower is None else producer.tokens // config.image.merge**2 * (1 + kept)
+            shape = (tokens, 1, config.language.hidden_size)
         else:
             tokens = producer.tokens // config.parallel.tensor if config.sequence_parallel else producer.tokens
             left = max(0, config.num_deepstack - last_layer)

@@ -31,16 +31,20 @@ class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Patches along one side that become one token of the backbone."""
     token_id: int
     """Id of the token that an image's embeddings replace, ``tokens`` times in a row."""
+    class_token: bool = False
+    """A learned token stands before an image's patches, with a position of its own; it goes behind the last layer (CLIP, InternViT)."""
+    end_token: bool = False
+    """A learned embedding stands behind an image's own ones (LLaVA-OneVision's ``image_newline``)."""
 
     @property
     def patches(self) -> int:
         """Sequence length of one image in the vision module."""
-        return (self.size // self.patch) ** 2
+        return (self.size // self.patch) ** 2 + self.class_token
 
     @property
     def tokens(self) -> int:
         """Tokens of one image in the backbone."""
-        return (self.size // (self.patch * self.merge)) ** 2
+        return (self.size // (self.patch * self.merge)) ** 2 + self.end_token
 
     def validate(self, where: str) -> None:
         for field in ("size", "channels", "patch", "merge"):
@@ -88,6 +92,21 @@ class LayerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             raise InputError(f"{where}.mrope_section", self.mrope_section, "is not three numbers", "give the pairs for frame, row and column")
 
 
+class VitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """What a vision module for images of one size has beside its layers: the differences between CLIP, SigLIP and InternViT."""
+
+    patch_bias: bool = True
+    """Whether the product that embeds patches has a bias."""
+    first_norm: bool = False
+    """A norm before the first layer (CLIP)."""
+    final_norm: bool = True
+    """A norm behind the last layer."""
+    layer_scale: bool = False
+    """What attention and MLP add is multiplied by learned factors, channel by channel (InternViT)."""
+    projector_norm: bool = False
+    """A norm of merged patches before the projector (InternVL)."""
+
+
 class TowerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A vision module for images of any size and number, as Qwen2.5-VL and Qwen3-VL have it: packed patches with rotary 2-D positions."""
 
@@ -129,6 +148,8 @@ class VisionLanguageModel(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     """Standard deviation of the matrices at the start; Megatron's word and default."""
     tower: TowerSpec | None = None
     """A vision module for images of any size, up to ``image.size`` a side; absent = all images have that size, positions are learned."""
+    vit: VitSpec = VitSpec()
+    """Of a vision module without a tower."""
     vision_layers: LayerOptions = LayerOptions()
     language_layers: LayerOptions = LayerOptions()
 
@@ -139,6 +160,9 @@ class VisionLanguageModel(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
         self.language_layers.validate(f"{where}.language_layers")
         if self.tower is not None:
             self.tower.validate(f"{where}.tower", self.image, self.modules.module("vit").num_layers)
+            for field, given in (("vit", self.vit != VitSpec()), ("image.class_token", self.image.class_token), ("image.end_token", self.image.end_token)):
+                if given:
+                    raise InputError(f"{where}.{field}", given, "belongs to a vision module for images of one size", "leave it or the tower out")
 
 
 class VideoSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from megatron_dip.models.hugging_face import export_weights, import_weights, model_of_config, named_as_now
+from megatron_dip.models.hugging_face import export_weights, import_weights, is_unused, model_of_config, named_as_now
 from megatron_dip.models.vlm import VlmConfig, VlmStage
 from megatron_dip.spec.errors import InputError
+from megatron_dip.spec.training import VisionLanguageModel
 from megatron_dip.spec.workload import Parallel
 from megatron_dip.trainer.build import initialize_parallel
 from megatron_dip.trainer.checkpoint import LATEST
@@ -61,7 +62,7 @@ def export_checkpoint(source: Path, config_folder: Path, target: Path, *, dtype:
     Args:
         source: a folder that ``--save`` or :func:`import_checkpoint` wrote, in torch_dist format.
         config_folder: with the config.json that the model began from; what else lies there but weights is copied, and weights get the names
-            that they have there.
+            that they have there; those that the model here does not use are taken from it.
     """
     from safetensors.torch import save_file
 
@@ -77,6 +78,7 @@ def export_checkpoint(source: Path, config_folder: Path, target: Path, *, dtype:
     tensors = export_weights({key: value for key, value in state.items() if isinstance(value, torch.Tensor)}, stage.vlm_config.model)
     published = _published_names(config_folder)
     tensors = {published.get(key, key): value for key, value in tensors.items()}
+    tensors |= _unused_tensors(config_folder, stage.vlm_config.model)
     target.mkdir(parents=True)
     for file in config_folder.iterdir():
         if file.is_file() and ".safetensors" not in file.name and file.suffix not in (".bin", ".pt", ".pth"):
@@ -141,6 +143,17 @@ def _published_names(folder: Path) -> dict[str, str]:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             found |= {named_as_now(name): name for name in tensors.keys()}  # noqa: SIM118 (no dict)
+    return found
+
+
+def _unused_tensors(folder: Path, model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """What training had no part in, from the checkpoint that it began from, by the names of its files."""
+    from safetensors import safe_open
+
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if is_unused(named_as_now(name), model)}  # noqa: SIM118 (no dict)
     return found
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
-from megatron_dip.spec.training import ImageSpec, LayerOptions, OptimizerSpec, TowerSpec, VisionLanguageModel
+from megatron_dip.spec.training import ImageSpec, LayerOptions, OptimizerSpec, TowerSpec, VisionLanguageModel, VitSpec
 from megatron_dip.spec.workload import Parallel
 from megatron_dip.workloads.image_patches import token_positions
 from tests.distributed.launcher import launch
@@ -65,9 +66,25 @@ def tiny_model(case: Case) -> VisionLanguageModel:
     )
     image = ImageSpec(size=8, channels=1, patch=2, merge=2, token_id=IMAGE_TOKEN)
     modules = ModelSpec(modules=[vit, lm])
+    if case.option("vit") is not None:
+        return one_size_model(modules, image, str(case.option("vit")))
     if case.option("tower") is None:
         return VisionLanguageModel(modules=modules, image=image, sequence_length=48)
     return any_size_model(modules, str(case.option("tower")))
+
+
+def one_size_model(modules: ModelSpec, image: ImageSpec, kind: str) -> VisionLanguageModel:
+    """With a vision module as LLaVA (``clip``), LLaVA-OneVision (``siglip``) or InternVL (``intern``) have it."""
+    vit, activation = {
+        "clip": (VitSpec(patch_bias=False, first_norm=True, final_norm=False), "quick_gelu"),
+        "siglip": (VitSpec(final_norm=False), "gelu_tanh"),
+        "intern": (VitSpec(final_norm=False, layer_scale=True, projector_norm=True), "gelu"),
+    }[kind]
+    return VisionLanguageModel(
+        modules=modules, image=msgspec.structs.replace(image, class_token=kind != "siglip", end_token=kind == "siglip"), sequence_length=48, vit=vit,
+        vision_layers=LayerOptions(layernorm_epsilon=1e-6, activation=activation),  # type: ignore[arg-type]
+        language_layers=LayerOptions(normalization="RMSNorm", add_bias_linear=False, add_qkv_bias=True),
+    )
 
 
 def any_size_model(modules: ModelSpec, kind: str) -> VisionLanguageModel:
@@ -119,12 +136,12 @@ def make_any_size_microbatch(seed: int, num_images: int, model: VisionLanguageMo
     }
 
 
-def make_microbatch(seed: int, num_images: int) -> dict[str, torch.Tensor]:
-    """A packed sequence of 48 tokens: text, images of 4 tokens each, and a second document of text alone."""
+def make_microbatch(seed: int, num_images: int, image_tokens: int = 4) -> dict[str, torch.Tensor]:
+    """A packed sequence of 48 tokens: text, images of 4 or 5 tokens each, and a second document of text alone."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, 32, (1, 48), generator=generator)
     for image in range(num_images):
-        tokens[0, 3 + 6 * image : 7 + 6 * image] = IMAGE_TOKEN
+        tokens[0, 3 + 6 * image : 3 + image_tokens + 6 * image] = IMAGE_TOKEN
     middle = 33 + int(torch.randint(0, 8, (1,), generator=generator))
     bounds = torch.tensor([0, middle, 48], dtype=torch.int32)
     positions = torch.cat([torch.arange(middle), torch.arange(48 - middle)])[None]
@@ -145,7 +162,7 @@ def counts_of(case: Case, replica: int, step: int) -> tuple[int, ...]:
 def microbatches(case: Case, replica: int, step: int = 0) -> list[dict[str, torch.Tensor]]:
     numbered = [(1000 * replica + 100 * step + index, count) for index, count in enumerate(counts_of(case, replica, step))]
     if case.option("tower") is None:
-        return [make_microbatch(seed, count) for seed, count in numbered]
+        return [make_microbatch(seed, count, tiny_model(case).image.tokens) for seed, count in numbered]
     model = tiny_model(case)
     return [make_any_size_microbatch(seed, count, model) for seed, count in numbered]
 
@@ -295,7 +312,7 @@ def references(cases: Sequence[Case]) -> list[Result]:
     alone = [
         replace(
             case, parallel=Parallel(), chunks=(1, 1), sub_microbatch_size=2, seed=0, overlap_grad_reduce=False,
-            distributed_optimizer=False, options=tuple(option for option in case.options if option[0] == "tower"),
+            distributed_optimizer=False, options=tuple(option for option in case.options if option[0] in ("tower", "vit")),
         )
         for case in cases
     ]
