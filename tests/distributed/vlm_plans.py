@@ -34,14 +34,14 @@ def _module(num_layers: int, tokens: int) -> ModuleProfile:
 def costs_of(case: Case, memory_capacity_bytes: int | None = None) -> ProfileCost:
     profile = Profile(
         format="megatron-dip/profile/1", p2p=PointToPoint(latency_ns=1000, bytes_per_second=1e9),
-        modules={"vit": _module(case.num_layers[0], 16), "lm": _module(case.num_layers[1], 48)},
+        modules={"vit": _module(case.num_layers[0], tiny_model(case).image.patches), "lm": _module(case.num_layers[1], 48)},
     )
     return ProfileCost(profile, memory_capacity_bytes)
 
 
 def metadata_of(case: Case, replica: int, step: int = 0) -> list[Microbatch]:
     if case.option("tower") is None:
-        return [{"lm": [48], **({"vit": [16] * count} if count else {})} for count in counts_of(case, replica, step)]
+        return [{"lm": [48], **({"vit": [tiny_model(case).image.patches] * count} if count else {})} for count in counts_of(case, replica, step)]
     lengths = [
         [rows * columns for time, rows, columns in item["image_grid_thw"].tolist() for _ in range(time)] for item in microbatches(case, replica, step)
     ]
