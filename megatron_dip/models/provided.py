@@ -84,12 +84,32 @@ def sketch_model(provider: Callable[..., MegatronModule], **arguments: Any) -> M
     """
     with _sketching_llava(), _sketching_gpt(), _sketching_mimo():
         model = call_provider(provider, **arguments)
-    if not isinstance(model, LLaVAModel | GPTModel | MimoModel | WholeModel):
+    if not isinstance(model, LLaVAModel | GPTModel | MimoModel | WholeModel) and packed_tower(model) is None:
         raise InputError(
-            "model_provider", type(model).__name__, "DIP can cut LLaVAModel, MimoModel, GPTModel and the models built here (WholeModel)",
+            "model_provider", type(model).__name__, "DIP can cut LLaVAModel, MimoModel, GPTModel, the models built here (WholeModel), and "
+            f"models of a GPTModel called language_model and a tower called {' or '.join(_TOWERS)}{_instead(model)}",
             "use --pipeline-schedule default for this model",
         )
     return model
+
+
+_TOWERS = ("vision_model", "visual")
+PACKED_INPUTS = ("input_ids", "pixel_values", "image_grid_thw")
+
+
+def packed_tower(model: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
+    """Name and module of the tower of a model of the form that :mod:`megatron_dip.models.packed_vision` describes; None: it has another form."""
+    language = getattr(model, "language_model", None)
+    if type(language) is not GPTModel or not isinstance(getattr(language, "sketch", None), Sketch):
+        return None
+    if not set(PACKED_INPUTS) <= inspect.signature(type(model).forward).parameters.keys():
+        return None
+    return next(((name, tower) for name in _TOWERS if isinstance(tower := getattr(model, name, None), torch.nn.Module)), None)
+
+
+def _instead(model: torch.nn.Module) -> str:
+    language = getattr(model, "language_model", None)
+    return "" if language is None or type(language) is GPTModel else f", here a {type(language).__name__}"
 
 
 def call_provider(provider: Callable[..., MegatronModule], **arguments: Any) -> MegatronModule:

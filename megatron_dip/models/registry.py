@@ -17,6 +17,7 @@ from megatron_dip.models.description import ModelDescription
 from megatron_dip.models.gpt import GptDescription
 from megatron_dip.models.llava import LlavaDescription
 from megatron_dip.models.mimo import MimoDescription
+from megatron_dip.models.packed_vision import PackedVisionDescription
 from megatron_dip.models.provided import MimoModel
 
 Provider = Callable[..., MegatronModule]
@@ -31,6 +32,6 @@ DESCRIPTIONS: dict[type[MegatronModule], Callable[[Any, Provider, Mapping[str, A
 
 
 def describe(sketch: MegatronModule, provider: Provider, arguments: Mapping[str, Any]) -> ModelDescription:
-    """The description of a model of one of the known classes, or of a class made from one."""
-    known = next(base for base in type(sketch).__mro__ if base in DESCRIPTIONS)
-    return DESCRIPTIONS[known](sketch, provider, arguments)
+    """The description of a model of one of the known classes, or of a class made from one, or of the form that has a description of its own."""
+    known = next((base for base in type(sketch).__mro__ if base in DESCRIPTIONS), None)
+    return PackedVisionDescription(sketch) if known is None else DESCRIPTIONS[known](sketch, provider, arguments)

@@ -88,7 +88,7 @@ class UncutTower:
         trainable: whether the module is, its projector included.
         """
         width = self._output(self._shape_of(None))[1] if self._image is not None else None
-        return ModuleSpec(name=name, kind="vit", role="encoder", num_layers=1, causal=False, trainable=trainable, **_sizes_of(self._tower, width))
+        return ModuleSpec(name=name, kind="vit", role="encoder", num_layers=1, causal=False, trainable=trainable, **sizes_of(self._tower, width))
 
     def dtype_between(self, residual: torch.dtype) -> torch.dtype:
         """Of what goes from chunk to chunk: the tower's weights have no say in it."""
@@ -177,7 +177,7 @@ def _image_of_config(tower: torch.nn.Module) -> Shape | None:
     return None
 
 
-def _sizes_of(tower: torch.nn.Module, width: int | None) -> dict[str, Any]:
+def sizes_of(tower: torch.nn.Module, width: int | None) -> dict[str, Any]:
     """Of a spec, from the first config within that has them all; else those of plain blocks with as many weights."""
     for config in _configs(tower):
         found = {size: next((value for name in names if isinstance(value := getattr(config, name, None), int)), None) for size, names in _SIZES.items()}
