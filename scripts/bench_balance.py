@@ -29,9 +29,10 @@ import msgspec
 import numpy as np
 
 from megatron_dip.cost.interface import CostModel
-from megatron_dip.partition.deal import Deal, deal, deal_by_plans, undealt
+from megatron_dip.partition.deal import Deal, deal, undealt
 from megatron_dip.partition.offline import even_partition
 from megatron_dip.partition.online import split
+from megatron_dip.partition.second_pass import deal_by_plans
 from megatron_dip.partition.work import WorkEstimate
 from megatron_dip.report.records import write_record
 from megatron_dip.schedule.bounds import problem_bound_ns
@@ -51,8 +52,9 @@ MICROBATCHES = (8, 32, 128)
 REPACKED = (("vlm-s", 8, 4), ("vlm-s", 8, 16), ("vlm-s", 32, 4), ("vlm-s", 32, 16), ("vlm-m", 8, 16))
 BASELINES = ("interleaved", "optimus")
 PLANNED = (
-    ("vlm-s", 8, 4), ("vlm-s", 8, 16), ("vlm-s", 8, 64), ("vlm-s", 32, 4), ("vlm-s", 32, 16), ("vlm-s", 32, 64), ("vlm-m", 8, 64), ("vlm-m", 32, 16),
-    ("vlm-l", 8, 64), ("vlm-l", 32, 16), ("t2v-s", 8, 16), ("t2v-s", 8, 64), ("t2v-s", 32, 4), ("t2v-s", 32, 64), ("t2v-l", 8, 64), ("t2v-l", 32, 16),
+    ("vlm-s", 8, 4), ("vlm-s", 8, 16), ("vlm-s", 8, 64), ("vlm-s", 32, 4), ("vlm-s", 32, 16), ("vlm-s", 32, 64), ("vlm-m", 8, 64), ("vlm-m", 32, 16), ("vlm-m", 32, 64),
+    ("vlm-l", 8, 64), ("vlm-l", 32, 16), ("vlm-l", 32, 64), ("t2v-s", 8, 16), ("t2v-s", 8, 64), ("t2v-s", 32, 4), ("t2v-s", 32, 64), ("t2v-l", 8, 64), ("t2v-l", 32, 16),
+    ("t2v-l", 32, 64),
 )
 """(setup, microbatches a replica, replicas)"""
 _WHOLE = 1 << 20
@@ -222,7 +224,7 @@ def main() -> None:
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=SETUPS)
     parser.add_argument("--seeds", type=int, default=2, help="batches of each row of work (default 2)")
     parser.add_argument("--most", type=int, default=4096, help="microbatches of a global batch at most, a quarter of it for clips (default 4096)")
-    parser.add_argument("--evaluations", type=int, default=60, help="schedules tried for each plan (default 60)")
+    parser.add_argument("--evaluations", type=int, default=300, help="schedules tried for each plan (default 300)")
     parser.add_argument("--seed", type=int, default=7, help="of the planned batches (default 7)")
     args = parser.parse_args()
     found = msgspec.json.decode(args.output.with_suffix(".json").read_bytes()) if args.output.with_suffix(".json").is_file() else {}

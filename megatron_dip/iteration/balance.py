@@ -31,6 +31,7 @@ from megatron_dip.iteration.dealing import BatchRead, Dealer, Estimate, Link, Ve
 from megatron_dip.iteration.exchange import ExchangeGroups, exchange_items, make_exchange_groups
 from megatron_dip.iteration.lookahead import LookaheadIterator
 from megatron_dip.iteration.travel import PackedItem, pack
+from megatron_dip.partition.second_pass import PASSES
 from megatron_dip.runtime.groups import PipelineGroups
 from megatron_dip.runtime.p2p import PeerError
 from megatron_dip.spec.workload import Microbatch
@@ -41,8 +42,6 @@ _PATIENCE = 0.5
 """Share of what a deal gains that an iteration waits for it."""
 _PLANNING_SHARE = 0.5
 """Of an iteration: how long replicas plan deals of one batch to deal it better."""
-_MOST_PASSES = 4
-"""Deals of one batch that are planned at most."""
 _FORGOTTEN = 0.95
 """Where planning takes too long it is tried again later: with each batch it counts for so much of what it took."""
 _NEUTRAL = (1 << 62) - 1
@@ -405,7 +404,7 @@ class ReplicaBalance:
         """On the first replica, once replicas have planned a deal: the next one to plan, or the best."""
         self._planning_s = taken_s / num_planned
         has_time = taken_s + self._planning_s < _PLANNING_SHARE * self._link.iteration_s
-        return self._dealer.next_pass(planned_ns, is_last=num_planned == _MOST_PASSES or not has_time)
+        return self._dealer.next_pass(planned_ns, is_last=num_planned > PASSES or not has_time)
 
     def _told(self, decide: Callable[[], tuple[Verdict, bool]], groups: ExchangeGroups) -> tuple[Verdict, bool]:
         """What the first replica decides, on the planner ranks of all."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dip.partition.deal import Deal, SecondPass, deal
+from megatron_dip.partition.deal import Deal, deal
+from megatron_dip.partition.second_pass import SecondPass
 from megatron_dip.spec.workload import Microbatch
 
 logger = logging.getLogger(__name__)
@@ -122,13 +123,12 @@ class Dealer:
         """
         second = self._second
         assert second is not None, "a first pass dealt"
-        can_plan = min(planned_ns) > 0
-        is_enough = second.tell(planned_ns) if can_plan else False
-        following = second.following() if can_plan and not (is_last or is_enough) else None
+        if second.best is None and min(planned_ns) == 0:
+            return _verdict(second.dealt), False
+        following = None if second.tell(planned_ns) or is_last else second.following()
         if following is not None:
             return _verdict(following), True
-        if second.best is None:
-            return _verdict(second.dealt), False
+        assert second.best is not None
         return replace(_verdict(second.best.dealt), planned_imbalance=second.best.imbalance), False
 
 

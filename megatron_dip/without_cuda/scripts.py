@@ -128,6 +128,9 @@ def _answer_for_cuda() -> None:
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.set_stream = lambda stream: None
     cuda.nvtx = types.SimpleNamespace(range_push=lambda message: 0, range_pop=lambda: 0, mark=lambda message: None)
+    # Of torch's builds with CUDA too: its optimizers ask here before they ask the current stream.
+    accelerator: Any = torch.accelerator
+    accelerator.current_accelerator = lambda check_available=False: None
     tensor: Any = torch.Tensor
     tensor.record_stream = lambda self, stream: None
     tensor.pin_memory = lambda self, device=None: self

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dip.partition.deal import deal, deal_again
+from megatron_dip.partition.deal import deal
+from megatron_dip.partition.second_pass import deal_by_plans
 from megatron_dip.spec.workload import Parallel
 from tests.distributed.launcher import launch, launch_all
 from tests.distributed.test_training import SCHEDULES, folder, losses, run
@@ -27,7 +28,7 @@ __all__ = ["folder"]
 def compiled() -> None:
     """Kernels that are compiled while the first iterations train make their batches late."""
     work = np.arange(24).reshape(12, 2)
-    deal_again(work, deal(work, 4), [1, 2, 3, 4])
+    deal_by_plans(work, deal(work, 4), max)
 
 
 @pytest.mark.parametrize(

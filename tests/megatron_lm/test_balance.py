@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from megatron_dip.checkouts.patching import read_version
-from megatron_dip.partition.deal import deal, deal_again
+from megatron_dip.partition.deal import deal
+from megatron_dip.partition.second_pass import deal_by_plans
 from tests.megatron_lm.runs import DIP, NO_EVALUATION, P2, VARYING, VLM, Run, finished, fresh, own_losses, start, words
 from tests.megatron_lm.test_contract import assert_same_log, without
 from tests.megatron_lm.test_experts import EXPERTS, SPREAD, saved_by_stock
@@ -29,7 +30,7 @@ LONG = 10
 def compiled() -> None:
     """Kernels that are compiled while the first iterations train make their batches late."""
     work = np.arange(24).reshape(12, 2)
-    deal_again(work, deal(work, 4), [1, 2, 3, 4])
+    deal_by_plans(work, deal(work, 4), max)
 
 
 def num_dealt(run: Run) -> int:

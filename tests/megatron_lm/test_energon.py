@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dip.partition.deal import deal, deal_again
+from megatron_dip.partition.deal import deal
+from megatron_dip.partition.second_pass import deal_by_plans
 from tests.megatron_lm.runs import DIP, P2, ROOT, SCRIPTS, Run, finished, own_losses, start, words
 from tests.megatron_lm.test_models import MULTIMODAL_ARGUMENTS, assert_equal_in_bf16
 
@@ -78,7 +79,7 @@ DEALING = [*DIP, *P2, *CUT, *words("--dip-look-ahead 2 --dip-log-interval 1 --di
 def compiled() -> None:
     """Kernels that are compiled while the first iterations train make their batches late."""
     work = np.arange(24).reshape(12, 2)
-    deal_again(work, deal(work, 4), [1, 2, 3, 4])
+    deal_by_plans(work, deal(work, 4), max)
 
 
 def num_dealt(run: Run) -> int:
@@ -105,3 +106,29 @@ def test_ten_iterations_dealt_to_two_replicas_and_resumed_in_the_middle(
     resumed = finished(start(mended_tree, ENERGON, [*common, "--load", str(folder), "--dataloader-save", str(state), *DEALING], ranks=4), 5)
     assert num_dealt(resumed) >= 2
     np.testing.assert_allclose(own_losses(resumed), own_losses(whole)[5:], rtol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "least"),
+    [("raises 17", "microbatch 17 cannot be read", 0), ("killed 17", "lost another rank|one of them may have ended", 0), ("ends 17", "data_iterator", 4)],
+    ids=["raises", "killed", "ends early"],
+)
+def test_a_replica_whose_loader_fails_ends_all_ranks_with_the_cause(
+    fault: str, message: str, least: int, arguments: list[str], weights: Path, mended_tree: Path, compiled: None
+) -> None:
+    """Four microbatches an iteration and replica: whoever has read less than all trains no further than the others."""
+    fresh = [*arguments, "--load", str(weights), "--finetune", *words("--train-iters 10 --distributed-timeout-minutes 1")]
+    run = start(mended_tree, ENERGON, [*fresh, *DEALING], ranks=4, environment={"FAULT": fault})
+    assert run.exit_code != 0
+    assert re.search(message, run.output), run.output[-6000:]
+    assert least <= len(run.losses) < 10, run.output[-6000:]
+
+
+def test_metadata_that_lie_lose_nothing(
+    arguments: list[str], weights: Path, mended_tree: Path, stock_of_two: Run, compiled: None
+) -> None:
+    """Microbatches are dealt by them, badly; each is trained once, under a plan of what it turns out to be."""
+    fresh = [*arguments, "--load", str(weights), "--finetune", "--train-iters", "10"]
+    run = finished(start(mended_tree, ENERGON, [*fresh, *DEALING], ranks=4, environment={"LIES": "1"}), 10)
+    assert num_dealt(run) >= 1
+    np.testing.assert_allclose(own_losses(run), own_losses(stock_of_two), rtol=5e-3)

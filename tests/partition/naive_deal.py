@@ -12,30 +12,30 @@ Work = Sequence[Sequence[int]]
 """[N][K]"""
 
 
-def loads(work: Work, replica_of: Sequence[int], beyond: Sequence[int]) -> list[int]:
+def loads(work: Work, replica_of: Sequence[int], num_replicas: int) -> list[int]:
     columns = range(len(work[0]))
     return [
-        beyond[replica] + max(sum(row[k] for row, other in zip(work, replica_of, strict=True) if other == replica) for k in columns)
-        for replica in range(len(beyond))
+        max(sum(row[k] for row, other in zip(work, replica_of, strict=True) if other == replica) for k in columns)
+        for replica in range(num_replicas)
     ]
 
 
-def bound(work: Work, beyond: Sequence[int]) -> int:
-    size = len(work) // len(beyond)
+def bound(work: Work, num_replicas: int) -> int:
+    size = len(work) // num_replicas
     bounds = []
     for k in range(len(work[0])):
         column = sorted(row[k] for row in work)
-        bounds.append(ceil(Fraction(sum(column) + sum(beyond), len(beyond))))
-        bounds.append(min(beyond) + column[-1] + sum(column[: size - 1]))
+        bounds.append(ceil(Fraction(sum(column), num_replicas)))
+        bounds.append(column[-1] + sum(column[: size - 1]))
     return max(bounds)
 
 
-def swap(work: Work, beyond: Sequence[int], target: int, replica_of: list[int]) -> int:
+def swap(work: Work, num_replicas: int, target: int, replica_of: list[int]) -> int:
     """As the kernel: changes ``replica_of``, returns the largest load. Members keep the places in which swaps put them."""
-    replicas = range(len(beyond))
+    replicas = range(num_replicas)
     members = [[i for i, other in enumerate(replica_of) if other == replica] for replica in replicas]
     while True:
-        now = loads(work, replica_of, beyond)
+        now = loads(work, replica_of, num_replicas)
         heavy = now.index(max(now))
         if now[heavy] <= target:
             return now[heavy]
@@ -48,7 +48,7 @@ def swap(work: Work, beyond: Sequence[int], target: int, replica_of: list[int]) 
             for leaving, coming in itertools.product(members[heavy], members[light]):
                 trial = list(replica_of)
                 trial[leaving], trial[coming] = light, heavy
-                then = loads(work, trial, beyond)
+                then = loads(work, trial, num_replicas)
                 value = max(then[heavy], then[light])
                 if value < (now[heavy] if best is None else best[0]):
                     best = (value, light, leaving, coming)
@@ -84,17 +84,57 @@ def rename(num_replicas: int, replica_of: Sequence[int]) -> list[int]:
 
 
 def deal(work: Work, num_replicas: int) -> list[int]:
-    none = [0] * num_replicas
-    least = bound(work, none)
+    least = bound(work, num_replicas)
     as_read = [index % num_replicas for index in range(len(work))]
     found = list(as_read)
-    if swap(work, none, least + least // 200, found) <= least + least // 200:
+    if swap(work, num_replicas, least + least // 200, found) <= least + least // 200:
         return found
     fresh, swapped = heaviest_first(work, num_replicas), list(as_read)
-    best = swap(work, none, least + least // 10_000, fresh)
-    reached = swap(work, none, least + least // 10_000, swapped)
+    best = swap(work, num_replicas, least + least // 10_000, fresh)
+    reached = swap(work, num_replicas, least + least // 10_000, swapped)
     wanted = min(best, reached) + min(best, reached) // 200
     found = list(as_read)
-    if swap(work, none, wanted, found) <= wanted:
+    if swap(work, num_replicas, wanted, found) <= wanted:
         return found
     return swapped if reached <= wanted else rename(num_replicas, fresh)
+
+
+def swap_pairs(
+    work: Work, planned: Sequence[int], surplus: Sequence[int], fill: int, too_slow: int, near: int, tried: set[tuple[int, int]], replica_of: list[int]
+) -> list[tuple[int, int, int, int]]:
+    """As the kernel: changes ``replica_of``, returns (leaving, coming, foretold of the slow one, of the fast one) of each pair."""
+    size, was = len(work) // len(planned), list(replica_of)
+
+    def foretold(replica: int, leaving: int, coming: int) -> int:
+        mine = [i for i, other in enumerate(was) if other == replica]
+        then = [coming if i == leaving else i for i in mine]
+        load, load_then = (max(sum(column) for column in zip(*[work[i] for i in share], strict=True)) for share in (mine, then))
+        heaviest, heaviest_then = (max(sum(work[i]) for i in share) for share in (mine, then))
+        return planned[replica] + surplus[replica] + load_then - load + fill * (heaviest_then - heaviest) // 1000
+
+    free, swaps = set(range(len(planned))), []
+    for slow in sorted(range(len(planned)), key=lambda replica: (-planned[replica], replica)):
+        if planned[slow] <= too_slow or slow not in free:
+            continue
+        best: tuple[int, int, int, int] | None = None
+        tries = 0
+        for fast in sorted(free, key=lambda replica: (planned[replica], replica)):
+            if planned[fast] >= planned[slow]:
+                continue
+            for leaving in range(len(was)):
+                for coming in range(len(was)):
+                    if was[leaving] == slow and was[coming] == fast and (leaving, coming) not in tried:
+                        value = max(foretold(slow, leaving, coming), foretold(fast, coming, leaving))
+                        if value < (planned[slow] if best is None else best[0]):
+                            best = (value, fast, leaving, coming)
+            if best is not None:
+                if best[0] <= near or tries == TRIES:
+                    break
+                tries += 1
+        if best is not None:
+            _, fast, leaving, coming = best
+            free -= {slow, fast}
+            replica_of[leaving], replica_of[coming] = fast, slow
+            swaps.append((leaving, coming, foretold(slow, leaving, coming), foretold(fast, coming, leaving)))
+    assert all(replica_of.count(replica) == size for replica in range(len(planned)))
+    return swaps

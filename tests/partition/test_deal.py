@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dip.partition.deal import SLACK, deal, deal_again, deal_by_plans, undealt
+from megatron_dip.partition.deal import SLACK, deal, undealt
 from megatron_dip.partition.online import split
+from megatron_dip.partition.second_pass import SecondPass, deal_by_plans, swap_pairs
 from megatron_dip.partition.work import WorkEstimate
 from megatron_dip.schedule.graph import build_task_graph
 from megatron_dip.spec.errors import InputError
@@ -43,7 +45,7 @@ def test_a_deal_is_even_in_number_never_worse_than_no_deal_and_above_its_bound(c
         # Who stays keeps its place.
         assert all(i % replicas != replica or i == place * replicas + replica for place, i in enumerate(share))
         assert dealt.load_ns[replica] == max(sum(work[i][k] for i in share) for k in range(len(work[0])))
-    assert dealt.bound_ns == naive_deal.bound(work, [0] * replicas) <= dealt.load_ns.max() <= dealt.load_before_ns.max()
+    assert dealt.bound_ns == naive_deal.bound(work, replicas) <= dealt.load_ns.max() <= dealt.load_before_ns.max()
     assert dealt.moves == sum(1 for i, replica in enumerate(dealt.replica_of) if replica != i % replicas)
     assert undealt(np.array(work), replicas).moves == 0
 
@@ -52,7 +54,7 @@ def test_a_deal_is_even_in_number_never_worse_than_no_deal_and_above_its_bound(c
 def test_two_replicas_are_never_far_from_the_best_deal(case: tuple[list[list[int]], int]) -> None:
     work, replicas = case
     best = min(
-        max(naive_deal.loads(work, [0 if i in first else replicas - 1 for i in range(len(work))], [0] * replicas))
+        max(naive_deal.loads(work, [0 if i in first else replicas - 1 for i in range(len(work))], replicas))
         for first in map(set, itertools.combinations(range(len(work)), len(work) // replicas))
     )
     # The bound is below the best of all deals; swaps of pairs are stuck above it at most by the largest work.
@@ -60,25 +62,71 @@ def test_two_replicas_are_never_far_from_the_best_deal(case: tuple[list[list[int
     assert dealt.bound_ns <= best <= dealt.load_ns.max() <= best + max(map(max, work))
 
 
-@given(works(), st.lists(st.integers(-50, 500), min_size=4, max_size=4))
-def test_dealing_again_swaps_as_its_slow_twin(case: tuple[list[list[int]], int], beyond: list[int]) -> None:
+five = st.lists(st.integers(-50, 500), min_size=5, max_size=5)
+
+
+@given(works(max_replicas=5), five, five, st.integers(0, 3000), st.integers(0, 3))
+def test_pairs_swap_as_in_their_slow_twin(case: tuple[list[list[int]], int], beyond: list[int], surplus: list[int], fill: int, passes: int) -> None:
     work, replicas = case
     dealt = deal(np.array(work), replicas)
+    found, expected = dealt.replica_of.copy(), dealt.replica_of.tolist()
     planned = [load + more for load, more in zip(dealt.load_ns.tolist(), beyond, strict=False)]
-    again = deal_again(np.array(work), dealt, planned)
-    expected = dealt.replica_of.tolist()
-    bound = naive_deal.bound(work, beyond[:replicas])
-    naive_deal.swap(work, beyond[:replicas], bound + bound // 10_000, expected)
-    assert again.replica_of.tolist() == expected
-    then = naive_deal.loads(work, expected, beyond[:replicas])
-    assert max(then) <= max(planned)
+    mean = sum(planned) // replicas
+    tried: set[tuple[int, int]] = set()
+    for _ in range(passes + 1):
+        keys = np.array(sorted(out * len(work) + into for out, into in tried), dtype=np.int64)
+        swaps = swap_pairs(np.array(work), np.array(planned), np.array(surplus[:replicas]), fill, mean, mean + 2, keys, found)
+        assert [tuple(swap) for swap in swaps.tolist()] == naive_deal.swap_pairs(work, planned, surplus, fill, mean, mean + 2, tried, expected)
+        assert found.tolist() == expected
+        tried |= {tuple(swap[:2]) for swap in swaps.tolist()}
+
+
+@given(works(max_replicas=5), st.randoms(use_true_random=False))
+def test_the_second_pass_never_slows_the_slowest_whatever_plans_take(case: tuple[list[list[int]], int], luck: Random) -> None:
+    work, replicas = case
+    dealt = deal(np.array(work), replicas)
+    told: dict[tuple[int, ...], int] = {}
+
+    def planned_time(share: Sequence[int]) -> int:
+        told[tuple(sorted(share))] = 1 + max(map(sum, zip(*[work[i] for i in share], strict=True))) + luck.randrange(300)
+        return told[tuple(sorted(share))]
+
+    planned = deal_by_plans(np.array(work), dealt, planned_time, passes=5)
+    shares = planned.dealt.shares()
+    assert sorted(itertools.chain(*shares)) == list(range(len(work)))
+    assert list(planned.planned_ns) == [told[tuple(sorted(share))] for share in shares]
+    assert max(planned.planned_ns) <= max(told[tuple(sorted(share))] for share in dealt.shares())
+    assert planned.dealt.load_ns.tolist() == naive_deal.loads(work, planned.dealt.replica_of.tolist(), replicas)
+
+
+def test_a_swap_whose_plans_cannot_be_made_is_taken_back() -> None:
+    work = np.array([[10], [10], [30], [10], [30], [10]])
+    dealt = undealt(work, 2)
+    second = SecondPass(work, dealt)
+    assert not second.tell([90, 30])
+    assert second.following() is not None
+    assert not second.tell([0, 60])
+    assert second.best is not None
+    assert (second.best.dealt.replica_of.tolist(), second.best.planned_ns) == (dealt.replica_of.tolist(), (90, 30))
+
+
+def test_replicas_with_a_heavy_microbatch_get_less_of_the_rest() -> None:
+    """As in pipelines with few microbatches, which fill and drain at the pace of the heaviest."""
+    work = np.random.default_rng(2).integers(100, 1000, (16 * 8, 1))
+
+    def planned_time(share: Sequence[int]) -> int:
+        return int(work[list(share)].sum() + 2 * work[list(share)].max())
+
+    dealt = deal(work, 16)
+    assert deal_by_plans(work, dealt, planned_time, passes=0).imbalance > 1.02
+    assert deal_by_plans(work, dealt, planned_time).imbalance < 1.005
 
 
 def test_few_moves_reach_what_a_deal_from_scratch_reaches() -> None:
     rng = np.random.default_rng(3)
     work = (1e6 * rng.lognormal(0, 0.5, (16 * 32, 1))).astype(np.int64)
     dealt = deal(work, 16)
-    scratch = max(naive_deal.loads(work.tolist(), naive_deal.heaviest_first(work.tolist(), 16), [0] * 16))
+    scratch = max(naive_deal.loads(work.tolist(), naive_deal.heaviest_first(work.tolist(), 16), 16))
     assert dealt.load_ns.max() <= scratch * (1 + SLACK)
     assert dealt.imbalance_before > 1.1
     assert dealt.moves < len(work) // 8

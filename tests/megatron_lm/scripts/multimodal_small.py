@@ -31,6 +31,7 @@ sizes.get_language_model_config = small(sizes.get_language_model_config, ffn_hid
 sizes.get_vision_projection_config = small(sizes.get_vision_projection_config, ffn_hidden_size=64)
 
 
-def run() -> None:
+def run(**beside: Any) -> None:
+    """The script, with these names beside its own."""
     assert os.environ["WORLD_SIZE"], "start it with one process a rank"
-    exec(compile(SCRIPT.read_text(), str(SCRIPT), "exec", dont_inherit=True), {"__name__": "__main__", "__file__": str(SCRIPT)})
+    exec(compile(SCRIPT.read_text(), str(SCRIPT), "exec", dont_inherit=True), {"__name__": "__main__", "__file__": str(SCRIPT), **beside})
