@@ -24,6 +24,10 @@ PALETTE = (
 KIND_COLOUR = {"fw": 0, "bw": 1, "w": 2}
 KIND_LABEL = {"fw": "forward", "bw": "backward", "w": "weight gradients"}
 IDLE = "#f1f1ee"
+BOUND = "#b00020"
+"""Of a plan's lower bound and of the memory capacity, dashed."""
+_RANKS = ("#1e1e50", "#2d4b87", "#2d738c", "#239b82", "#5abe5a", "#b9cd2d")
+"""From the first rank to the last: lightness grows evenly, which all eyes see."""
 _DARK_TEXT = 0.30
 """Relative luminance above which text on a colour is dark."""
 
@@ -35,6 +39,14 @@ def modules_of(timelines: Iterable[Timeline]) -> list[str]:
 
 def colour_of(module: str, kind: str, modules: Sequence[str]) -> str:
     return PALETTE[modules.index(module) % len(PALETTE)][KIND_COLOUR[kind]]
+
+
+def rank_colour(rank: int, ranks: int) -> str:
+    """Of a rank's memory line: dark for the first rank, light for the last."""
+    at = rank / max(1, ranks - 1) * (len(_RANKS) - 1)
+    below = min(int(at), len(_RANKS) - 2)
+    ends = [[int(_RANKS[below + more][place : place + 2], 16) for place in (1, 3, 5)] for more in (0, 1)]
+    return "#" + "".join(f"{round(low + (high - low) * (at - below)):02x}" for low, high in zip(*ends, strict=True))
 
 
 def text_colour(colour: str) -> str:

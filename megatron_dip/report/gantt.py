@@ -10,17 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.typing import ColorType
 from numpy.typing import NDArray
 
-from megatron_dip.report.colours import IDLE, KIND_COLOUR, KIND_LABEL, PALETTE, colour_of, modules_of, text_colour
-from megatron_dip.report.tables import time_unit
+from megatron_dip.report.colours import BOUND, IDLE, KIND_COLOUR, KIND_LABEL, PALETTE, colour_of, modules_of, rank_colour, text_colour
+from megatron_dip.report.tables import headline, memory_unit, time_unit
 from megatron_dip.report.trace import held_over_time
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan
@@ -66,11 +68,10 @@ def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str, plans: 
         axes = figure.add_axes((0.065, (bottom - 0.18) / height, 0.925, (panel_height - 0.36) / height))
         _draw_panel(axes, timeline, modules, unit=unit, span=longest / unit)
         axes.set_title(
-            f"{timeline.title}:  {timeline.makespan / unit:.4g} {unit_name}, {100 * timeline.bubble_fraction:.1f} % bubbles",
-            loc="left", fontsize=10.5, pad=4, parse_math=False,
+            headline(timeline, plan, unit, unit_name), loc="left", fontsize=10.5, pad=4, parse_math=False,
         )
         if plan is not None and plan.lower_bound > 0:
-            axes.axvline(plan.lower_bound / unit, color="#b00020", linewidth=1.0, linestyle="--")
+            axes.axvline(plan.lower_bound / unit, color=BOUND, linewidth=1.0, linestyle="--")
         if memory_height:
             assert plan is not None
             axes.set_xticklabels([])
@@ -82,13 +83,15 @@ def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str, plans: 
             axes.set_xticklabels([])
         top -= panel_height + memory_height
     shown = {(bar.module, bar.kind) for timeline in drawn for bar in timeline.bars}
-    handles = [
+    handles: list[Artist] = [
         Patch(color=PALETTE[at % len(PALETTE)][KIND_COLOUR[kind]], label=f"{module} {KIND_LABEL[kind]}")
         for at, module in enumerate(modules)
         for kind in KIND_COLOUR
         if (module, kind) in shown
     ]
     handles.append(Patch(facecolor=IDLE, edgecolor="#bbbbbb", label="idle"))
+    if any(plan is not None and plan.lower_bound > 0 for _, plan in pairs):
+        handles.append(Line2D([], [], color=BOUND, linewidth=1.0, linestyle="--", label="lower bound"))
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(0.06, 1 - 0.42 / height), ncol=len(handles), fontsize=9 if len(handles) < 9 else 8, frameon=False,
         handlelength=1.2, columnspacing=1.2, borderaxespad=0,
@@ -105,9 +108,9 @@ def _draw_panel(axes: Axes, timeline: Timeline, modules: Sequence[str], *, unit:
     for rank in range(timeline.ranks):
         axes.barh(rank, makespan, height=0.84, color=IDLE, linewidth=0)
     if len(timeline.bars) > LARGEST_LABELLED:
-        axes.imshow(
-            _columns(timeline, modules), extent=(0, makespan, timeline.ranks - 0.5, -0.5), aspect="auto", interpolation="antialiased", zorder=2
-        )
+        # Each rank by itself: one image of all would blur the gaps between them into the bars.
+        for rank, row in enumerate(_columns(timeline, modules)):
+            axes.imshow(row[None], extent=(0, makespan, rank + 0.42, rank - 0.42), aspect="auto", interpolation="antialiased", zorder=2)
     else:
         _draw_bars(axes, timeline, modules, origin, unit=unit, span=span)
     axes.axvline(makespan, color="#444444", linewidth=0.9)
@@ -122,8 +125,7 @@ def _draw_panel(axes: Axes, timeline: Timeline, modules: Sequence[str], *, unit:
 
 
 def _columns(timeline: Timeline, modules: Sequence[str]) -> NDArray[np.float64]:
-    """[rows, columns, rgb]: the mixture of what ran on each rank in each column's span, idle time included; a gap between ranks' rows."""
-    rows_each, gap = 8, 1
+    """[ranks, columns, rgb]: the mixture of what ran on each rank in each column's span, idle time included."""
     start, span = min(bar.start for bar in timeline.bars), max(1, timeline.makespan)
     shares = np.zeros((timeline.ranks, _COLUMNS + 1))
     colours = np.zeros((timeline.ranks, _COLUMNS + 1, 3))
@@ -137,23 +139,23 @@ def _columns(timeline: Timeline, modules: Sequence[str]) -> NDArray[np.float64]:
         shares[bar.rank, first : last + 1] += part
         colours[bar.rank, first : last + 1] += part[:, None] * colour
     idle = np.clip(1.0 - shares[:, :_COLUMNS], 0.0, 1.0)
-    mixed = np.clip(colours[:, :_COLUMNS] + idle[..., None] * np.array(to_rgb(IDLE)), 0.0, 1.0)
-    image = np.ones((timeline.ranks, rows_each + gap, _COLUMNS, 3))
-    image[:, :rows_each] = mixed[:, None]
-    return image.reshape(-1, _COLUMNS, 3)
+    return np.clip(colours[:, :_COLUMNS] + idle[..., None] * np.array(to_rgb(IDLE)), 0.0, 1.0)
 
 
 def _draw_memory(axes: Axes, timeline: Timeline, plan: Plan, *, unit: float, span: float) -> None:
-    """What each rank holds over time in GB, and the least capacity of the ranks."""
+    """What each rank holds over time, and the least capacity of the ranks."""
+    capacity = min(plan.memory_capacity) if plan.memory_capacity is not None else None
+    size, size_name = memory_unit(max(*plan.peak_memory, capacity or 0))
+    named = range(plan.ranks) if plan.ranks <= 8 else (0, plan.ranks - 1)
     for rank, steps in enumerate(held_over_time(timeline, plan)):
         instants = [step.instant_ns / unit for step in steps] + [timeline.makespan / unit]
-        held = [step.held_bytes / 1e9 for step in steps]
-        axes.step(instants, [*held, held[-1]], where="post", linewidth=0.8, label=f"rank {rank}" if plan.ranks <= 8 else None)
-    if plan.memory_capacity is not None:
-        axes.axhline(min(plan.memory_capacity) / 1e9, color="#b00020", linewidth=1.0, linestyle="--", label="capacity")
+        held = [step.held_bytes / size for step in steps]
+        axes.step(instants, [*held, held[-1]], where="post", linewidth=0.8, color=rank_colour(rank, plan.ranks), label=f"rank {rank}" if rank in named else None)
+    if capacity is not None:
+        axes.axhline(capacity / size, color=BOUND, linewidth=1.0, linestyle="--", label=f"capacity {capacity / size:.4g} {size_name}")
     axes.set_xlim(0, span * 1.005)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.25)  # room for the legend
-    axes.set_ylabel("GB", fontsize=9)
+    axes.set_ylabel(f"{size_name} held", fontsize=9)
     axes.tick_params(labelsize=8)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right", ncol=9, fontsize=7, frameon=False)

@@ -24,8 +24,8 @@ from bokeh.models.widgets import Div, Slider
 from bokeh.plotting import figure
 from bokeh.resources import INLINE
 
-from megatron_dip.report.colours import IDLE, KIND_LABEL, colour_of, modules_of
-from megatron_dip.report.tables import TIMELINE_HEADER, time_unit, timeline_rows
+from megatron_dip.report.colours import BOUND, IDLE, KIND_LABEL, colour_of, modules_of, rank_colour
+from megatron_dip.report.tables import TIMELINE_HEADER, headline, memory_unit, time_unit, timeline_rows
 from megatron_dip.report.trace import StageKey, held_over_time, stage_facts, stage_key
 from megatron_dip.spec.codec import write_atomically
 from megatron_dip.spec.errors import InputError
@@ -33,7 +33,6 @@ from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.timeline import Timeline
 
 _TOOLS = "xpan,xwheel_zoom,xbox_zoom,reset,save"
-_BOUND = "#b00020"
 _TOOLTIPS = [
     ("stage", "@module @kind_label, chunk @vp_stage"), ("microbatch", "@microbatch, part @sub_microbatch"), ("from", "@start_ms{0.000} to @end_ms{0.000} ms"),
     ("takes", "@takes_ms{0.000} ms"), ("of it", "@facts"),
@@ -75,7 +74,7 @@ def _stages(timeline: Timeline, plan: Plan | None, modules: Sequence[str], share
     if plan is not None:
         facts = {stage_key(stage): ", ".join(f"{name} {value}" for name, value in stage_facts(stage).items()) for stage in plan.stages}
     chart = figure(
-        title=f"{timeline.title}: {timeline.makespan / unit:.4g} {unit_name}, {100 * timeline.bubble_fraction:.1f} % bubbles", x_range=shared,
+        title=headline(timeline, plan, unit, unit_name), x_range=shared,
         y_range=Range1d(start=timeline.ranks - 0.5, end=-0.5), height=140 + 26 * min(timeline.ranks, 32), tools=_TOOLS, output_backend="webgl",
         sizing_mode="stretch_width", y_axis_label="rank", x_axis_label=f"time in {unit_name}",
     )
@@ -85,7 +84,7 @@ def _stages(timeline: Timeline, plan: Plan | None, modules: Sequence[str], share
     series: dict[tuple[str, str], list[Any]] = {}
     for bar in timeline.bars:
         series.setdefault((bar.module, bar.kind), []).append(bar)
-    for (module, kind), bars in sorted(series.items(), key=lambda item: (modules.index(item[0][0]), item[0][1])):
+    for (module, kind), bars in sorted(series.items(), key=lambda item: (modules.index(item[0][0]), list(KIND_LABEL).index(item[0][1]))):
         source = ColumnDataSource({
             "rank": [bar.rank for bar in bars], "left": [(bar.start - origin) / unit for bar in bars], "right": [(bar.end - origin) / unit for bar in bars],
             "module": [module] * len(bars), "kind_label": [KIND_LABEL[kind]] * len(bars), "vp_stage": [bar.vp_stage for bar in bars],
@@ -98,31 +97,32 @@ def _stages(timeline: Timeline, plan: Plan | None, modules: Sequence[str], share
     chart.add_tools(HoverTool(tooltips=_TOOLTIPS))
     _finish(chart)
     if plan is not None and plan.lower_bound > 0:
-        chart.add_layout(Span(location=plan.lower_bound / unit, dimension="height", line_color=_BOUND, line_dash="dashed"))
+        chart.add_layout(Span(location=plan.lower_bound / unit, dimension="height", line_color=BOUND, line_dash="dashed"))
     return chart
 
 
 def _memory(timeline: Timeline, plan: Plan, shared: Range1d, unit: float, unit_name: str) -> figure:
-    chart = figure(height=200, x_range=shared, tools=_TOOLS, sizing_mode="stretch_width", y_axis_label="GB held", x_axis_label=f"time in {unit_name}")
+    capacity = min(plan.memory_capacity) if plan.memory_capacity is not None else None
+    largest = max(*plan.peak_memory, capacity or 0)
+    size, size_name = memory_unit(largest)
+    said = f"memory: peak {max(plan.peak_memory) / size:.4g} {size_name}" + (f", capacity {capacity / size:.4g} {size_name}" if capacity is not None else "")
+    chart = figure(
+        title=said, height=220, x_range=shared, y_range=Range1d(start=0, end=1.1 * largest / size), tools=_TOOLS, sizing_mode="stretch_width",
+        y_axis_label=f"{size_name} held", x_axis_label=f"time in {unit_name}",
+    )
+    named = range(plan.ranks) if plan.ranks <= 8 else (0, plan.ranks - 1)
     for rank, steps in enumerate(held_over_time(timeline, plan)):
         source = ColumnDataSource({
             "at": [*(step.instant_ns / unit for step in steps), timeline.makespan / unit],
-            "held": [step.held_bytes / 1e9 for step in [*steps, steps[-1]]], "rank": [rank] * (len(steps) + 1),
+            "held": [step.held_bytes / size for step in [*steps, steps[-1]]], "rank": [rank] * (len(steps) + 1),
         })
-        few = plan.ranks <= 8
-        extra: dict[str, Any] = {"legend_label": f"rank {rank}"} if few else {}
-        chart.step(x="at", y="held", source=source, mode="after", line_width=1, color=colour_of("m", "bw", ["m"]) if not few else _line_colour(rank), **extra)
-    chart.add_tools(HoverTool(tooltips=[("rank", "@rank"), ("GB", "@held{0.000}")]))
-    if plan.memory_capacity is not None:
-        chart.y_range = Range1d(start=0, end=1.1 * max(*plan.memory_capacity, *plan.peak_memory) / 1e9)
-        chart.add_layout(Span(location=min(plan.memory_capacity) / 1e9, dimension="width", line_color=_BOUND, line_dash="dashed"))
+        extra: dict[str, Any] = {"legend_label": f"rank {rank}"} if rank in named else {}
+        chart.step(x="at", y="held", source=source, mode="after", line_width=1, color=rank_colour(rank, plan.ranks), **extra)
+    chart.add_tools(HoverTool(tooltips=[("rank", "@rank"), (size_name, "@held{0.000}")]))
+    if capacity is not None:
+        chart.add_layout(Span(location=capacity / size, dimension="width", line_color=BOUND, line_dash="dashed"))
     _finish(chart)
     return chart
-
-
-def _line_colour(rank: int) -> str:
-    names = [str(index) for index in range(8)]
-    return colour_of(names[rank % 8], "bw", names)
 
 
 def _finish(chart: figure) -> None:

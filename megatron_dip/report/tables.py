@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_dip.spec.plan import Plan
 from megatron_dip.spec.timeline import Timeline
 
 
@@ -53,11 +54,28 @@ def timeline_rows(timelines: Sequence[Timeline]) -> list[list[str]]:
         length = max(timeline.makespan, 1)
         rows.append(
             [
-                timeline.title, f"{timeline.makespan / 1e6:.2f}", f"{100 * timeline.bubble_fraction:.1f}",
+                timeline.title, f"{timeline.makespan / 1e6:{'.2f' if timeline.makespan >= 10**6 else '.4g'}}", f"{100 * timeline.bubble_fraction:.1f}",
                 " ".join(f"{100 * value / length:.0f}" for value in busy),
             ]
         )
     return rows
+
+
+def headline(timeline: Timeline, plan: Plan | None, unit: float, unit_name: str) -> str:
+    """What stands above a chart: name, length, bubbles and size, and a plan's lower bound; ``unit`` and ``unit_name`` as of :func:`time_unit`."""
+    said = f"{timeline.title}: {timeline.makespan / unit:.4g} {unit_name}, {100 * timeline.bubble_fraction:.1f} % bubbles"
+    if plan is not None and plan.lower_bound > 0:
+        said += f", lower bound {plan.lower_bound / unit:.4g} {unit_name}"
+    microbatches = len({bar.microbatch for bar in timeline.bars})
+    return said + f"; {timeline.ranks} ranks, {microbatches} microbatches, {len(timeline.bars)} stages"
+
+
+def memory_unit(largest_bytes: int) -> tuple[float, str]:
+    """Divisor of bytes and name of the unit that suits what ranks hold."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if largest_bytes >= unit:
+            return unit, name
+    return 1.0, "bytes"
 
 
 def time_unit(longest_ns: int) -> tuple[float, str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_dip.report.colours import IDLE, PALETTE, text_colour
+from megatron_dip.report.colours import IDLE, PALETTE, rank_colour, text_colour
 
 VISION = {
     "full": np.eye(3),
@@ -47,3 +47,10 @@ def test_text_can_be_read_on_every_colour() -> None:
         text = text_colour(colour)
         high, low = sorted((luminance(colour), luminance({"white": "#ffffff"}.get(text, text))), reverse=True)
         assert (high + 0.05) / (low + 0.05) >= 3.0, colour
+
+
+def test_memory_lines_grow_lighter_from_the_first_rank_to_the_last() -> None:
+    """Lightness is what all eyes see."""
+    lightness = [lab(linear(rank_colour(rank, 16)))[0] for rank in range(16)]
+    assert all(after - before > 1.0 for before, after in itertools.pairwise(lightness))
+    assert rank_colour(0, 1) == rank_colour(0, 16)

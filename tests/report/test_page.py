@@ -49,11 +49,14 @@ def share(pixels: np.ndarray, colour: str) -> float:
 
 def test_a_page_is_one_file_without_network(tmp_path: Path) -> None:
     timeline, plan = read_timeline(GOLDEN)
+    assert plan is not None
+    assert plan.memory_capacity is not None
     write_page([timeline, measured("<b>&")], [plan, None], tmp_path / "x.html", title="<script>x</script>")
     text = (tmp_path / "x.html").read_text()
     assert not re.findall(r"<(?:script|link)[^>]*(?:src|href)=", text)
     assert "<script>x" not in text
-    assert "GB held" in text
+    assert "kB held" in text
+    assert f"capacity {min(plan.memory_capacity) / 1e3:.4g} kB" in text
 
 
 @needs_browser

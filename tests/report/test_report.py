@@ -69,7 +69,7 @@ def test_timeline_figures() -> None:
     assert timeline().makespan == 400
     assert timeline().bubble_fraction == pytest.approx(0.5)
     assert timeline(bars=[]).bubble_fraction == 0.0
-    assert "| measured | 0.00 | 50.0 | 25 75 |" in timeline_table([timeline()])
+    assert "| measured | 0.0004 | 50.0 | 25 75 |" in timeline_table([timeline()])
 
 
 def test_gantt_shows_every_panel_on_one_axis(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_columns_of_many_stages_show_how_much_was_busy() -> None:
         Bar(rank=rank, kind="bw", module="lm", vp_stage=0, microbatch=i, sub_microbatch=0, start=100 * i, end=100 * i + length)
         for rank, length in ((0, 100), (1, 50), (2, 0)) for i in range(20_000)
     ]
-    image = _columns(timeline(bars=bars, ranks=3), ["lm"]).reshape(3, 9, -1, 3)[:, :8].mean(axis=(1, 2))
+    image = _columns(timeline(bars=bars, ranks=3), ["lm"]).mean(axis=1)
     idle, busy = np.array(to_rgb(IDLE)), np.array(to_rgb(PALETTE[0][1]))
     assert image[0] == pytest.approx(busy, abs=2e-3)
     assert image[1] == pytest.approx((idle + busy) / 2, abs=5e-3)
