@@ -122,8 +122,8 @@ def _answer_for_cuda() -> None:
         setattr(cuda, name, lambda device=None: 0)
     cuda.memory_stats = lambda device=None: {}
     stream = _OnlyStream()
-    cuda.Stream = lambda *args, **kwargs: stream
-    cuda.Event = lambda *args, **kwargs: _PassedEvent()
+    # Classes: transformers has annotations like ``torch.cuda.Stream | None``.
+    cuda.Stream, cuda.Event = _OnlyStream, _PassedEvent
     cuda.current_stream = cuda.default_stream = lambda device=None: stream
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.set_stream = lambda stream: None
@@ -141,6 +141,8 @@ class _OnlyStream:
 
     cuda_stream = 0
 
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
     def wait_stream(self, stream: object) -> None: ...
 
     def wait_event(self, event: object) -> None: ...
@@ -153,6 +155,8 @@ class _OnlyStream:
 
 class _PassedEvent:
     """What was asked before it is done."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
 
     def record(self, stream: object = None) -> None: ...
 

@@ -7,7 +7,7 @@ By the environment: SIGTERM_AT_SAMPLE and SIGKILL_AT_SAMPLE send this process a 
 loop think so; NODE_NAME gives this machine another name; UNSUPERVISED_EVERY leaves every n-th sample without a token to learn;
 TEXT_LENGTHS=vary gives texts of 4 to 24 tokens; TELLS_LENGTHS lets the data set tell lengths without reading a sample (lies: wrong ones); IMAGES_AT=even or one gives images to samples of even numbers alone, or 40 to the first, and
 pairs gives the two samples of a microbatch different numbers; SAMPLES, with --dataloader-type external, is how many samples each replica's loader
-gives before it ends (one number, or one a replica with commas); NOISE draws noise on images and weights of tokens in forward_step; RERUN_EVERY_ITERATION sets the mode that 0.16.1's --rerun-mode cannot name.
+gives before it ends (one number, or one a replica with commas); HIDES_LAYERS puts a vision model of transformers in the place of Megatron's; NOISE draws noise on images and weights of tokens in forward_step; RERUN_EVERY_ITERATION sets the mode that 0.16.1's --rerun-mode cannot name.
 """
 
 from __future__ import annotations
@@ -129,9 +129,31 @@ def model_provider(**arguments: Any) -> torch.nn.Module:
     args = get_args()
     given, args.ckpt_format = args.ckpt_format, "torch"
     try:
-        return stock_model_provider(**arguments)
+        model = stock_model_provider(**arguments)
     finally:
         args.ckpt_format = given
+    if "HIDES_LAYERS" in os.environ and model.vision_model is not None:
+        model.vision_model = HiddenLayers().requires_grad_(not args.freeze_ViT)
+    return model
+
+
+class HiddenLayers(torch.nn.Module):
+    """A tiny CLIPVisionModel of transformers: images [n, 3, height, width] -> [n, 1 + patches, hidden]."""
+
+    def __init__(self) -> None:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        super().__init__()
+        args = get_args()
+        self.model = CLIPVisionModel(CLIPVisionConfig(
+            hidden_size=args.hidden_size, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=args.img_h, patch_size=args.patch_dim,
+        ))
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
+        """The stock model's, which hands nothing on in one process."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images).last_hidden_state  # type: ignore[no-any-return]
 
 
 def pretend() -> None:
