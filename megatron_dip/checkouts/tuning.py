@@ -1,7 +1,8 @@
 """Starts a training script for a short rehearsal that chooses the run's cut, by the launcher and ``--dip-rehearse``.
 
 In: the script with the flags of the run. Out: what :mod:`megatron_dip.hooks.rehearsal` writes. The processes are those of one replica, on this machine:
-tensor x pipeline x context (x expert) ranks. A rehearsal over several machines is started as the run is, with ``--dip-rehearse DIR`` among its flags.
+tensor x pipeline x context (x expert) ranks, or of its first pipeline rank alone. A rehearsal over several machines is started as the run is, with
+``--dip-rehearse DIR`` among its flags.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from megatron_dip.spec.errors import InputError
 
-_SIZES = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size")
+_PIPELINE = "--pipeline-model-parallel-size"
+_SIZES = ("--tensor-model-parallel-size", _PIPELINE, "--context-parallel-size")
 _LEFT_OUT = (
     "--save", "--save-interval", "--load", "--tensorboard-dir", "--wandb-project", "--wandb-exp-name", "--wandb-save-dir", "--exit-duration-in-mins",
     "--exit-interval", "--pipeline-schedule", "--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank",
@@ -27,7 +29,9 @@ Start = Callable[[Sequence[str], Mapping[str, str]], int]
 """(command, environment) -> exit status"""
 
 
-def rehearse(script: Path, arguments: Sequence[str], output: Path, device: str, data_parallel: int = 1, start: Start | None = None) -> None:
+def rehearse(
+    script: Path, arguments: Sequence[str], output: Path, device: str, data_parallel: int = 1, *, one_rank: bool = False, start: Start | None = None
+) -> None:
     """Runs the rehearsal.
 
     Args:
@@ -35,6 +39,7 @@ def rehearse(script: Path, arguments: Sequence[str], output: Path, device: str, 
         output: the folder to write.
         device: ``cuda`` or ``cpu``.
         data_parallel: replicas of the run; the rehearsal runs one of them, with its share of the global batch.
+        one_rank: one pipeline rank, with all layers, stands for all.
         start: runs the processes; by default with torchrun.
 
     Raises:
@@ -56,6 +61,10 @@ def rehearse(script: Path, arguments: Sequence[str], output: Path, device: str, 
     given = _last(arguments, "--dip-partition")
     if given is not None:
         flags += ["--dip-partition", given]
+    pipeline = flag_value(arguments, _PIPELINE) or 1
+    if one_rank:
+        ranks //= pipeline
+        flags += [_PIPELINE, "1", "--dip-rehearse-ranks", str(pipeline)]
     flags += ["--pipeline-schedule", "dip", "--dip-rehearse", str(output.resolve()), "--eval-interval", _NEVER]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks), "--standalone", "--local-addr", "127.0.0.1",

@@ -7,7 +7,8 @@ partition.json, profile.json and report.txt (the expected iteration against the 
 
     megatron-dip tune pretrain_vlm.py --pipeline-model-parallel-size 4 <the run's flags>
 
-Nothing is loaded or saved. Where the replica spans several machines, start the run itself with --dip-rehearse DIR.
+Nothing is loaded or saved. --one-rank needs one pipeline rank's device alone (times its tensor and context ranks), if all layers fit on it; messages
+between ranks then take what the device's description says. Where the replica spans several machines, start the run itself with --dip-rehearse DIR.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("tuned"), metavar="DIR", help="folder to write (default: tuned)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: without GPUs, over gloo; the layers must be local ones")
     parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="replicas of the run, among which its global batch is shared (default: 1)")
+    parser.add_argument("--one-rank", action="store_true", help="measure all layers on one pipeline rank, and choose for as many as the flags say")
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="the training script of your Megatron-LM checkout")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments, as in training")
 
@@ -31,5 +33,5 @@ def run(args: argparse.Namespace) -> int:
     from megatron_dip.spec.codec import check_folder_writable
 
     check_folder_writable(args.output, "--output")
-    rehearse(args.script, args.arguments, args.output, args.device, args.data_parallel)
+    rehearse(args.script, args.arguments, args.output, args.device, args.data_parallel, one_rank=args.one_rank)
     return 0

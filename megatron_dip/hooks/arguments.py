@@ -72,6 +72,8 @@ class DipOptions:
     """``auto``: where all layers can do both and no limit on memory is given, as is faster for the batch; else whole."""
     rehearse: Path | None
     """Measure the run's data and layers, choose its cut, write it here and end; None: train."""
+    rehearse_ranks: int | None
+    """Pipeline ranks of the run that a rehearsal on one of them chooses for; None: as many as it has."""
     trace_dir: Path | None
     seed: int
     log_interval: int
@@ -137,6 +139,8 @@ def add_dip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dip-rehearse", type=Path, default=None, metavar="DIR",
                        help="What `megatron-dip tune` starts a run with: a few iterations that measure data and layers; then the best cut for the run is "
                        "written to DIR and kept for --dip-partition auto, and the run ends.")
+    group.add_argument("--dip-rehearse-ranks", type=int, default=None, metavar="P",
+                       help="What `megatron-dip tune --one-rank` adds: the rehearsal runs with --pipeline-model-parallel-size 1 and chooses for P.")
     group.add_argument("--dip-trace-dir", type=Path, default=None, metavar="DIR",
                        help="Write each iteration's plan and measured times here (see `megatron-dip trace`).")
     group.add_argument("--dip-seed", type=int, default=1234, help="Seed of the search.")
@@ -302,10 +306,22 @@ def options_from_args(args: argparse.Namespace) -> DipOptions:
         host_memory_bytes=int(args.dip_host_memory * _GIB),
         split_backward=_SPLITS[args.dip_split_backward],
         rehearse=args.dip_rehearse,
+        rehearse_ranks=_rehearse_ranks(args),
         trace_dir=args.dip_trace_dir,
         seed=args.dip_seed,
         log_interval=args.dip_log_interval,
     )
+
+
+def _rehearse_ranks(args: argparse.Namespace) -> int | None:
+    ranks: int | None = args.dip_rehearse_ranks
+    if ranks is not None:
+        _at_least("--dip-rehearse-ranks", ranks, 1)
+        if args.dip_rehearse is None or _above(1)(getattr(args, "pipeline_model_parallel_size", None)):
+            raise InputError(
+                "--dip-rehearse-ranks", ranks, "is for a rehearsal on one pipeline rank", "use it with --dip-rehearse and --pipeline-model-parallel-size 1"
+            )
+    return ranks
 
 
 def _learns_costs(args: argparse.Namespace) -> bool:

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dip.checkouts.checkpoint_files import CUT_ATTRIBUTE, check_loadable
 from megatron_dip.hooks.arguments import DipOptions, options_from_args
 from megatron_dip.hooks.costs import make_costs
-from megatron_dip.hooks.cut import WHOLE, RunCut, find_run_cut, note_cut
+from megatron_dip.hooks.cut import WHOLE, RunCut, find_run_cut, given_partition, note_cut
 from megatron_dip.hooks.rehearsal import Rehearsal, rehearsal_partition
 from megatron_dip.iteration.cut_review import CutReview
 from megatron_dip.iteration.feedback import CostFeedback
@@ -100,9 +100,11 @@ def build_chunks(
     spec = description.model_spec
     ranks = parallel_state.get_pipeline_model_parallel_world_size()
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    cut = find_run_cut(args, options, description, ranks)
     if options.rehearse is not None:
+        given_partition(spec, options.rehearse_ranks or ranks, options)  # flags that ask for what cannot be are said before anything is measured
         cut = RunCut(partition=rehearsal_partition(spec, ranks), origin="for a rehearsal")
+    else:
+        cut = find_run_cut(args, options, description, ranks)
     partition = cut.partition
     setattr(args, CUT_ATTRIBUTE, str(partition.chunks))
     note_cut(args, partition)

@@ -230,8 +230,8 @@ def _start(built: BuiltModel, chunks: list[torch.nn.Module]) -> DipForwardBackwa
         args, is_planner = built.args, forward_backward.is_planner
         built.feedback = CostFeedback(
             groups=forward_backward.groups, partition=built.partition, model=model, costs=costs,
-            # What gloo takes on the host says nothing about NCCL.
-            p2p=measure_p2p(forward_backward.groups) if on_cpu else None,
+            # What gloo takes on the host says nothing about NCCL, and one rank sends nothing.
+            p2p=measure_p2p(forward_backward.groups) if on_cpu and options.rehearse_ranks is None else None,
             profile=(kept_costs(costs_file(getattr(args, "load", None), description.model_spec, args, options)) or built.cut.profile)
             if is_planner and options.rehearse is None else None,
             forget=forward_backward.forget_plans, is_planner=is_planner, read_every_iteration=on_cpu,

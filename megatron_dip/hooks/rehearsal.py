@@ -5,9 +5,10 @@ In: the flags of the run, ``--dip-rehearse FOLDER``, and the first iterations of
 
 The rehearsal trains under a cut that tells embedding, layers and head apart (two chunks a rank where layers suffice). Plans take turns with
 sub-microbatches of all sizes, from whole to single instances, and with whole and split backwards where layers can do both, so that the costs of all
-of them are measured.
+of them are measured. It runs on the pipeline ranks of the run, or on one for as many (``--dip-rehearse-ranks``), which must hold all layers.
 
-Not measured: the optimizer; memory (it is counted from the built weights and the layers' shapes).
+Not measured: the optimizer; memory (it is counted from the built weights and the layers' shapes); on one rank, messages (they take what the
+device's description says).
 """
 
 from __future__ import annotations
@@ -59,8 +60,11 @@ class PlanForm:
 
 
 def rehearsal_partition(spec: ModelSpec, num_ranks: int) -> Partition:
-    """The cut of the rehearsal, equal on all ranks."""
-    chunks = {module.name: _CHUNKS if num_ranks > 1 and module.num_layers >= _CHUNKS * num_ranks else 1 for module in spec.modules}
+    """The cut of the rehearsal, equal on all ranks. On one rank a middle chunk has layers alone; tied embeddings must stay in one chunk there."""
+    chunks = {}
+    for module in spec.modules:
+        wanted = _CHUNKS if num_ranks > 1 else 1 if module.tied_embeddings else _CHUNKS + 1
+        chunks[module.name] = wanted if module.num_layers >= wanted * num_ranks else 1
     return even_partition(spec, num_ranks, chunks, dict.fromkeys(chunks, WHOLE))
 
 
@@ -79,7 +83,7 @@ class Rehearsal:
         """
         assert options.rehearse is not None
         self._args, self._options, self._folder = args, options, options.rehearse
-        self._spec, self._model, self._ranks = description.model_spec, model, partition.num_ranks
+        self._spec, self._model, self._ranks = description.model_spec, model, options.rehearse_ranks or partition.num_ranks
         self._fixed: FixedChoices = fixed_choices(description, self._ranks)
         self._forward_backward, self._feedback, self._partition = forward_backward, feedback, partition
         self._splits, self._speaks = splits, speaks

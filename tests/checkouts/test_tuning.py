@@ -44,6 +44,15 @@ def test_the_ranks_of_one_replica_run_its_share(script: Path, tmp_path: Path) ->
     assert after[after.index("--dip-rehearse") + 1] == str(tmp_path / "tuned")
 
 
+def test_one_rank_stands_for_a_pipeline(script: Path, tmp_path: Path) -> None:
+    start = Starter(tmp_path / "tuned")
+    rehearse(script, FLAGS, tmp_path / "tuned", "cpu", one_rank=True, start=start)
+    after = start.command[start.command.index(str(script)) + 1 :]
+    assert start.command[start.command.index("--nproc-per-node") + 1] == "3"
+    assert after[len(after) - 1 - after[::-1].index("--pipeline-model-parallel-size") + 1] == "1"
+    assert after[after.index("--dip-rehearse-ranks") + 1] == "2"
+
+
 def test_a_script_that_does_not_get_through_is_said(script: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ended with status 1"):
         rehearse(script, FLAGS, tmp_path / "tuned", "cpu", start=Starter(tmp_path / "tuned", status=1))
