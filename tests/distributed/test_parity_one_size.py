@@ -7,10 +7,12 @@ what its layers add, and a norm before the projector.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_dip.spec.workload import Parallel
+from tests.distributed.test_checkpoint import SAVED_AT, go_on_elsewhere
 from tests.distributed.test_parity_dip import check
 from tests.distributed.tiny_vlm import Case
 
@@ -50,6 +52,16 @@ def test_unusual_batches_and_frozen_parts() -> None:
 def test_fewer_layers_than_ranks() -> None:
     """What stands at the ends of the vision module lies on ranks without a layer."""
     check([case(kind, 4, (1, 1), num_layers=(2, 5)) for kind in KINDS], 1e-6)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("siglip", marks=pytest.mark.long), "intern"])
+def test_checkpoints_load_under_other_cuts(kind: str, tmp_path: Path) -> None:
+    saver = case(kind, 2, (2, 2), dtype="float32", steps=2 * SAVED_AT)
+    loaders = [
+        replace(saver, parallel=Parallel(), chunks=(1, 1)), replace(saver, parallel=Parallel(tensor=2), chunks=(1, 2)),
+        replace(saver, chunks=(1, 1), options=(*saver.options, ("layout", "scripts"))),
+    ]
+    go_on_elsewhere(saver, loaders, tmp_path)
 
 
 @pytest.mark.long

@@ -128,6 +128,19 @@ def test_a_tower_under_tensor_parallelism() -> None:
     check([Case(model="wrapped clip", tensor=2, images=(2, 0, 4), flags=ONE_BY_ONE)], 1)
 
 
+def test_a_tower_under_context_parallelism() -> None:
+    """CP 2 x P 2: every context-parallel rank runs the tower on all images."""
+    check([Case(model="wrapped clip", context=2, images=(1, 0, 2, 1)), Case(model="wrapped clip", context=2, images=(1, 0, 2), frozen=("vision",))], 2)
+
+
+def test_a_tower_on_one_of_four_ranks(tmp_path: Path) -> None:
+    partition = tmp_path / "partition.json"
+    partition.write_text(json.dumps({
+        "format": "megatron-dip/partition/1", "chunks": {"vit": [[0, 1, 0, 0]], "lm": [[1, 1, 1, 1]]}, "sub_microbatch_size": {"vit": 2, "lm": 1},
+    }))
+    check([Case(model="wrapped clip", flags=ONE_BY_ONE, tied=True), Case(model="wrapped siglip", flags=("--dip-partition", str(partition)))], 4)
+
+
 @cache
 def spec(uncut: bool) -> ModelSpec:
     sizes: dict[str, Any] = {"hidden_size": 64, "ffn_hidden_size": 256, "num_attention_heads": 4}
