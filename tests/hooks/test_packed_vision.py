@@ -209,8 +209,10 @@ def test_over_two_ranks(model: str) -> None:
     ], 2)
 
 
+@pytest.mark.long
 def test_under_tensor_and_sequence_parallelism() -> None:
-    check([Case(model="dev", tensor=2, flags=ONE_BY_ONE)], 1)
+    """TP 2 x P 2."""
+    check([Case(model="dev", tensor=2, flags=ONE_BY_ONE)], 2)
 
 
 def describe(rank: int, ranks: int) -> dict[str, str]:

@@ -124,10 +124,11 @@ def test_encoders_of_a_mimo_model_over_two_ranks() -> None:
 
 
 def test_a_tower_under_tensor_parallelism() -> None:
-    """TP 2: both ranks hold the whole tower."""
-    check([Case(model="wrapped clip", tensor=2, images=(2, 0, 4), flags=ONE_BY_ONE)], 1)
+    """TP 2 x P 2, with sequence parallelism of the language model: both tensor-parallel ranks hold the whole tower."""
+    check([Case(model="wrapped clip", tensor=2, images=(2, 0, 4), flags=ONE_BY_ONE)], 2)
 
 
+@pytest.mark.long
 def test_a_tower_under_context_parallelism() -> None:
     """CP 2 x P 2: every context-parallel rank runs the tower on all images."""
     check([Case(model="wrapped clip", context=2, images=(1, 0, 2, 1)), Case(model="wrapped clip", context=2, images=(1, 0, 2), frozen=("vision",))], 2)

@@ -61,18 +61,21 @@ def test_real_images_are_read_and_bad_ones_are_left_out(patched_tree: Path, tmp_
     assert "has no txt" in run.output
 
 
-def write_hub(rank: int, ranks: int, folder: str) -> None:
-    from tests.models.test_hugging_face import oracle
+def write_hub(rank: int, ranks: int, family: str, folder: str) -> None:
+    from tests.models import test_hugging_face, test_hugging_face_one_size
 
-    oracle("qwen3_vl").save_pretrained(folder)
+    made = test_hugging_face if family.startswith("qwen") else test_hugging_face_one_size
+    made.oracle(family).save_pretrained(folder)
 
 
-def test_weights_of_hugging_face_are_trained_from(patched_tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", pytest.param("llava", marks=pytest.mark.long)])
+def test_weights_of_hugging_face_are_trained_from(family: str, patched_tree: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     hub, brought = tmp_path / "hub", tmp_path / "brought"
-    launch(write_hub, 1, str(hub))
+    launch(write_hub, 1, family, str(hub))
     subprocess.run([sys.executable, str(ROOT / "scripts/import_hf.py"), str(hub), str(brought), "--dtype", "fp32"], check=True)
     flags = [*COMMON, *NO_EVALUATION, "--model", str(hub / "config.json"), "--max-image-size", "64", "--packed-length", "256", "--mock-data"]
-    run = finished(start(patched_tree, SCRIPT, [*flags, *fresh(brought, 2), *P2, *DIP, "--dip-chunks", "vit=2", "lm=2"], ranks=2), 2)
+    chunks = ["vit=2", "lm=2"] if family.startswith("qwen") else ["lm=2"]
+    run = finished(start(patched_tree, SCRIPT, [*flags, *fresh(brought, 2), *P2, *DIP, "--dip-chunks", *chunks], ranks=2), 2)
     alone = finished(start(patched_tree, SCRIPT, [*flags, *fresh(brought, 2)]), 2)
     assert run.losses == pytest.approx(alone.losses, rel=2e-5)
