@@ -210,11 +210,12 @@ def _advice(subject: _Subject, candidates: list[Candidate]) -> str:
     best = min(others, key=lambda candidate: candidate.result.iteration_time_s if candidate.result else 0.0)
     assert best.result is not None
     gain = best.result.iteration_time_s / dip.result.iteration_time_s
-    lead = f"{'a' if gain >= 1 else 'only'} {gain:.2f}x of the best other way ({_NAMES[best.system]})"
+    lead = f"{gain:.2f}x as fast as the best other way ({_NAMES[best.system]})"
     if len(modules) < 2:
-        return f"The data keep one module busy, so there is nothing to interleave: DIP is not meant for this ({lead})."
+        verdict = f"DIP is not meant for this, though it is {lead} here" if gain >= _WORTH_IT else f"not worth it, DIP is {lead}"
+        return f"The data keep one module busy, so there is nothing to interleave: {verdict}."
     if gain < _WORTH_IT:
-        return f"Not worth it: DIP comes to {lead}; {_NAMES[best.system]} is simpler."
+        return f"Not worth it: DIP is {lead}; {_NAMES[best.system]} is simpler."
     sentence = f"DIP is expected to be {gain:.2f}x as fast as {_NAMES[best.system]}."
     if dip.dealing < _DEALING_COUNTS:
         return sentence
@@ -239,7 +240,7 @@ def _print(subject: _Subject, candidates: list[Candidate], args: argparse.Namesp
     for candidate in candidates:
         parallel, result = candidate.parallel, candidate.result
         if parallel is None or result is None:
-            table.add_row(_NAMES[candidate.system], *["-"] * 8, f"no: {candidate.problem}")
+            table.add_row(_NAMES[candidate.system], *["-"] * 8, "no")
             continue
         ratio = "-" if dip is None else f"{result.iteration_time_s / dip.iteration_time_s:.2f}"
         table.add_row(
@@ -251,6 +252,9 @@ def _print(subject: _Subject, candidates: list[Candidate], args: argparse.Namesp
     def say(text: str) -> None:
         console.print(text, soft_wrap=True)
 
+    for candidate in candidates:
+        if candidate.result is None:
+            say(f"{_NAMES[candidate.system]}: {candidate.problem or 'no layout of these GPUs and modules'}.")
     say(_advice(subject, candidates))
     first = candidates[0]
     if first.parallel is not None and first.partition is not None:

@@ -19,6 +19,7 @@ from typing import IO
 
 import msgspec
 
+from megatron_dip.cli.output import print_json
 from megatron_dip.spec.codec import check_outputs, read_whole, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.workloads.samples import Sample
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--characters-per-token", type=float, default=4.0, metavar="X", help="of the text (default 4.0, English under current tokenizers)")
     parser.add_argument("--limit", type=int, metavar="N", help="read no more than N samples")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: standard output)")
+    parser.add_argument("--json", action="store_true", help="with --output: print what was read as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,17 +53,21 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--characters-per-token", args.characters_per_token, "outside 0.1 to 1000", "give the mean number, some 4 for English")
     if args.limit is not None and args.limit < 1:
         raise InputError("--limit", args.limit, "must be at least 1", "give a positive whole number")
+    if args.json and args.output is None:
+        raise InputError("--json", True, "given without --output, whose lines take standard output", "name a file with --output")
     check_outputs({"--output": args.output}, [args.dataset])
     if args.dataset.suffix == ".jsonl":
         samples = _read_jsonl(args.dataset, args.characters_per_token)
     else:
         samples = _read_shards(_shards(args.dataset), args.characters_per_token)
     lines: list[bytes] = []
+    tokens, images = 0, 0
     skipped, first = 0, ""
     for key, found in itertools.islice(samples, args.limit):
         if found.problem or not (found.text or found.images):
             skipped, first = skipped + 1, first or f"{key}: {found.problem or 'neither text nor images'}"
             continue
+        tokens, images = tokens + found.text, images + len(found.images)
         lines.append(msgspec.json.encode(Sample(text=found.text, images=found.images)))
     if not lines:
         raise InputError("DATASET", str(args.dataset), f"no sample can be read{f' ({first})' if first else ''}", "give a data set with text or images")
@@ -71,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.buffer.flush()
     else:
         write_atomically(args.output, data)
+    if args.json:
+        print_json({"output": str(args.output), "samples": len(lines), "text_tokens": tokens, "images": images, "skipped": skipped, "first_skipped": first or None})
+        return 0
     print(f"{len(lines)} samples" + (f", {skipped} skipped, the first: {first}" if skipped else ""), file=sys.stderr)
     return 0
 

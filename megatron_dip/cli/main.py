@@ -8,6 +8,7 @@ also goes without what only long-lived processes need (:func:`_brief`): of a sma
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import difflib
 import errno
@@ -17,6 +18,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from megatron_dip.spec.errors import EXIT_CODE, InputError
 from megatron_dip.version import __version__
@@ -56,19 +58,37 @@ def _module_name(command: str) -> str:
     return f"megatron_dip.cli.{command}_command"
 
 
-def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser for one sub-command, or for the overview when ``command`` is None or unknown."""
+def build_parser(command: str | None, *, only_summaries: bool = False) -> argparse.ArgumentParser:
+    """The parser for one sub-command, or for all when ``command`` is None.
+
+    Args:
+        only_summaries: leave out the commands' own arguments, and import none of them: enough for the overview.
+    """
     parser = argparse.ArgumentParser(prog="megatron-dip", allow_abbrev=False, description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"megatron-dip {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        if command in (None, name) and find_spec(_module_name(name)) is not None:
+        if only_summaries:
+            subparsers.add_parser(name, help=_summary(name), allow_abbrev=False)
+        elif command in (None, name) and find_spec(_module_name(name)) is not None:
             module = importlib.import_module(_module_name(name))
             subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.__doc__, allow_abbrev=False,
                                               formatter_class=argparse.RawDescriptionHelpFormatter)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     return parser
+
+
+def _summary(command: str) -> str:
+    """``SUMMARY`` of a command's module, read and not run."""
+    spec = find_spec(_module_name(command))
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return next(
+        str(ast.literal_eval(node.value)) for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "SUMMARY"
+    )
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
@@ -106,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_brief:
         gc.disable()
     try:
-        parser = build_parser(command if command in COMMANDS else None)
+        parser = build_parser(command, only_summaries=command not in COMMANDS)
         args = _parse(parser, arguments)
         gc.enable()
         with _brief() if is_brief else contextlib.nullcontext():

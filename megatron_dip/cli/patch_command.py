@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from megatron_dip.checkouts.patching import inspect_tree, write_state
+from megatron_dip.cli.output import print_json
 
 SUMMARY = "patch a Megatron-LM checkout for --pipeline-schedule dip, or take the patch back"
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("--revert", action="store_true", help="take the patch back")
     parser.add_argument("--repair", action="store_true",
                         help="instead: mend scripts that do not run as released (or with --revert, --check: the same for these repairs)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,9 +30,15 @@ def run(args: argparse.Namespace) -> int:
     label = f"Megatron-LM {tree.version} ({tree.release or 'release not known byte for byte'})"
     if args.check:
         state = "patched" if tree.patched else "not patched" if tree.untouched else "patched in part"
+        if args.json:
+            print_json({"version": tree.version, "release": tree.release, "state": state, "patch": tree.patch})
+            return 0
         print(f"{label}: {state}; {tree.patch} {'is in place' if tree.patched else 'applies'}")
         return 0
     written = write_state(tree, patched=not args.revert)
+    if args.json:
+        print_json({"version": tree.version, "release": tree.release, "state": "not patched" if args.revert else "patched", "patch": tree.patch, "written": written})
+        return 0
     done = "patch taken back from" if args.revert else f"{tree.patch} applied to"
     print(f"{label}: {done} {', '.join(written)}" if written else f"{label}: {'not patched' if args.revert else 'already patched'}, nothing to do")
     return 0

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="mean images of a microbatch to choose from; each has 0 to twice as many (default 0 2 4 8)")
     parser.add_argument("--evaluations", type=int, default=100, metavar="N", help="schedules that DIP tries for each (default 100)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the batches and the search (default 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     load_device(args.device, "--device")
     if find_spec("bokeh") is None:
         raise InputError("--output", str(args.output), "needs bokeh, which is not installed", 'pip install "megatron-dip[html]"')
+    from megatron_dip.cli.output import print_json
     from megatron_dip.cost.interface import CostModel
     from megatron_dip.partition.joint import ChoiceLimits
     from megatron_dip.planner.partitioning import joint_partition
@@ -73,5 +75,10 @@ def run(args: argparse.Namespace) -> int:
         explanation=f"Simulated on {Path(args.device).name}: ViT 5B and Llama 3 8B, tensor parallel {_TENSOR}, microbatches of 8192 tokens with 0 to "
         "twice the chosen mean of images. All three train the same batch. Wheel: zoom. Drag: move.",
     )
-    print(f"wrote {args.output}")
+    if args.json:
+        print_json({"output": str(args.output), "cases": [
+            {"pipeline": case.position[0], "microbatches": case.position[1], "images": case.position[2],
+             "seconds": {name: timeline.makespan / 1e9 for name, timeline in case.timelines.items()}} for case in cases]})
+    else:
+        print(f"wrote {args.output}")
     return 0

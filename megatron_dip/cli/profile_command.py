@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from rich.console import Console
 
+from megatron_dip.cli.output import print_json
 from megatron_dip.cli.train_command import NEEDED
 from megatron_dip.cost.collectives import groups, message_bandwidth
 from megatron_dip.cost.device import load_device
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to measure (default: cuda where there is one)")
     parser.add_argument("--seconds", type=float, metavar="S", help="of a workload: for each figure (default 0.3); of an example: in all (default 60)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of a CPU measurement (default: torch's; of an example's ranks: 1)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     layers = parser.add_argument_group("of a workload")
     layers.add_argument("--counts", metavar="vit=1+4+12,lm=1", help="instances in a stage to measure (default: powers of two up to the workload's most)")
     layers.add_argument("--lengths", metavar="vit=2704,lm=4096+8192", help="tokens in an instance to measure (default: shortest, middle and longest)")
@@ -101,6 +103,9 @@ def _profile_layers(args: argparse.Namespace) -> int:
     if is_first:
         save(args.output, profile)
         points = sum(len(module.layer.points) for module in profile.modules.values())
+        if args.json:
+            print_json({"output": str(args.output), "modules": len(profile.modules), "layer_shapes": points, "device": device})
+            return 0
         _say(f"wrote {args.output}: {len(profile.modules)} modules, {points} layer shapes on {device}")
     return 0
 
@@ -136,14 +141,18 @@ def _profile_example(args: argparse.Namespace) -> int:
 def _rehearse(args: argparse.Namespace, settings: RunSettings) -> None:
     from megatron_dip.trainer.rehearsal import profile_example
 
-    found = profile_example(args.source, settings, 60.0 if args.seconds is None else args.seconds, _say)
+    found = profile_example(args.source, settings, 60.0 if args.seconds is None else args.seconds, (lambda text: None) if args.json else _say)
     if found is not None:
         save(args.output, found.profile)
-        _say(f"wrote {args.output}: {found.stages} stages measured in {found.rounds} rounds, {found.gap_ns / 1e6:.2f} ms between stages")
+        if args.json:
+            print_json({"output": str(args.output), "stages": found.stages, "rounds": found.rounds, "gap_ns": found.gap_ns})
+        else:
+            _say(f"wrote {args.output}: {found.stages} stages measured in {found.rounds} rounds, {found.gap_ns / 1e6:.2f} ms between stages")
         if args.workload is not None:
             beside = os.path.relpath(args.output.resolve(), args.workload.resolve().parent)
             save(args.workload, msgspec.structs.replace(found.workload, profile=beside))
-            _say(f"wrote {args.workload}")
+            if not args.json:
+                _say(f"wrote {args.workload}")
 
 
 def _say(text: str) -> None:

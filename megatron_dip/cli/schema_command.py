@@ -11,7 +11,7 @@ SUMMARY = "print the JSON schema of a file format"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="FORMAT", nargs="?", help="workload, profile, partition, plan, timeline, example, device or measured-steps")
+    parser.add_argument("name", metavar="FORMAT", nargs="?", help="workload, profile, partition, plan, timeline, example, device, measured-steps or tuned")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,9 +21,10 @@ def run(args: argparse.Namespace) -> int:
     from megatron_dip.simulator.measured_steps import MEASURED_STEPS_FORMAT, MeasuredSteps
     from megatron_dip.spec.codec import FORMATS
     from megatron_dip.spec.errors import InputError
+    from megatron_dip.spec.tuned import TUNED_FORMAT, TunedCut
 
     known: dict[str, type[msgspec.Struct]] = {}
-    for kind, name in {**FORMATS, DeviceDescription: DEVICE_FORMAT, MeasuredSteps: MEASURED_STEPS_FORMAT}.items():
+    for kind, name in {**FORMATS, DeviceDescription: DEVICE_FORMAT, MeasuredSteps: MEASURED_STEPS_FORMAT, TunedCut: TUNED_FORMAT}.items():
         known.setdefault(name.split("/")[1], kind)
     if args.name is None:
         print("\n".join(known))

@@ -11,11 +11,13 @@ SUMMARY = "write plans and measured iterations as a Chrome/Perfetto trace"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a plan or a timeline (JSON)")
     parser.add_argument("--output", type=Path, required=True, metavar="TRACE", help="where to write the trace (.json)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
     import msgspec
 
+    from megatron_dip.cli.output import print_json
     from megatron_dip.report.timeline import read_timeline
     from megatron_dip.report.trace import trace_events
     from megatron_dip.spec.codec import check_outputs, write_atomically
@@ -30,5 +32,8 @@ def run(args: argparse.Namespace) -> int:
             ", ".join(map(str, args.files)), "...", "hold a character that is no text", "remove the lone \\ud800 to \\udfff escapes"
         ) from error
     write_atomically(args.output, data)
-    print(f"wrote {args.output}")
+    if args.json:
+        print_json({"output": str(args.output), "files": [str(path) for path in args.files], "events": len(events["traceEvents"])})
+    else:
+        print(f"wrote {args.output}")
     return 0

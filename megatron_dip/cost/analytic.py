@@ -257,6 +257,12 @@ class AnalyticCost:
             input_ns = backward.total_ns - weight_ns
             backward_flops = _model_flops(built.backward.operators)
             exposed = backward.exposed_ns
+        if forward.total_ns + backward.total_ns > _LONGEST_PART_NS:
+            raise InputError(
+                f"{name}.{part}", f"{(forward.total_ns + backward.total_ns) / 1e9:.3g} s",
+                f"is longer than {_LONGEST_PART_NS / 1e9:g} s with {len(lengths)} instances of up to {max(lengths)} tokens on {self.device.name}",
+                "check the device's rates, the module's sizes and the tokens of its instances",
+            )
         again = sum(end - start for operator, start, end in zip(built.forward.operators, forward.start_ns, forward.end_ns)
                     if operator.recompute)
         return PartDetail(
@@ -270,6 +276,9 @@ class AnalyticCost:
             selective_activation=built.forward.saved_bytes(selective=True) / saved if saved else 1.0,
         )
 
+
+_LONGEST_PART_NS = 1e13
+"""Of one layer, forward and backward: times of whole iterations must fit into 64 bits."""
 
 _NOTHING = PartDetail(cost=PartCost(), forward_flops=0.0, backward_flops=0.0, forward_exposed_ns={}, backward_exposed_ns={},
                       workspace_bytes=0.0, selective_flops=0.0, selective_forward=0.0, selective_activation=1.0)

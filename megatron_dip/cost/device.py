@@ -98,7 +98,7 @@ class DeviceDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     def validate(self, where: str = "device") -> None:
         """Raises InputError for rates, sizes and shares that cannot be."""
         for field in ("peak_tflops", "memory_gib", "memory_tbs", "nvlink_gbs", "network_gbs", "host_gbs"):
-            _check_positive(f"{where}.{field}", getattr(self, field))
+            _check_rate(f"{where}.{field}", getattr(self, field))
         if self.gpus_per_node < 1:
             raise InputError(f"{where}.gpus_per_node", self.gpus_per_node, "must be at least 1", "give the GPUs of one node")
         _check_latency(f"{where}.network_latency_us", self.network_latency_us)
@@ -219,6 +219,16 @@ def _interpolate(axis: list[int], values: list[float], at: float) -> float:
 def _check_positive(field: str, value: float, *, zero: bool = False) -> None:
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise InputError(field, value, "must be a positive number" if not zero else "must not be negative", "check the figure and its unit")
+
+
+_LEAST_RATE, _MOST_RATE = 1e-4, 1e9
+"""Times on devices far outside of these do not fit into 64 bits of ns."""
+
+
+def _check_rate(field: str, value: float) -> None:
+    _check_positive(field, value)
+    if not _LEAST_RATE <= value <= _MOST_RATE:
+        raise InputError(field, value, f"outside [{_LEAST_RATE:g}, {_MOST_RATE:g}]", "check the figure and its unit")
 
 
 _MAX_LATENCY_US = 1e6

@@ -6,7 +6,6 @@ is empty, has no work in that microbatch. ``microbatches`` is the global batch: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -103,7 +102,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         if isinstance(self.device, Device):
             for field in Device.__struct_fields__:
                 value = getattr(self.device, field)
-                if not math.isfinite(value) or value <= 0 or value > _MAX_DEVICE_FIGURE:
+                if not _MIN_DEVICE_FIGURE <= value <= _MAX_DEVICE_FIGURE:
                     raise InputError(f"device.{field}", value, "not a positive number of a real device", "check the figure and its unit")
         if isinstance(self.profile, Profile):
             self.profile.validate()
@@ -160,7 +159,7 @@ def check_consumers(model: ModelSpec, microbatches: Sequence[Microbatch]) -> Non
 _MAX_PARALLEL = 1 << 16
 _MAX_BYTES = 10**15
 _MAX_TOKENS = 10**7
-_MAX_DEVICE_FIGURE = 1e9
+_MIN_DEVICE_FIGURE, _MAX_DEVICE_FIGURE = 1e-4, 1e9
 
 
 def _check_count(field: str, value: int, high: int) -> None:

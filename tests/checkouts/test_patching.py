@@ -86,10 +86,11 @@ def test_every_served_version_has_repairs_and_known_files() -> None:
                 assert apply_hunks(after, file.hunks, reverse=True) == before
 
 
-def test_apply_is_idempotent_and_revert_restores_every_byte(own_patches: Path, tmp_path: Path) -> None:
+def test_apply_is_idempotent_and_revert_restores_every_byte(own_patches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "made"
     before = contents(root)
-    assert main(["patch", str(root), "--check"]) == 0
+    assert main(["patch", str(root), "--check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "not patched"
     assert contents(root) == before
     assert main(["patch", str(root)]) == 0
     patched = contents(root)

@@ -22,6 +22,13 @@ def test_version_without_other_modules() -> None:
     assert done.stdout == f"megatron-dip {__version__}\n"
 
 
+def test_the_overview_imports_no_command() -> None:
+    code = "import sys; from megatron_dip.cli.main import main\ntry: main(['--help'])\nfinally: print('numba' in sys.modules, [m for m in sys.modules if m.endswith('_command')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "what DIP would gain on a model" in done.stdout
+    assert done.stdout.endswith("False []\n")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("plan", "workload.json", "--output", "workload.json"), ("trace", "plan.json", "--output", "plan.json"),

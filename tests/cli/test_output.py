@@ -81,7 +81,7 @@ def test_nobody_writes_to_standard_input(capsys: pytest.CaptureFixture[str]) -> 
     assert "/dev/stdout" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["workload", "profile", "partition", "plan", "timeline", "example", "device", "measured-steps"])
+@pytest.mark.parametrize("name", ["workload", "profile", "partition", "plan", "timeline", "example", "device", "measured-steps", "tuned"])
 def test_every_format_has_a_schema(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema"]) == 0
     assert name in capsys.readouterr().out.split()
@@ -134,3 +134,20 @@ def test_an_output_that_fails_leaves_no_other_behind(
 def test_a_device_without_end_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "/dev/zero", "--output", str(tmp_path / "plan.json")]) == 2
     assert "no end within" in capsys.readouterr().err
+
+
+def test_what_is_written_is_said_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", str(GOLDEN), "--output", str(tmp_path / "t.json"), "--json"]) == 0
+    assert printed(capsys)["events"] == len(json.loads((tmp_path / "t.json").read_text())["traceEvents"])
+    samples = tmp_path / "s.jsonl"
+    samples.write_text('{"tokens": 30, "text": "x"}\n{"tokens": 12, "text": "y"}\nbroken\n')
+    assert main(["lengths", str(samples), "--output", str(tmp_path / "l.jsonl"), "--json"]) == 0
+    found = printed(capsys)
+    assert (found["samples"], found["text_tokens"], found["images"], found["skipped"]) == (2, 42, 0, 1)
+    assert main(["lengths", str(samples), "--json"]) == 2
+    assert "--output" in capsys.readouterr().err
+    page = ["playground", "--output", str(tmp_path / "x.html"), "--ranks", "2", "--microbatches", "2", "--images", "0", "--evaluations", "1"]
+    assert main([*page, "--json"]) == 0
+    (case,) = printed(capsys)["cases"]
+    assert (case["pipeline"], case["microbatches"], case["images"]) == (2, 2, 0)
+    assert case["seconds"]["DIP"] > 0

@@ -198,3 +198,12 @@ def test_each_further_rank_of_a_ring_adds_its_hop() -> None:
         longer = collective_seconds("all_gather", 1e9, Group(size, 1), device) - collective_seconds("all_gather", 1e9, Group(size, 1), still)
         assert longer == pytest.approx((size - 1) * device.efficiency.ring_hop_us * 1e-6)
     assert collective_seconds("all_gather", 1.0, Group(8, 1), device) == pytest.approx(collective_seconds("all_gather", 1.0, Group(8, 1), still))
+
+
+def test_a_layer_that_takes_hours_is_an_error() -> None:
+    """Times of whole iterations must fit into 64 bits of ns."""
+    slow = Device(peak_tflops=1e-4, memory_gib=80, memory_tbs=3.35, nvlink_gbs=450, network_gbs=50)
+    cost = AnalyticCost(vlm(), PARALLEL, Training(), slow)
+    with pytest.raises(InputError, match=r"vit\.layer") as caught:
+        cost.part("vit", "layer", [10**7])
+    assert "tokens" in str(caught.value)

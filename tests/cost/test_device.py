@@ -50,7 +50,7 @@ def test_bare_figures_take_the_efficiencies_of_an_h100() -> None:
 
 
 @pytest.mark.parametrize("field", sorted(FIGURES))
-@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan")])
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1e-300, 1e300, float("nan")])
 def test_impossible_figures_are_refused(field: str, value: float) -> None:
     with pytest.raises(InputError) as caught:
         load_device(Device(**{**FIGURES, field: value}))
