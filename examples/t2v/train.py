@@ -1,14 +1,15 @@
 """Trains text-to-video, a language model and a diffusion transformer in one pipeline, on Megatron-LM's own pretrain().
 
-    torchrun --nproc-per-node 2 -m megatron_dip.launch examples/t2v/train.py --setup t2v-s --mock-data --scale-down 64 \\
+    torchrun --nproc-per-node 2 -m megatron_dip.launch examples/t2v/train.py --setup t2v-s --mock-data --scale-down \\
         --pipeline-schedule dip --pipeline-model-parallel-size 2 ...
 
-The model is that of a named setup of the DIP paper. ``--mock-data`` draws microbatches with the setup's statistics: clips and captions of
-drawn lengths packed up to 16 s, latents of noise, and noise and noise levels of their own, all from the sample's number, so that every
-rank has the same. ``--scale-down`` divides widths, layers and clips' sizes for a machine that the setup does not fit.
+The model is that of a named setup of the DIP paper (``--setup``), or one of a file (``--model``): an example's config.json, or the same
+fields in YAML. ``--mock-data`` draws microbatches with the setup's statistics (clips.py): clips and captions of drawn lengths packed up to
+16 s. ``--data-path FOLDER`` reads latents (or frames) and captions from an energon WebDataset (energon_clips.py; scripts/write_clips.py
+writes a small one). ``--scale-down`` divides widths, layers, frames' sizes and captions for a machine that the setup does not fit.
 
-Megatron's --num-layers, --hidden-size, --num-attention-heads, --seq-length and --max-position-embeddings are set from the setup; a sample
-is a microbatch (--micro-batch-size 1).
+Megatron's --num-layers, --hidden-size, --num-attention-heads, --seq-length and --max-position-embeddings are set from the model; a sample
+is a microbatch of packed clips (--micro-batch-size 1).
 """
 
 from __future__ import annotations
@@ -16,115 +17,92 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
-from megatron.core.enums import ModelType
-from megatron.training import get_args, pretrain
+from clips import PackLimits, draw_microbatch
+from megatron.training import get_args
 
-from megatron_dip.models.dit import DiTSizes
-from megatron_dip.models.flow_matching import FlowMatching, add_noise, timestep, velocity
+from megatron_dip.models.flow_matching import FlowMatching
 from megatron_dip.models.t2v import TextToVideoConfig
 from megatron_dip.spec.errors import InputError
-from megatron_dip.spec.model import ModelSpec, ModuleSpec
+from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.named import named_setup
 from megatron_dip.spec.training import TextToVideoModel, VideoSpec
-from megatron_dip.spec.workload import Parallel
-from megatron_dip.trainer.pretraining import whole_model
-from megatron_dip.workloads.generators import TOKENS_PER_LATENT_FRAME, pack_clips
+from megatron_dip.trainer.pretraining import (
+    NumberedStream,
+    add_scale_down,
+    check_scale_down,
+    model_of_example,
+    parallel_of,
+    read_model_file,
+    read_webdataset,
+    scaled,
+    start_pretrain,
+    whole_model,
+)
+from megatron_dip.trainer.samples import tokenizer_of
+from megatron_dip.workloads.generators import LATENT_FRAMES_PER_SECOND, MAX_SECONDS
 
 MAX_TEXT = 8192
-"""Text tokens of a microbatch at most."""
+"""Text tokens of a setup's microbatch at most."""
 LATENT = VideoSpec(channels=16, patch_spatial=2, patch_temporal=1)
 """Of Wan's VAE: 16 channels, patches of 1 x 2 x 2."""
-ROWS = 16
-"""Patches along the height of a frame; the rest of a frame's patches lie along its width."""
+ROWS, COLUMNS = 16, 28
+"""Patches of a setup's latent frame."""
+MOST_SHORTENED = 8
+"""Captions of a scaled-down setup are at most this many times shorter, so that there are some words left."""
+FILE_FRAME = (4, 4)
+"""Patches of a mock frame where the model is a file's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("text-to-video")
-    group.add_argument("--setup", default="t2v-s", help="t2v-s or t2v-l (default t2v-s)")
-    group.add_argument("--scale-down", type=int, default=1, metavar="N", help="divides widths, layers and clips (default 1)")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--setup", default="t2v-s", help="t2v-s or t2v-l (default t2v-s)")
+    which.add_argument("--model", type=Path, default=None, metavar="FILE", help="config.json of an example, or YAML")
+    add_scale_down(group)
+    group.add_argument(
+        "--packed-patches", type=int, default=None, metavar="N", help="of a microbatch of --data-path at most (default: of 16 s of the setup's frames)"
+    )
     group.add_argument("--freeze-text-encoder", action="store_true", help="the language model only runs forward")
     group.add_argument("--flow-shift", type=float, default=FlowMatching().shift, help="of flow matching's noise levels")
+    group.add_argument("--dataloader-save", default=None, metavar="FOLDER", help="where the data loader's place is saved beside checkpoints")
     return parser
 
 
-def scaled(module: ModuleSpec, factor: int, trainable: bool) -> ModuleSpec:
-    """The module with widths and layers divided; heads keep an even size of at least 8."""
-    heads = max(4, module.num_attention_heads // factor)
-    size = max(8, module.hidden_size // factor // heads // 2 * 2)
-    groups = None if module.query_groups == module.num_attention_heads else max(2, min(heads, module.query_groups // factor))
-    return msgspec.structs.replace(
-        module, num_layers=max(4, module.num_layers // factor), hidden_size=heads * size,
-        ffn_hidden_size=max(16, module.ffn_hidden_size // factor // 8 * 8), num_attention_heads=heads, num_query_groups=groups,
-        vocab_size=None if module.vocab_size is None else max(128, module.vocab_size // factor // 128 * 128), trainable=trainable,
-    )
+def model_of(args: argparse.Namespace) -> TextToVideoModel:
+    """The model that the flags name. Raises InputError for setups that make no video and for files that hold no model."""
+    check_scale_down(args)
+    if args.model is not None:
+        model = model_of_example(args.model, read_model_file(args.model), TextToVideoModel)
+        if model.video.text_width is not None:
+            raise InputError("--model", str(args.model), "takes text embeddings, which no data here have", "give it a language model")
+    else:
+        named = named_setup(args.setup, "--setup")
+        if named.family != "t2v":
+            raise InputError("--setup", args.setup, "makes no video", "use t2v-s or t2v-l")
+        modules = [scaled(module, args.scale_down) for module in named.model.modules]
+        model = TextToVideoModel(modules=ModelSpec(modules=modules), video=LATENT, sequence_length=MAX_TEXT // min(args.scale_down, MOST_SHORTENED))
+    if not args.freeze_text_encoder:
+        return model
+    modules = [msgspec.structs.replace(module, trainable=module.trainable and module.name != "lm") for module in model.modules.modules]
+    return msgspec.structs.replace(model, modules=ModelSpec(modules=modules))
 
 
-def model_of(setup: str, factor: int, freeze_text_encoder: bool) -> TextToVideoModel:
-    """Raises InputError for setups that make no video."""
-    named = named_setup(setup, "--setup")
-    if named.family != "t2v":
-        raise InputError("--setup", setup, "makes no video", "use t2v-s or t2v-l")
-    if factor < 1:
-        raise InputError("--scale-down", factor, "must be at least 1", "give a whole number such as 64")
-    modules = [
-        module if factor == 1 and not freeze_text_encoder else scaled(module, factor, module.name != "lm" or not freeze_text_encoder)
-        for module in named.model.modules
-    ]
-    return TextToVideoModel(modules=ModelSpec(modules=modules), video=LATENT, sequence_length=MAX_TEXT)
-
-
-class MockClips:
-    """An endless stream of packed microbatches; number i follows from (seed, i) alone."""
-
-    def __init__(self, model: TextToVideoModel, factor: int, flow: FlowMatching, seed: int, first: int, stride: int) -> None:
-        self.model, self.factor, self.flow, self.seed = model, factor, flow, seed
-        self.number, self.stride = first, stride
-        video = model.video
-        self.sizes = DiTSizes(in_channels=video.channels, patch_spatial=video.patch_spatial, patch_temporal=video.patch_temporal)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return self
-
-    def __next__(self) -> dict[str, torch.Tensor]:
-        item = self.item(self.number)
-        self.number += self.stride
-        return item
-
-    def item(self, number: int) -> dict[str, torch.Tensor]:
-        random = np.random.default_rng((self.seed, number))
-        (microbatch,) = pack_clips(random, 1, self.model.modules.module("dit"))
-        generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-        side = max(1, ROWS // self.factor)
-        width = max(1, TOKENS_PER_LATENT_FRAME // ROWS // self.factor)
-        grids = torch.tensor([[max(1, tokens // TOKENS_PER_LATENT_FRAME), side, width] for tokens in microbatch["dit"]])
-        lengths = torch.tensor([max(1, tokens // min(self.factor, 8)) for tokens in microbatch["lm"]])
-        patches = grids.prod(dim=1)
-        # Double: Megatron's Float16Module would round single ones.
-        sigma = torch.tensor([self.flow.draw_sigma(generator) for _ in grids], dtype=torch.float64)
-        clip, noise = (torch.randn(int(patches.sum()), 1, self.sizes.patch_size, generator=generator) for _ in range(2))
-        level = sigma.float().repeat_interleave(patches)[:, None, None]
-        vocabulary = self.model.modules.module("lm").vocab_size
-        assert vocabulary is not None
-        return {
-            "x": add_noise(clip, noise, level), "timesteps": timestep(sigma), "grid_sizes": grids, "text_lengths": lengths,
-            "tokens": torch.randint(0, vocabulary, (1, int(lengths.sum())), generator=generator),
-            "target": velocity(clip, noise), "weight": self.flow.loss_weight(level)[:, :, 0],
-        }
+def frame_of(args: argparse.Namespace) -> tuple[int, int]:
+    """Patches along height and width of a mock frame."""
+    if args.model is not None:
+        return FILE_FRAME
+    side = args.scale_down**0.5
+    return max(1, round(ROWS / side)), max(1, round(COLUMNS / side))
 
 
 def config_of(args: Any) -> TextToVideoConfig:
-    if args.sequence_parallel:
-        raise InputError("--sequence-parallel", True, "is not supported in a text-to-video model", "leave it out")
-    parallel = Parallel(
-        tensor=args.tensor_model_parallel_size, pipeline=args.pipeline_model_parallel_size, data=args.data_parallel_size, sequence=False
-    )
     return TextToVideoConfig(
-        model=model_of(args.setup, args.scale_down, args.freeze_text_encoder), parallel=parallel, seed=args.seed, dtype=args.params_dtype,
+        model=model_of(args), parallel=parallel_of(args), seed=args.seed, dtype=args.params_dtype,
         calculate_per_token_loss=args.calculate_per_token_loss, transformer_engine=args.transformer_impl == "transformer_engine",
         use_cpu_initialization=bool(args.use_cpu_initialization),
     )
@@ -136,18 +114,24 @@ def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage
 
 
 def datasets_provider(num_samples: Any) -> tuple[Any, Any, Any]:
-    """Streams for training, validation and test; every tensor rank draws its own copy."""
+    """Streams for training, validation and test; every rank of a replica draws or reads its own copy."""
     from megatron.core import parallel_state
 
     args = get_args()
+    model, flow, frame = model_of(args), FlowMatching(shift=args.flow_shift), frame_of(args)
     if not args.mock_data:
-        raise InputError("--mock-data", False, "other data are not read yet", "give --mock-data")
-    model, flow = model_of(args.setup, args.scale_down, False), FlowMatching(shift=args.flow_shift)
+        from energon_clips import ClipEncoder
+
+        tokenize = tokenizer_of(args, model.modules.module("lm").vocab_size or 0)
+        most = round(MAX_SECONDS * LATENT_FRAMES_PER_SECOND) * frame[0] * frame[1]
+        limits = PackLimits(patches=most if args.packed_patches is None else args.packed_patches, tokens=model.sequence_length)
+        # Clips wait for the next ones to fill a microbatch with.
+        return read_webdataset(args, lambda left_out: ClipEncoder(model, tokenize, limits, flow, left_out), packing_buffer_size=32)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    first = args.consumed_train_samples + replica
+    starts = (args.consumed_train_samples + replica, replica, replica)
     return tuple(  # type: ignore[return-value]
-        MockClips(model, args.scale_down, flow, args.seed + 1000 * number, start, replicas)
-        for number, start in enumerate((first, replica, replica))
+        NumberedStream(partial(draw_microbatch, model, frame, -(-MAX_TEXT // model.sequence_length), flow, args.seed + 1000 * number), start, replicas)
+        for number, start in enumerate(starts)
     )
 
 
@@ -172,19 +156,16 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -
 
 
 def defaults() -> dict[str, Any]:
-    """What Megatron's arguments say of a model, from the setup on the command line."""
-    parser = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-    given, _ = parser.parse_known_args()
-    dit = model_of(given.setup, given.scale_down, given.freeze_text_encoder).modules.module("dit")
+    """What Megatron's arguments say of a model, from the flags."""
+    given, _ = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args()
+    model = model_of(given)
+    dit, language = model.modules.module("dit"), model.modules.module("lm")
     return {
         "num_layers": dit.num_layers, "hidden_size": dit.hidden_size, "num_attention_heads": dit.num_attention_heads,
-        "seq_length": MAX_TEXT, "max_position_embeddings": MAX_TEXT, "micro_batch_size": 1, "dataloader_type": "external",
-        "tokenizer_type": "NullTokenizer", "vocab_size": 127, "ckpt_format": "torch_dist",
+        "seq_length": model.sequence_length, "max_position_embeddings": model.sequence_length, "micro_batch_size": 1,
+        "dataloader_type": "external", "tokenizer_type": "NullTokenizer", "vocab_size": (language.vocab_size or 128) - 1, "ckpt_format": "torch_dist",
     }
 
 
 if __name__ == "__main__":
-    pretrain(
-        datasets_provider, model_provider, ModelType.encoder_or_decoder, forward_step, extra_args_provider=add_arguments,
-        args_defaults=defaults(),
-    )
+    start_pretrain(datasets_provider, model_provider, forward_step, add_arguments, defaults())

@@ -1,4 +1,4 @@
-"""Microbatches of a vision-language model: packed documents of text and images; made on the fly by the statistics of a setup.
+"""Microbatches of a vision-language model: packed documents of text and images, of samples' files or made on the fly by a setup's statistics.
 
 Letters: S tokens of the packed sequence, N images, D documents.
 """
@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.training import VisionLanguageModel
+from megatron_dip.trainer.samples import picture_names, read_pixels, text_of_sample
 from megatron_dip.workloads.generators import IMAGE_TEXT_SETS, draw_document
-from megatron_dip.workloads.image_patches import fit_size, token_positions
+from megatron_dip.workloads.image_patches import fit_size, patchify, token_positions
 from megatron_dip.workloads.samples import draw_image_size
 
 IGNORED = 0
@@ -65,6 +68,55 @@ def pack(model: VisionLanguageModel, documents: Sequence[Document]) -> dict[str,
         else:
             item["position_ids"] = np.concatenate([np.arange(length) for length in lengths])[None]
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in item.items()}
+
+
+def document_of_sample(raw: Mapping[str, Any], model: VisionLanguageModel, tokenize: Callable[[str], Sequence[int]], mark: str) -> Document:
+    """A document of a sample's files. Raises InputError, with the sample's key, for one that cannot be trained on.
+
+    Args:
+        raw: ``txt`` and pictures (energon_images.py), by their endings, and ``__key__``.
+        mark: what stands for an image in the text.
+    """
+    key, text, names = raw.get("__key__"), text_of_sample(raw), picture_names(raw)
+    parts = text.split(mark)
+    if len(parts) == 1:
+        parts = [""] * len(names) + parts
+    if len(parts) - 1 != len(names):
+        raise InputError(f"sample {key}: txt", len(parts) - 1, f"marks stand in the text of {len(names)} images", "give each image its mark")
+    if not "".join(parts).strip():
+        raise InputError(f"sample {key}: txt", text, "has no words", "give every sample a caption")
+    image, document = model.image, Document([])
+    vocabulary = model.modules.module("lm").vocab_size or 0
+    for index, part in enumerate(parts):
+        if index:
+            count = _add_image(model, document, raw[names[index - 1]], f"sample {key}: {names[index - 1]}")
+            document.tokens += [image.token_id] * count
+        words = list(tokenize(part)) if part.strip() else []
+        if any(not 0 <= token < vocabulary or token == image.token_id for token in words):
+            raise InputError(f"sample {key}: txt", max(words), f"is no token of the model's {vocabulary}, or its image token", "use the model's tokenizer")
+        document.tokens += words
+    if len(document.tokens) > model.sequence_length:
+        raise InputError(
+            f"sample {key}", len(document.tokens), f"has more tokens than a sequence, {model.sequence_length}", "divide it or shrink its images"
+        )
+    return document
+
+
+def _add_image(model: VisionLanguageModel, document: Document, data: bytes, where: str) -> int:
+    """Adds an image to a document; gives the number of its tokens."""
+    image, tower = model.image, model.tower
+    if tower is None:
+        document.images.append(read_pixels(data, where, lambda width, height: (image.size, image.size), image.channels))
+        return image.tokens
+
+    def size(width: int, height: int) -> tuple[int, int]:
+        rows, columns = fit_size(width, height, image)
+        return columns * image.patch, rows * image.patch
+
+    patches, grid = patchify(read_pixels(data, where, size, image.channels)[None], image, tower)
+    document.images.append(patches)
+    document.grids.append(grid)
+    return len(patches) // image.merge**2
 
 
 _SETS = {"LAION-2B": 0.1, "OBELICS": 0.45, "MMC4": 0.25, "ScienceQA": 0.1, "text": 0.35}

@@ -28,12 +28,23 @@ from megatron.training import get_args
 
 from megatron_dip.models.hugging_face import model_of_config
 from megatron_dip.models.vlm import FREEZABLE, VlmConfig
-from megatron_dip.spec.codec import read_file
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec
 from megatron_dip.spec.named import PACKED_TOKENS, named_setup
 from megatron_dip.spec.training import ImageSpec, LayerOptions, VisionLanguageModel
-from megatron_dip.trainer.pretraining import NumberedStream, parallel_of, read_webdataset, scaled, start_pretrain, whole_model
+from megatron_dip.trainer.pretraining import (
+    NumberedStream,
+    add_scale_down,
+    check_scale_down,
+    model_of_example,
+    parallel_of,
+    read_model_file,
+    read_webdataset,
+    scaled,
+    start_pretrain,
+    whole_model,
+)
+from megatron_dip.trainer.samples import tokenizer_of
 
 PATCH, MERGE, BLOCKS = 14, 4, 13
 """Of the paper's setups: images of 728 pixels, 52 x 52 patches, 13 x 13 tokens."""
@@ -47,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     which = group.add_mutually_exclusive_group()
     which.add_argument("--setup", default="vlm-s", help=f"one of {', '.join(LANGUAGE_LAYERS)} (default vlm-s)")
     which.add_argument("--model", type=Path, default=None, metavar="FILE", help="config.json of an example or of Hugging Face, or YAML")
-    group.add_argument("--scale-down", type=int, default=1, metavar="N", help="divides widths, layers, images and sequences (default 1)")
+    add_scale_down(group)
     group.add_argument("--max-image-size", type=int, default=1288, metavar="PIXELS", help="of Hugging Face's models (default 1288)")
     group.add_argument("--packed-length", type=int, default=None, metavar="TOKENS", help=f"of a microbatch (default: the model's, {PACKED_TOKENS})")
     group.add_argument("--freeze", nargs="*", default=[], choices=FREEZABLE, help="parts that are not trained")
@@ -58,8 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def model_of(args: argparse.Namespace) -> VisionLanguageModel:
     """The model that the flags name. Raises InputError for setups without images and for files that hold no model."""
-    if args.scale_down < 1:
-        raise InputError("--scale-down", args.scale_down, "must be at least 1", "give a whole number such as 64")
+    check_scale_down(args)
     model = _model_of_setup(args.setup, args.scale_down) if args.model is None else _model_of_file(args)
     return model if args.packed_length is None else msgspec.structs.replace(model, sequence_length=args.packed_length)
 
@@ -68,7 +78,7 @@ def _model_of_setup(setup: str, factor: int) -> VisionLanguageModel:
     if setup not in LANGUAGE_LAYERS:
         named_setup(setup, "--setup")
         raise InputError("--setup", setup, "is no vision-language model that trains here", f"use one of {', '.join(LANGUAGE_LAYERS)}")
-    modules = [module if factor == 1 else scaled(module, factor) for module in named_setup(setup).model.modules]
+    modules = [scaled(module, factor) for module in named_setup(setup).model.modules]
     blocks = max(1, round(BLOCKS / factor**0.5))
     length = PACKED_TOKENS if factor == 1 else -(-PACKED_TOKENS * blocks**2 // BLOCKS**2 // 64) * 64
     vocabulary = modules[1].vocab_size
@@ -80,25 +90,10 @@ def _model_of_setup(setup: str, factor: int) -> VisionLanguageModel:
 
 
 def _model_of_file(args: argparse.Namespace) -> VisionLanguageModel:
-    path: Path = args.model
-    if args.scale_down > 1:
-        raise InputError("--scale-down", args.scale_down, "divides the sizes of a named setup", "write the sizes you want into the file")
-    text = read_file(path)
-    try:
-        raw = msgspec.yaml.decode(text) if path.suffix in (".yaml", ".yml") else msgspec.json.decode(text)
-    except (msgspec.DecodeError, ImportError) as error:
-        raise InputError("--model", str(path), f"cannot be read ({error})", "give JSON or YAML") from error
-    if isinstance(raw, dict) and "model_type" in raw:
+    raw = read_model_file(args.model)
+    if "model_type" in raw:
         return model_of_config(raw, sequence_length=PACKED_TOKENS, image_size=args.max_image_size)
-    fields = raw.get("model") if isinstance(raw, dict) else None
-    if fields is None:
-        raise InputError("--model", str(path), "has neither the field model nor model_type", "give the config.json of an example or of Hugging Face")
-    try:
-        model = msgspec.convert(fields, VisionLanguageModel)
-    except msgspec.ValidationError as error:
-        raise InputError(f"--model: {path}", "model", f"is not a model's ({error})", "mend the field named") from error
-    model.validate("model")
-    return model
+    return model_of_example(args.model, raw, VisionLanguageModel)
 
 
 def config_of(args: Any) -> VlmConfig:
@@ -121,9 +116,9 @@ def datasets_provider(num_samples: Any) -> tuple[Any, Any, Any]:
     args = get_args()
     model = model_of(args)
     if not args.mock_data:
-        from energon_images import DocumentEncoder, tokenizer_of
+        from energon_images import DocumentEncoder
 
-        tokenize = tokenizer_of(args, model)
+        tokenize = tokenizer_of(args, model.modules.module("lm").vocab_size or 0)
         # Documents wait for the next ones to fill a sequence with.
         return read_webdataset(
             args, lambda left_out: DocumentEncoder(model, tokenize, args.image_token_text, left_out), packing_buffer_size=64

@@ -8,23 +8,52 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
 
 from megatron_dip.models.built_in import BuiltInConfig, WholeModel
+from megatron_dip.spec.codec import read_file
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModuleSpec
+from megatron_dip.spec.training import TextToVideoModel, VisionLanguageModel
 from megatron_dip.spec.workload import Parallel
+from megatron_dip.trainer.samples import LeftOut
 from megatron_dip.trainer.stock_layouts import stock_cuts
+
+Model = TypeVar("Model", VisionLanguageModel, TextToVideoModel)
+
+SCALE_DOWN = 64
+"""What --scale-down divides by where no number is given: the paper's five setups then train on two cores within a minute."""
+
+
+def add_scale_down(group: Any) -> None:
+    """The flag that makes a named setup small."""
+    group.add_argument(
+        "--scale-down", type=int, nargs="?", const=SCALE_DOWN, default=1, metavar="N",
+        help=f"divides widths, layers, vocabulary, images or clips, and sequences (default 1; without a number {SCALE_DOWN})",
+    )
+
+
+def check_scale_down(args: Any) -> None:
+    """Raises InputError for a number below 1, and where the sizes are a file's."""
+    if args.scale_down < 1:
+        raise InputError("--scale-down", args.scale_down, "must be at least 1", f"give a whole number such as {SCALE_DOWN}")
+    if args.model is not None and args.scale_down > 1:
+        raise InputError("--scale-down", args.scale_down, "divides the sizes of a named setup", "write the sizes you want into the file")
 
 
 def scaled(module: ModuleSpec, factor: int) -> ModuleSpec:
-    """The module with widths and layers divided; heads keep a size of at least 8 in multiples of 4."""
+    """The module with widths and layers divided; unchanged for 1.
+
+    Heads keep a size of at least 8 in multiples of 4, for rotary positions in two dimensions; four layers are left, so that two pipeline
+    ranks can hold two chunks each.
+    """
+    if factor == 1:
+        return module
     heads = max(4, module.num_attention_heads // factor)
     size = max(8, module.hidden_size // factor // heads // 4 * 4)
     groups = None if module.query_groups == module.num_attention_heads else max(2, min(heads, module.query_groups // factor))
@@ -33,6 +62,30 @@ def scaled(module: ModuleSpec, factor: int) -> ModuleSpec:
         ffn_hidden_size=max(16, module.ffn_hidden_size // factor // 8 * 8), num_attention_heads=heads, num_query_groups=groups,
         vocab_size=None if module.vocab_size is None else max(128, module.vocab_size // factor // 128 * 128),
     )
+
+
+def read_model_file(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file. Raises InputError for a file that holds none."""
+    text = read_file(path)
+    try:
+        raw = msgspec.yaml.decode(text) if path.suffix in (".yaml", ".yml") else msgspec.json.decode(text)
+    except (msgspec.DecodeError, ImportError) as error:
+        raise InputError("--model", str(path), f"cannot be read ({error})", "give JSON or YAML") from error
+    if not isinstance(raw, dict):
+        raise InputError("--model", str(path), "holds no model", "give the config.json of an example")
+    return raw
+
+
+def model_of_example(path: Path, raw: Mapping[str, Any], kind: type[Model]) -> Model:
+    """The field ``model`` of an example's config.json. Raises InputError for another kind of model."""
+    if "model" not in raw:
+        raise InputError("--model", str(path), "has no field model", "give the config.json of an example")
+    try:
+        model = msgspec.convert(raw["model"], kind)
+    except msgspec.ValidationError as error:
+        raise InputError(f"--model: {path}", "model", f"is not a model's ({error})", "mend the field named") from error
+    model.validate("model")
+    return model
 
 
 def parallel_of(args: Any) -> Parallel:
@@ -100,34 +153,6 @@ class EnergonStream:
         return self.loader.save_state_rank()
 
 
-class LeftOut:
-    """Counts the samples that this process could not train on, and says of each once what is wrong with it."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._said: set[str] = set()
-
-    def add(self, error: Exception) -> None:
-        self.count += 1
-        if str(error) in self._said:  # in the epoch before
-            return
-        self._said.add(str(error))
-        print(f"left out: {error} ({self.count} so far)", file=sys.stderr, flush=True)
-
-    def unreadable(self, error: Exception, key: str | None = None, *rest: Any) -> None:
-        """energon's handler of what fails before a sample is whole."""
-        self.add(InputError(f"sample {key}", type(error).__name__, f"cannot be read: {error}", "write it again"))
-
-
-def file_of_sample(raw: Mapping[str, Any], names: Sequence[str]) -> bytes:
-    """The first of a crude sample's files with one of these endings. Raises InputError, with the sample's key, where it has none."""
-    for name in names:
-        if name in raw:
-            return raw[name]
-    kinds = sorted(name for name in raw if not name.startswith("__"))
-    raise InputError(f"sample {raw.get('__key__')}", kinds, f"has no {' or '.join(names)}", "give every sample such a file")
-
-
 def read_webdataset(
     args: Any, make_encoder: Callable[[LeftOut], Any], *, packing_buffer_size: int
 ) -> tuple[EnergonStream, EnergonStream | None, EnergonStream | None]:
@@ -147,7 +172,9 @@ def read_webdataset(
         from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
     except ImportError as error:
         raise InputError("--data-path", paths[0], f"is read with a package that is missing: {error}", "pip install megatron-energon") from error
-    folder, replica, left_out = Path(paths[0]), parallel_state.get_data_parallel_rank(), LeftOut()
+    folder, replica = Path(paths[0]), parallel_state.get_data_parallel_rank()
+    inside = (parallel_state.get_tensor_model_parallel_rank, parallel_state.get_pipeline_model_parallel_rank, parallel_state.get_context_parallel_rank)
+    left_out = LeftOut(speaks=all(rank() == 0 for rank in inside))
     workers = WorkerConfig(
         rank=replica, world_size=parallel_state.get_data_parallel_world_size(), num_workers=args.num_workers,
         data_parallel_group=parallel_state.get_data_parallel_group(), seed_offset=args.seed,

@@ -34,22 +34,19 @@ def picture(width: int, height: int) -> bytes:
     return data.getvalue()
 
 
-def encoder(model: VisionLanguageModel) -> Any:
-    pytest.importorskip("megatron.energon")
-    from energon_images import DocumentEncoder  # type: ignore[import-not-found]
+def document(model: VisionLanguageModel, raw: dict[str, Any]) -> Any:
+    from images import document_of_sample  # type: ignore[import-not-found]
 
-    from megatron_dip.trainer.pretraining import LeftOut
-
-    return DocumentEncoder(model, lambda text: [7] * len(text.split()), "<image>", LeftOut())
+    return document_of_sample(raw, model, lambda text: [7] * len(text.split()), "<image>")
 
 
 def test_images_stand_where_the_text_has_their_marks(model: VisionLanguageModel) -> None:
     raw = {"__key__": "a/0", "txt": b"two words <image> then <image>", "0.png": picture(16, 8), "1.png": picture(200, 100)}
-    document = encoder(model)._document(raw, "a/0")
+    made = document(model, raw)
     token = model.image.token_id
     # 2 x 1 tokens of 8 x 8 pixels; the second image is scaled down to 64 x 32 pixels
-    assert document.tokens == [7, 7, *[token] * 2, 7, *[token] * 32]
-    assert document.grids == [(1, 2, 4), (1, 8, 16)]
+    assert made.tokens == [7, 7, *[token] * 2, 7, *[token] * 32]
+    assert made.grids == [(1, 2, 4), (1, 8, 16)]
 
 
 @pytest.mark.parametrize(
@@ -67,15 +64,18 @@ def test_images_stand_where_the_text_has_their_marks(model: VisionLanguageModel)
 def test_a_bad_sample_is_named_by_its_key(
     model: VisionLanguageModel, files: dict[str, bytes], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = encoder(model)
-    monkeypatch.setattr("energon_images.MAX_PIXELS", 10_000)
+    monkeypatch.setattr("megatron_dip.trainer.samples.MAX_PIXELS", 10_000)
     with pytest.raises(InputError, match=f"(?s)sample shard/000007.*{message}"):
-        made._document({"__key__": "shard/000007", **files}, "shard/000007")
+        document(model, {"__key__": "shard/000007", **files})
 
 
 def test_a_left_out_sample_is_counted_and_named_once(model: VisionLanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
-    made = encoder(model)
     skip = pytest.importorskip("megatron.energon").SkipSample
+    from energon_images import DocumentEncoder  # type: ignore[import-not-found]
+
+    from megatron_dip.trainer.samples import LeftOut
+
+    made = DocumentEncoder(model, lambda text: [7] * len(text.split()), "<image>", LeftOut())
     for _ in range(3):
         with pytest.raises(skip):
             made._cook({"__key__": "s/1", "__restore_key__": ()})

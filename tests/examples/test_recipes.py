@@ -53,7 +53,29 @@ def test_dry_run_plans_simulates_and_says_what_would_run(recipe: str, tmp_path: 
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_training_without_its_surroundings_is_refused(recipe: str, tmp_path: Path) -> None:
-    result = run(recipe, tmp_path)
+def test_scaled_down_all_sizes_of_the_run_are_one_machines(recipe: str, tmp_path: Path) -> None:
+    result = run(recipe, tmp_path, "--dry-run", "--mock-data", "--scale-down", "--train-iters", "7")
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "calls").exists()  # the setup's own plan is of no use
+    command = result.stdout.splitlines()[-1].strip()
+    for words in ("--nproc-per-node 2", "--device cpu", "--tensor-model-parallel-size 1", "--pipeline-model-parallel-size 2",
+                  "--distributed-backend gloo", "--transformer-impl local", "--mock-data --scale-down --train-iters 7"):
+        assert words in command
+    for word in ("--sequence-parallel", "--bf16", "--dip-partition"):
+        assert word not in command
+
+
+def test_samples_take_the_place_of_iterations(tmp_path: Path) -> None:
+    result = run("vlm/vlm_s", tmp_path, "--dry-run", "--mock-data", "--scale-down=8", "--train-samples", "7")
+    assert "--train-iters" not in result.stdout
+    assert "--tensor-model-parallel-size 1" in result.stdout
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_training_without_a_checkout_or_data_is_refused(recipe: str, tmp_path: Path) -> None:
+    result = run(recipe, tmp_path, "--mock-data")
     assert result.returncode == 2
-    assert "Remedy" in result.stderr
+    assert "MEGATRON_LM is not set. Remedy" in result.stderr
+    result = run(recipe, tmp_path, MEGATRON_LM=str(tmp_path))
+    assert result.returncode == 2
+    assert "--mock-data, or --data-path" in result.stderr

@@ -3,7 +3,6 @@
 set -euo pipefail
 
 SETUP=t2v-l TENSOR=8 PIPELINE=8 GPUS_PER_NODE=8
-# The script that trains it; on --mock-data until data of your own are read, for which copy it.
 TRAIN_SCRIPT=${TRAIN_SCRIPT:-$(dirname "${BASH_SOURCE[0]}")/../train.py}
 MODEL_FLAGS=(--setup t2v-l)
 SEQUENCE_FLAG=

@@ -16,12 +16,11 @@ if [ -z "${MEGATRON_LM:-}" ]; then
 fi
 [ -d "$WORK/images" ] || python "$HERE/../../../scripts/write_images.py" "$WORK/images" --samples 400 --max-side 48
 export PYTHONPATH="$MEGATRON_LM${PYTHONPATH:+:$PYTHONPATH}"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} CUDA_DEVICE_MAX_CONNECTIONS=1
+source "$HERE/../../cpu.sh"
+cpu_environment
 exec python -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_dip.launch --device cpu "$HERE/../train.py" \
     --model "$HERE/any_size.json" --data-path "$WORK/images" \
-    --pipeline-schedule dip --dip-device cpu --dip-time-budget 0.05 --dip-chunks vit=2 lm=1 --dip-sub-microbatch-size vit=8 \
+    --pipeline-schedule dip --dip-time-budget 0.05 --dip-chunks vit=2 lm=1 --dip-sub-microbatch-size vit=8 \
     --pipeline-model-parallel-size 2 --global-batch-size 8 --train-iters 20 --lr 3e-3 --log-interval 1 \
     --eval-iters 2 --eval-interval 10 --save "$WORK/checkpoints" --save-interval 10 --dataloader-save "$WORK/loader" \
-    --transformer-impl local --attention-backend unfused --no-gradient-accumulation-fusion --no-masked-softmax-fusion \
-    --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm --distributed-backend gloo \
-    --use-cpu-initialization --attention-dropout 0 --hidden-dropout 0 --num-workers 0 "$@"
+    "${CPU_FLAGS[@]}" "$@"
