@@ -24,7 +24,17 @@ from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.simulator.estimate import Candidate, estimate
 from megatron_dip.simulator.step import SimulateOptions
 from megatron_dip.simulator.workers import cores
-from megatron_dip.spec.codec import STANDARD_INPUT, check_outputs, format_of, load_workload, read_file, read_whole, save
+from megatron_dip.spec.codec import (
+    STANDARD_INPUT,
+    check_outputs,
+    decode,
+    format_of,
+    load_workload,
+    read_file,
+    read_whole,
+    resolve_workload,
+    save,
+)
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import NAMED_SETUPS
 from megatron_dip.spec.partition import Partition
@@ -114,15 +124,16 @@ def _subject(args: argparse.Namespace) -> _Subject:
         workload = make_workload(args.model, seed=args.seed, num_microbatches=count)
         return _Subject(workload=_on_device(workload, args.device), title=args.model, notes=["batches as the paper describes them (workload --data packed)"])
     file = path / "config.json" if path.is_dir() else path
-    config = _read_json(file, args.model)
+    data, config = _read_json(file, args.model)
     if str(config.get("format", "")).startswith("megatron-dip/"):
-        return _Subject(workload=_on_device(load_workload(file), args.device), title=file.name, notes=["the file's own batch"])
+        return _Subject(workload=_on_device(resolve_workload(decode(data, Workload, args.model), file), args.device), title=file.name, notes=["the file's own batch"])
     return _hub_subject(read_hub_config(config, str(file)), args, count)
 
 
-def _read_json(file: Path, given: str) -> dict[str, object]:
+def _read_json(file: Path, given: str) -> tuple[bytes, dict[str, object]]:
     try:
-        found = msgspec.json.decode(sys.stdin.buffer.read() if given == STANDARD_INPUT else read_whole(file))
+        data = sys.stdin.buffer.read() if given == STANDARD_INPUT else read_whole(file)
+        found = msgspec.json.decode(data)
     except OSError as error:
         raise InputError(
             "MODEL", given, f"is neither a named setup nor a file that can be read ({error.strerror})",
@@ -132,7 +143,7 @@ def _read_json(file: Path, given: str) -> dict[str, object]:
         raise InputError("MODEL", given, f"is no JSON ({error})", "give a model's config.json or a workload file") from error
     if not isinstance(found, dict):
         raise InputError("MODEL", given, "holds no JSON object", "give a model's config.json or a workload file")
-    return found
+    return data, found
 
 
 def _on_device(workload: Workload, device: str | None) -> Workload:

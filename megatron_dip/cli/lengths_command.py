@@ -20,7 +20,7 @@ from typing import IO
 import msgspec
 
 from megatron_dip.cli.output import print_json
-from megatron_dip.spec.codec import check_outputs, read_whole, write_atomically
+from megatron_dip.spec.codec import STANDARD_INPUT, check_outputs, read_whole, write_atomically
 from megatron_dip.spec.errors import InputError
 from megatron_dip.workloads.samples import Sample
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.output is None:
         raise InputError("--json", True, "given without --output, whose lines take standard output", "name a file with --output")
     check_outputs({"--output": args.output}, [args.dataset])
-    if args.dataset.suffix == ".jsonl":
+    if args.dataset.suffix == ".jsonl" or str(args.dataset) == STANDARD_INPUT:
         samples = _read_jsonl(args.dataset, args.characters_per_token)
     else:
         samples = _read_shards(_shards(args.dataset), args.characters_per_token)
@@ -172,7 +172,7 @@ def _add_image(found: _Found, stream: IO[bytes]) -> None:
 
 def _read_jsonl(path: Path, characters: float) -> Iterator[tuple[str, _Found]]:
     try:
-        lines = read_whole(path).splitlines()
+        lines = (sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else read_whole(path)).splitlines()
     except OSError as error:
         raise InputError("DATASET", str(path), f"cannot be read ({error.strerror})", "name a JSONL file") from error
     for number, line in enumerate(lines, 1):

@@ -22,7 +22,7 @@ from matplotlib.typing import ColorType
 from numpy.typing import NDArray
 
 from megatron_dip.report.colours import BOUND, IDLE, KIND_COLOUR, KIND_LABEL, PALETTE, colour_of, modules_of, rank_colour, text_colour
-from megatron_dip.report.tables import headline, memory_unit, time_unit
+from megatron_dip.report.tables import headline, memory_unit, printable, time_unit
 from megatron_dip.report.trace import held_over_time
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.plan import Plan
@@ -61,7 +61,7 @@ def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str, plans: 
     height = sum(heights) + sum(memory) + head + foot
     figure = Figure(figsize=(13, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.text(0.012, 1 - 0.30 / height, title, fontsize=14, weight="bold", va="center", parse_math=False)
+    figure.text(0.012, 1 - 0.30 / height, printable(title), fontsize=14, weight="bold", va="center", parse_math=False)
     top = height - head
     for index, ((timeline, plan), panel_height, memory_height) in enumerate(zip(pairs, heights, memory, strict=True)):
         bottom = top - panel_height + 0.36
@@ -84,7 +84,7 @@ def draw_gantt(timelines: Sequence[Timeline], path: Path, *, title: str, plans: 
         top -= panel_height + memory_height
     shown = {(bar.module, bar.kind) for timeline in drawn for bar in timeline.bars}
     handles: list[Artist] = [
-        Patch(color=PALETTE[at % len(PALETTE)][KIND_COLOUR[kind]], label=f"{module} {KIND_LABEL[kind]}")
+        Patch(color=PALETTE[at % len(PALETTE)][KIND_COLOUR[kind]], label=printable(f"{module} {KIND_LABEL[kind]}"))
         for at, module in enumerate(modules)
         for kind in KIND_COLOUR
         if (module, kind) in shown

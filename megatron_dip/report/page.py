@@ -139,7 +139,7 @@ def _finish(chart: figure) -> None:
 
 
 def _write(layout: LayoutDOM, path: Path, title: str) -> None:
-    write_atomically(path, file_html(layout, INLINE, title=title).encode())
+    write_atomically(path, file_html(layout, INLINE, title=title).encode(errors="backslashreplace"))
 
 
 # --- the playground ------------------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def write_playground(cases: Sequence[PlaygroundCase], sliders: Sequence[str], pa
     document = Document()
     document.add_root(layout)
     document.js_on_event("document_ready", choose)
-    write_atomically(path, file_html(document, INLINE, title=title).encode())
+    write_atomically(path, file_html(document, INLINE, title=title).encode(errors="backslashreplace"))
 
 
 def _series(name: str, timeline: Timeline, modules: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:

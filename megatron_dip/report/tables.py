@@ -54,16 +54,21 @@ def timeline_rows(timelines: Sequence[Timeline]) -> list[list[str]]:
         length = max(timeline.makespan, 1)
         rows.append(
             [
-                timeline.title, f"{timeline.makespan / 1e6:{'.2f' if timeline.makespan >= 10**6 else '.4g'}}", f"{100 * timeline.bubble_fraction:.1f}",
+                printable(timeline.title), f"{timeline.makespan / 1e6:{'.2f' if timeline.makespan >= 10**6 else '.4g'}}", f"{100 * timeline.bubble_fraction:.1f}",
                 " ".join(f"{100 * value / length:.0f}" for value in busy),
             ]
         )
     return rows
 
 
+def printable(text: str) -> str:
+    """Text that every font and file can hold: half of a surrogate pair, which JSON can escape, is shown as its escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def headline(timeline: Timeline, plan: Plan | None, unit: float, unit_name: str) -> str:
     """What stands above a chart: name, length, bubbles and size, and a plan's lower bound; ``unit`` and ``unit_name`` as of :func:`time_unit`."""
-    said = f"{timeline.title}: {timeline.makespan / unit:.4g} {unit_name}, {100 * timeline.bubble_fraction:.1f} % bubbles"
+    said = f"{printable(timeline.title)}: {timeline.makespan / unit:.4g} {unit_name}, {100 * timeline.bubble_fraction:.1f} % bubbles"
     if plan is not None and plan.lower_bound > 0:
         said += f", lower bound {plan.lower_bound / unit:.4g} {unit_name}"
     microbatches = len({bar.microbatch for bar in timeline.bars})

@@ -9,13 +9,14 @@ Assumed where samples are drawn: the log-normal sizes of images (median 640 x 48
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from megatron_dip.spec.codec import read_whole
+from megatron_dip.spec.codec import STANDARD_INPUT, read_whole
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.workload import Microbatch
 from megatron_dip.workloads.generators import IMAGE_TEXT_SETS, draw_document
@@ -39,7 +40,7 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 def read_samples(path: Path, field: str) -> list[Sample]:
     """A JSONL file's samples. Raises InputError that names the line."""
     try:
-        lines = read_whole(path).splitlines()
+        lines = (sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else read_whole(path)).splitlines()
     except OSError as error:
         raise InputError(field, str(path), f"cannot be read ({error.strerror})", "name a JSONL file of samples") from error
     samples = []

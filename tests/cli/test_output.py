@@ -6,7 +6,6 @@ import io
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -28,7 +27,7 @@ WORKLOAD = {
 
 
 def as_input(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -151,3 +150,12 @@ def test_what_is_written_is_said_as_json(tmp_path: Path, capsys: pytest.CaptureF
     (case,) = printed(capsys)["cases"]
     assert (case["pipeline"], case["microbatches"], case["images"]) == (2, 2, 0)
     assert case["seconds"]["DIP"] > 0
+
+
+def test_samples_and_models_from_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    as_input(monkeypatch, b'{"tokens": 30, "text": "x"}\n')
+    assert main(["lengths", "-"]) == 0
+    assert printed(capsys) == {"text": 30}
+    as_input(monkeypatch, json.dumps(WORKLOAD).encode())
+    assert main(["estimate", "-", "--gpus", "2", "--evaluations", "1", "--json"]) == 0
+    assert printed(capsys)["systems"]

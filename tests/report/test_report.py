@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def test_plan_times_follow_ranks_and_lags() -> None:
 def test_a_plan_whose_stages_wait_for_each_other_is_an_error() -> None:
     with pytest.raises(InputError, match="wait for each other"):
         plan_timeline(two_rank_plan([[3, 0], [1, 2]]), "plan")
+
+
+def test_half_a_surrogate_pair_is_shown_as_its_escape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON can escape it, and no font, page or terminal can hold it."""
+    raw = msgspec.to_builtins(timeline())
+    raw["title"] = "half"
+    raw["bars"][0]["module"] = "part"
+    text = json.dumps(raw).replace('"half"', '"\\ud800"').replace('"part"', '"\\udc00"')
+    (tmp_path / "t.json").write_text(text)
+    for suffix in (".png", ".html"):
+        assert main(["report", str(tmp_path / "t.json"), "--output", str(tmp_path / f"x{suffix}")]) == 0
+        assert "\\ud800" in capsys.readouterr().out
 
 
 def test_timeline_figures() -> None:
