@@ -758,5 +758,5 @@ def test_other_models_are_refused() -> None:
 
     from megatron_dip.models.provided import sketch_model
 
-    with pytest.raises(InputError, match=r"T5Model.*DIP can cut LLaVAModel, MimoModel, GPTModel and .*--pipeline-schedule default"):
+    with pytest.raises(InputError, match=r"T5Model.*DIP can cut LLaVAModel, MimoModel, GPTModel, .*--pipeline-schedule default"):
         sketch_model(lambda pre_process, post_process: T5Model.__new__(T5Model))

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from megatron_dip.cost.analytic import AnalyticCost
+from megatron_dip.planner.partitioning import joint_partition
 from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.model import ModelSpec, ModuleSpec
 from megatron_dip.spec.workload import Parallel, Training
@@ -162,6 +163,17 @@ def test_an_uncut_tower_costs_what_its_blocks_and_its_stem_cost() -> None:
     # Under tensor parallelism every rank runs all of it.
     divided = AnalyticCost(spec(True), Parallel(tensor=2), Training(dtype="bf16"), "H800")
     assert divided.part("vit", "layer", [16] * 3) == whole
+
+
+def test_the_language_model_makes_up_for_the_tower() -> None:
+    """The joint choice leaves the tower whole and gives its rank fewer of the other layers."""
+    model = spec(True)
+    costs = AnalyticCost(model, Parallel(pipeline=2), Training(dtype="bf16"), "H800")
+    choice = joint_partition(model, 2, [[{"vit": [256] * 4, "lm": [1024]}] * 8], costs, chunks={}, sizes={"lm": 1 << 20})
+    (tower,), rows = choice.partition.chunks["vit"], choice.partition.chunks["lm"]
+    assert sorted(tower) == [0, 1]
+    of_rank = [sum(row[rank] for row in rows) for rank in range(2)]
+    assert of_rank[tower.index(1)] < of_rank[tower.index(0)]
 
 
 def test_sizes_and_outputs_are_found_on_the_tower() -> None:
