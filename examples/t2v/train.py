@@ -128,7 +128,7 @@ def datasets_provider(num_samples: Any) -> tuple[Any, Any, Any]:
         # Clips wait for the next ones to fill a microbatch with.
         return read_webdataset(args, lambda left_out: ClipEncoder(model, tokenize, limits, flow, left_out), packing_buffer_size=32)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    starts = (args.consumed_train_samples + replica, replica, replica)
+    starts = (args.consumed_train_samples + replica, args.consumed_valid_samples + replica, replica)
     return tuple(  # type: ignore[return-value]
         NumberedStream(partial(draw_microbatch, model, frame, -(-MAX_TEXT // model.sequence_length), flow, args.seed + 1000 * number), start, replicas)
         for number, start in enumerate(starts)

@@ -124,7 +124,7 @@ def datasets_provider(num_samples: Any) -> tuple[Any, Any, Any]:
             args, lambda left_out: DocumentEncoder(model, tokenize, args.image_token_text, left_out), packing_buffer_size=64
         )
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    starts = (args.consumed_train_samples + replica, replica, replica)
+    starts = (args.consumed_train_samples + replica, args.consumed_valid_samples + replica, replica)
     return tuple(  # type: ignore[return-value]
         NumberedStream(partial(draw_microbatch, model, args.seed + 1000 * number), start, replicas) for number, start in enumerate(starts)
     )
