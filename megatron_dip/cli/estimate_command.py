@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import numpy as np
 from rich.table import Table
 
 from megatron_dip.cli.output import print_json, progress, tables
@@ -39,12 +40,13 @@ from megatron_dip.spec.errors import InputError
 from megatron_dip.spec.named import NAMED_SETUPS
 from megatron_dip.spec.partition import Partition
 from megatron_dip.spec.workload import WORKLOAD_FORMAT, Microbatch, Parallel, Workload
-from megatron_dip.workloads.generators import make_workload
+from megatron_dip.workloads.generators import make_workload, pack_clips
 from megatron_dip.workloads.huggingface import HubModel, read_hub_config
 from megatron_dip.workloads.samples import STATISTICS, draw_samples, pack_samples, read_samples
 
 SUMMARY = "what DIP would gain on a model, beside other ways to train it"
 
+_DEFAULT_DATA = "mixed"
 _PROCESSES = 4
 """Layouts that are tried side by side at most, each by a process of some 200 MB."""
 _NAMES = {"dip": "DIP", "megatron": "Megatron, best of 1F1B and interleaved", "encoder-dp": "encoders data-parallel (three-phase)", "fsdp2": "FSDP2"}
@@ -64,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hugging Face config.json or folder, a named setup, or a workload file")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs to train on")
     parser.add_argument("--device", metavar="NAME|FILE.json", help="GPU (default: the workload's own, else h100)")
-    parser.add_argument("--data", metavar="FILE.jsonl|FOLDER|STATISTICS", default="mixed",
+    parser.add_argument("--data", metavar="FILE.jsonl|FOLDER|STATISTICS", default=_DEFAULT_DATA,
                         help="samples to pack (megatron-dip lengths), a folder of recorded batches (workload files, as --dip-observe writes them), or statistics "
                         f"of a public data set: {', '.join(STATISTICS)} (default mixed)")
     parser.add_argument("--sequence-length", type=int, default=8192, metavar="N", help="tokens of a packed microbatch (default 8192)")
@@ -151,15 +153,16 @@ def _on_device(workload: Workload, device: str | None) -> Workload:
 
 
 def _hub_subject(hub: HubModel, args: argparse.Namespace, count: int) -> _Subject:
-    if not any(module.kind == "lm" for module in hub.model.modules):
-        raise InputError(
-            "MODEL", hub.name, "has no language model, and DIP interleaves modules of different kinds",
-            "estimate a text-to-video setup instead, such as t2v-s, whose text encoder trains with it",
-        )
     source = f"drawn with the statistics '{args.data}' (image sizes assumed)"
     if args.data not in STATISTICS and Path(args.data).is_dir():
         microbatches = _recorded(Path(args.data), [module.name for module in hub.model.modules])[:count]
         source = f"as recorded in {args.data}"
+    elif not any(module.kind == "lm" for module in hub.model.modules):
+        if args.data != _DEFAULT_DATA:
+            raise InputError("--data", args.data, f"says nothing of the clips that {hub.name} is trained on", "leave it out, or give a folder of recorded batches")
+        clips = pack_clips(np.random.default_rng(args.seed), count, hub.model.modules[0])
+        microbatches = [{"dit": microbatch["dit"]} for microbatch in clips]
+        source = "of at most 8 clips and 16 s"
     elif args.data not in STATISTICS:
         microbatches = pack_samples(read_samples(Path(args.data), "--data"), hub.image, args.sequence_length, count)
         source = f"packed from {args.data}, of at most {args.sequence_length} tokens"

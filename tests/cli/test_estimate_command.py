@@ -57,6 +57,25 @@ def test_the_table_says_what_it_rests_on(config: Path, capsys: pytest.CaptureFix
     assert "counted from the config" in said
 
 
+WAN = {
+    "_class_name": "WanTransformer3DModel", "num_attention_heads": 8, "attention_head_dim": 64, "num_layers": 8, "ffn_dim": 1024, "in_channels": 16,
+    "out_channels": 16, "text_dim": 512, "freq_dim": 256, "patch_size": [1, 2, 2], "cross_attn_norm": True,
+}
+
+
+def test_a_diffusion_transformer_alone_is_estimated_on_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, workload = tmp_path / "config.json", tmp_path / "w.json"
+    file.write_text(json.dumps(WAN))
+    command = ["estimate", str(file), "--gpus", "2", "--microbatches", "2", "--evaluations", "2"]
+    assert main([*command, "--save-workload", str(workload)]) == 0
+    said = capsys.readouterr().out
+    assert "nothing to interleave" in said
+    assert "its embeddings are taken as precomputed" in said
+    assert all(set(microbatch) == {"dit"} and microbatch["dit"] for microbatch in load_workload(workload).microbatches)
+    assert main([*command, "--data", "obelics"]) == 2
+    assert "clips" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["--gpus", "0"], "--gpus"), (["--gpus", "2", "--data", "nope"], "--data"), (["--gpus", "2", "--device", "abacus"], "--device"),
