@@ -128,7 +128,8 @@ class LinearWeightDeferral:
     @torch.no_grad()
     def run(self, stage: int) -> None:
         """The W of a forward stage."""
-        for product in self._collected.pop(stage):
+        products = self._collected.pop(stage)
+        for product in products:
             whole = product.input
             if product.sequence_parallel_group is not None:
                 whole = gather_from_sequence_parallel_region(whole, group=product.sequence_parallel_group)
@@ -142,6 +143,7 @@ class LinearWeightDeferral:
                 total.addmm_(grad_output.t(), whole)
             else:  # sums in fp32 over products in the training's number format, as Megatron has them
                 total.add_(grad_output.t() @ whole)
+        products.clear()  # the hooks of the stage's outputs hold the list
         for layer, put_off in self._delayed.pop(stage, ()):
             _run_put_off(layer, put_off)
 
@@ -163,7 +165,9 @@ class LinearWeightDeferral:
         group = options["tp_group"] if options["sequence_parallel"] else None
         fused = options["gradient_accumulation_fusion"]
         kept = self._keep(input.detach())
-        output.register_hook(lambda grad: collected.append(_Product(weight, kept(), grad, group, fused)))
+        # Detached: Megatron's cross entropy gives the logits back as their gradient, in the graph that holds this hook. Such a ring through
+        # autograd's nodes is never collected, and the stage's activations with it.
+        output.register_hook(lambda grad: collected.append(_Product(weight, kept(), grad.detach(), group, fused)))
         return output if bias is None else output + bias
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -69,6 +71,56 @@ def _when_gradients_come(rank: int, num_ranks: int) -> list[tuple[float, float, 
 
 def test_weight_gradients_come_with_w_and_all_others_with_b() -> None:
     assert launch(_when_gradients_come, 1)[0] == [(0.0, 168.0, 12.0, 48.0)] * 4
+
+
+class _Witness:
+    """Lives as long as the graph that it stands in."""
+
+
+class _Witnessed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, witness: _Witness) -> torch.Tensor:
+        ctx.witness = witness
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0], None
+
+
+def _graph_lives_behind_w(rank: int, num_ranks: int) -> bool:
+    """Whether the graph of a stage does: below the head and Megatron's cross entropy."""
+    import gc
+    import weakref
+
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_dip.models.deferral import LinearWeightDeferral
+    from megatron_dip.trainer.build import initialize_parallel
+
+    initialize_parallel(Parallel(), device="cpu", seed=1)
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, use_cpu_initialization=True)
+    head = ColumnParallelLinear(4, 6, config=config, init_method=torch.nn.init.ones_, bias=False, skip_bias_add=False)
+    deferral = LinearWeightDeferral([head])
+    witness = _Witness()
+    alive = weakref.ref(witness)
+    x = torch.randn(3, 1, 4).requires_grad_()
+    with deferral.collecting(0):
+        hidden = _Witnessed.apply(x, witness)  # type: ignore[no-untyped-call]
+        loss = vocab_parallel_cross_entropy(head(hidden)[0], torch.tensor([[1], [2], [3]])).sum()
+    with deferral.collecting(0):
+        loss.backward()
+    del hidden, loss, witness
+    deferral.run(0)
+    gc.collect()
+    return alive() is not None
+
+
+def test_activations_go_with_w() -> None:
+    """Megatron's cross entropy gives the logits themselves back as their gradient: kept for W it must not hold the graph it stands in."""
+    assert launch(_graph_lives_behind_w, 1) == [False]
 
 
 def _fused_products(rank: int, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.dtype]]:
