@@ -15,7 +15,9 @@ import errno
 import gc
 import importlib
 import os
+import signal
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,6 +117,20 @@ def _brief() -> Iterator[None]:
         gc.freeze()
 
 
+_COMPILER = ("numba", "llvmlite")
+
+
+def _interrupt(signum: int, frame: types.FrameType | None) -> None:
+    """Ctrl-C. Within the compiler of kernels an exception can get lost, come out as another one, or leave what crashes at the process' end;
+    nothing is being written there, so the process ends at once."""
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _COMPILER:
+            _say("interrupted")
+            os._exit(_INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; without ``argv`` that of the command line, as the whole purpose of its process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -122,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:  # without importing every command
         print(f"megatron-dip {__version__}")
         return 0
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     is_brief = argv is None and command in BRIEF_COMMANDS
     if is_brief:
         gc.disable()

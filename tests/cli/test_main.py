@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -82,11 +83,13 @@ def test_a_closed_pipe_and_a_full_disk_end_without_a_traceback() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_an_interrupt_ends_in_one_line_and_leaves_no_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_compiling", [False, True], ids=["while it plans", "while kernels are compiled"])
+def test_an_interrupt_ends_in_one_line_and_leaves_no_file(is_compiling: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     workload = tmp_path / "w.json"  # whose cut alone takes far longer to choose than the interrupt takes to come
     assert main(["workload", "vlm-l", "--microbatches", "64", "--output", str(workload)]) == 0
     command = [*COMMAND, "plan", str(workload), "--output", str(tmp_path / "p.json"), "--time-budget", "60", "--no-baselines"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    kernels = {"NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("kernels"))} if is_compiling else {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **kernels}) as process:
         time.sleep(6.0)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)

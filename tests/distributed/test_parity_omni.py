@@ -266,7 +266,7 @@ def run_alone(rank: int, num_ranks: int, cases: Sequence[OmniCase]) -> list[Resu
     return results
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_two_encoders_a_backbone_and_a_decoder_that_reads_both(ranks: int) -> None:
     parallel = Parallel(pipeline=ranks)
     cuts = [(2, 1, 2, 1), (1, 2, 2, 2)] if ranks < 4 else [(1, 1, 2, 1)] * 2  # as far as four layers of the others go

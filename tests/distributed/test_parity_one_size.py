@@ -26,12 +26,13 @@ def case(kind: str, ranks: int, chunks: tuple[int, int], **changes: object) -> C
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_every_cut(ranks: int) -> None:
     cuts = [(1, 1), (2, 2)] if ranks == 2 else [(1, 2)]
     check([case(kind, ranks, cut, tied=cut == (1, 1)) for kind in KINDS for cut in cuts], 1e-6)
 
 
+@pytest.mark.long
 def test_single_precision() -> None:
     check([case(kind, 2, (2, 2), dtype="float32") for kind in KINDS], 5e-6)
 
@@ -54,7 +55,8 @@ def test_fewer_layers_than_ranks() -> None:
     check([case(kind, 4, (1, 1), num_layers=(2, 5)) for kind in KINDS], 1e-6)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("siglip", marks=pytest.mark.long), "intern"])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["siglip", "intern"])
 def test_checkpoints_load_under_other_cuts(kind: str, tmp_path: Path) -> None:
     saver = case(kind, 2, (2, 2), dtype="float32", steps=2 * SAVED_AT)
     loaders = [

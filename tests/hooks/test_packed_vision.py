@@ -197,7 +197,7 @@ def check(cases: list[Case], ranks: int) -> None:
 ONE_BY_ONE = ("--dip-sub-microbatch-size", "vit=1")
 
 
-@pytest.mark.parametrize("model", ["dev", "bridge"])
+@pytest.mark.parametrize("model", [pytest.param("dev", marks=pytest.mark.long), "bridge"])
 def test_over_two_ranks(model: str) -> None:
     """Images of mixed sizes, some microbatches without any; parts of the tower frozen; tied; K 2; recomputed."""
     check([

@@ -120,10 +120,12 @@ def test_megatrons_own_hugging_face_vision_model(tmp_path: Path) -> None:
     check([Case(model=model, flags=ONE_BY_ONE), Case(model=model, frozen=("vision",))], 2)
 
 
+@pytest.mark.long
 def test_encoders_of_a_mimo_model_over_two_ranks() -> None:
     check([Case(model="mimo", flags=("--dip-chunks", "lm=2", "--dip-sub-microbatch-size", "images=1")), Case(model="mimo", frozen=("vision",), tied=True)], 2)
 
 
+@pytest.mark.long
 def test_a_tower_under_tensor_parallelism() -> None:
     """TP 2 x P 2, with sequence parallelism of the language model: both tensor-parallel ranks hold the whole tower."""
     check([Case(model="wrapped clip", tensor=2, images=(2, 0, 4), flags=ONE_BY_ONE)], 2)
@@ -135,6 +137,7 @@ def test_a_tower_under_context_parallelism() -> None:
     check([Case(model="wrapped clip", context=2, images=(1, 0, 2, 1)), Case(model="wrapped clip", context=2, images=(1, 0, 2), frozen=("vision",))], 2)
 
 
+@pytest.mark.long
 def test_a_tower_on_one_of_four_ranks(tmp_path: Path) -> None:
     partition = tmp_path / "partition.json"
     partition.write_text(json.dumps({
