@@ -177,7 +177,7 @@ def _check_chains(plan: Plan, report: CheckReport) -> None:
         next_layer = 0
         for stage in forward:
             rows = plan.chunks[module]
-            fits = stage.vp_stage < len(rows) and stage.rank < len(rows[stage.vp_stage])
+            fits = 0 <= stage.vp_stage < len(rows) and stage.rank < len(rows[stage.vp_stage])
             if not fits or rows[stage.vp_stage][stage.rank] != stage.layers[1] or stage.layers[0] != next_layer:
                 report.add(f"{_name(stage)}: layers {stage.layers} do not follow from chunks (next layer {next_layer})", stage.id)
             next_layer = stage.layers[0] + stage.layers[1]

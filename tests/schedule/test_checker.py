@@ -58,6 +58,10 @@ def lose_stage(plan: dict[str, Any]) -> None:
     plan["order"][1].pop()
 
 
+def place_before_the_first(plan: dict[str, Any]) -> None:
+    next(stage for stage in plan["stages"] if stage["kind"] == "fw")["vp_stage"] = -(10**30)
+
+
 def repeat_stage(plan: dict[str, Any]) -> None:
     plan["order"][1].append(plan["order"][1][0])
 
@@ -191,6 +195,7 @@ SPOILED: list[tuple[Spoil, str]] = [
     (more_memory, "not given back"),
     (over_capacity, "peaks at"),
     (lose_layer, "do not follow from chunks"),
+    (place_before_the_first, "do not follow from chunks"),
     (other_strategy, "strategy differs"),
     (other_instances, "differ from its forward's"),
     (drop_action("isend"), "sends of rank"),
