@@ -148,7 +148,7 @@ def mutated(value: Any, rng: random.Random) -> Any:
         if change == 0:
             del node[key]
         elif change == 1 and isinstance(node, dict):
-            node[rng.choice(("extra", "[/b]", "\ud800", "", "x" * 3000))] = rng.choice(ODD)
+            node[rng.choice(("extra", "[/b]", "\ud800", "", "x" * 3000))] = copy.deepcopy(rng.choice(ODD))
         elif change == 2 and isinstance(node, list):
             node.insert(key, copy.deepcopy(node[key]))
         elif change == 3:
@@ -157,7 +157,7 @@ def mutated(value: Any, rng: random.Random) -> Any:
         elif change == 4 and isinstance(node[key], (int, float)) and not isinstance(node[key], bool):
             node[key] = node[key] * rng.choice((-1, 2, 0.5, 1000, 10**9))
         else:
-            node[key] = rng.choice(ODD)
+            node[key] = copy.deepcopy(rng.choice(ODD))
     return value
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,10 @@ def test_an_interrupt_ends_in_one_line_and_leaves_no_file(is_compiling: bool, tm
     assert main(["workload", "vlm-l", "--microbatches", "64", "--output", str(workload)]) == 0
     command = [*COMMAND, "plan", str(workload), "--output", str(tmp_path / "p.json"), "--time-budget", "60", "--no-baselines"]
     kernels = {"NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("kernels"))} if is_compiling else {}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **kernels}) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells let what they start in the background ignore it
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **kernels}, preexec_fn=heard
+    ) as process:
         time.sleep(6.0)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)

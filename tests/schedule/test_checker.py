@@ -59,7 +59,7 @@ def lose_stage(plan: dict[str, Any]) -> None:
 
 
 def place_before_the_first(plan: dict[str, Any]) -> None:
-    next(stage for stage in plan["stages"] if stage["kind"] == "fw")["vp_stage"] = -(10**30)
+    next(stage for stage in plan["stages"] if stage["kind"] == "fw")["vp_stage"] = -1
 
 
 def repeat_stage(plan: dict[str, Any]) -> None:
