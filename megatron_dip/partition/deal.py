@@ -167,6 +167,21 @@ def _bound(work, num_replicas):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
+def shares_of(work, replica_of, num_replicas):  # type: ignore[no-untyped-def]
+    """[R, M] microbatches of each replica, ascending, and [R, K] their work on each rank."""
+    count, num_ranks = work.shape
+    members = np.empty((num_replicas, count // num_replicas), dtype=np.int64)
+    filled = np.zeros(num_replicas, dtype=np.int64)
+    sums = np.zeros((num_replicas, num_ranks), dtype=np.int64)
+    for index in range(count):
+        replica = replica_of[index]
+        members[replica, filled[replica]] = index
+        filled[replica] += 1
+        sums[replica] += work[index]
+    return members, sums
+
+
+@numba.njit(nogil=True, cache=True)
 def _swap(work, num_replicas, target, replica_of):  # type: ignore[no-untyped-def]
     """Swaps pairs of microbatches, in ``replica_of``, until the largest load is ``target`` or no swap lowers it. Returns that load.
 
@@ -176,15 +191,7 @@ def _swap(work, num_replicas, target, replica_of):  # type: ignore[no-untyped-de
     """
     count, num_ranks = work.shape
     size = count // num_replicas
-    members = np.empty((num_replicas, size), dtype=np.int32)
-    filled = np.zeros(num_replicas, dtype=np.int64)
-    sums = np.zeros((num_replicas, num_ranks), dtype=np.int64)
-    for index in range(count):
-        replica = replica_of[index]
-        members[replica, filled[replica]] = index
-        filled[replica] += 1
-        for rank in range(num_ranks):
-            sums[replica, rank] += work[index, rank]
+    members, sums = shares_of(work, replica_of, num_replicas)
     loads = np.empty(num_replicas, dtype=np.int64)
     for replica in range(num_replicas):
         loads[replica] = sums[replica].max()

@@ -20,7 +20,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dip.partition.deal import Deal, checked, deal_of
+from megatron_dip.partition.deal import Deal, checked, deal_of, shares_of
 
 PASSES = 12
 """Deals planned after the first, at most."""
@@ -176,15 +176,7 @@ def swap_pairs(work, planned, surplus, fill, too_slow, near, tried, replica_of):
         [pairs, 4] microbatches that leave the slow one and come for it, ns foretold of the slow one and of the fast one.
     """
     (count, num_ranks), num_replicas = work.shape, len(planned)
-    size = count // num_replicas
-    members = np.empty((num_replicas, size), dtype=np.int64)
-    filled = np.zeros(num_replicas, dtype=np.int64)
-    sums = np.zeros((num_replicas, num_ranks), dtype=np.int64)
-    for index in range(count):
-        replica = replica_of[index]
-        members[replica, filled[replica]] = index
-        filled[replica] += 1
-        sums[replica] += work[index]
+    members, sums = shares_of(work, replica_of, num_replicas)
     whole = work.sum(axis=1)
     heaviest, second = np.zeros(num_replicas, dtype=np.int64), np.zeros(num_replicas, dtype=np.int64)
     for replica in range(num_replicas):
